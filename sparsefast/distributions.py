@@ -30,7 +30,7 @@ def _raw_density(shape, include_kernel, scale):
     if not include_kernel: return sum(shape[:2])/math.prod(shape[:2])
     return (sum(shape)/math.prod(shape))**scale
 
-# %% ../nbs/02_distributions.ipynb #c692b37e
+# %% ../nbs/02_distributions.ipynb #5a300894
 def erdos_renyi_sparsity(
     params:list, # Weights, in the model's order
     model_sparsity:float, # Fraction of zeros over all `params`, in [0,1]
@@ -42,6 +42,7 @@ def erdos_renyi_sparsity(
     raw   = [_raw_density(p.shape, include_kernel, erk_power_scale) for p in params]
     numel = [p.numel() for p in params]
     zeros = [math.floor(model_sparsity*n) for n in numel]                   # rounded layer by layer, as the official code does
+    if not any(zeros): return [0.]*len(params)
     sparse = set(range(len(params)))
     while sparse:
         budget = sum(numel)-sum(zeros) - sum(n for i,n in enumerate(numel) if i not in sparse)

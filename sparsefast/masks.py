@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'sparse_mask', 'sparse_mask_like', 'top_k_mask',
-           'masked_params', 'sparse_params', 'apply_masks', 'is_sparseable_module', 'sparseable_modules']
+           'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks', 'is_sparseable_module',
+           'sparseable_modules']
 
 # %% ../nbs/01_masks.ipynb #9cce8591
 import torch
@@ -18,13 +19,13 @@ def maybe_float(
     try: return float(num)
     except (TypeError, ValueError): return num
 
-# %% ../nbs/01_masks.ipynb #5a22dcac
+# %% ../nbs/01_masks.ipynb #d008cc99
 def check_fraction(
-    num, # Anything `maybe_float` makes a number of
+    num, # A number, also as a 0-d tensor
     name='sparsity', # What to call it in the message
 )->float: # `num` as a float in [0,1]; else a `ValueError`
     "Refuse what is no fraction"
-    f = maybe_float(num)
+    f = None if isinstance(num, str) else maybe_float(num)
     if not isinstance(f, float) or not 0<=f<=1: raise ValueError(f"{name} must be a number from 0 to 1, not {num!r}")
     return f
 
@@ -35,7 +36,7 @@ def n_active(
     "How many of `numel` weights a mask of this sparsity keeps"
     return round((1-check_fraction(sparsity))*numel)
 
-# %% ../nbs/01_masks.ipynb #66c0b714
+# %% ../nbs/01_masks.ipynb #1600182e
 def sparse_mask(
     sizes, # Shape of the mask: an int, a tuple, a `torch.Size`
     sparsity:float, # Fraction of zeros, in [0,1]; outside it a `ValueError`
@@ -43,7 +44,8 @@ def sparse_mask(
 )->torch.Tensor: # Boolean, on the CPU
     "A uniformly random mask with exactly `round((1-sparsity)*numel)` ones"
     mask = torch.zeros(sizes, dtype=torch.bool)
-    mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:n_active(mask.numel(), sparsity)]] = True
+    n = n_active(mask.numel(), sparsity)
+    mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:n]] = True
     return mask
 
 def sparse_mask_like(
@@ -54,17 +56,24 @@ def sparse_mask_like(
     "`sparse_mask` for a parameter. Drawn on the CPU, so that a seed gives the same mask on every device"
     return sparse_mask(param.shape, sparsity, generator).to(param.device)
 
-# %% ../nbs/01_masks.ipynb #462c5dac
+# %% ../nbs/01_masks.ipynb #453e7314
 def _top_k(t, k):
     "`k` ones in a mask of 1-d `t`; `t` is never fully sorted"
     if k==0 or k==len(t): return torch.full(t.shape, k>0, dtype=torch.bool, device=t.device)
     if t.dtype==torch.bool: t = t.byte()
     cut = t.topk(k, sorted=False).values.min()                      # `topk` picks any of the ties at the cut, hence the next lines
-    if cut.isnan(): return _top_k(t.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), k)
+    if cut.isnan(): return _top_k_nan(t, k)                         # and puts NaN first, so that one shows here
     above = t>cut
     ties = (t==cut).nonzero().squeeze(1)
     above[ties[:k-int(above.count_nonzero())]] = True
     return above
+
+def _top_k_nan(t, k):
+    "The same with NaN behind all numbers"
+    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), (~t.isnan()).nonzero().squeeze(1), t.isnan().nonzero().squeeze(1)
+    mask[num[_top_k(t[num], min(k, len(num)))]] = True
+    mask[nan[:max(k-len(num), 0)]] = True
+    return mask
 
 # %% ../nbs/01_masks.ipynb #55934542
 def top_k_mask(
@@ -81,19 +90,18 @@ def top_k_mask(
     mask[idx[_top_k(flat[idx], n_keep)]] = True
     return mask.view(t.shape)
 
-# %% ../nbs/01_masks.ipynb #846305fb
+# %% ../nbs/01_masks.ipynb #ac6b2987
 def masked_params(
     module:nn.Module, # A layer or a whole model
 ): # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
     "Each parameter that has a mask beside it; a mask of the wrong shape or dtype is a `ValueError`"
     seen = set()
-    for name,m in module.named_modules():
+    for m in module.modules():
         for n,p in m._parameters.items():
             mask = m._buffers.get(f'{n}_mask')
             if p is None or mask is None or p in seen: continue
             if mask.dtype!=torch.bool or mask.shape!=p.shape:
-                raise ValueError(f"{'.'.join(filter(None, [name, n]))}_mask must be boolean with shape {tuple(p.shape)}, "
-                                 f"not {mask.dtype} with shape {tuple(mask.shape)}")
+                raise ValueError(f"`{n}_mask` of {m} must be boolean with shape {tuple(p.shape)}, not {mask.dtype} with shape {tuple(mask.shape)}")
             seen.add(p)
             yield m,n,p,mask
 
@@ -104,7 +112,19 @@ def sparse_params(
     "All parameters that have a mask, in the order of `named_parameters`, each once"
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
 
-# %% ../nbs/01_masks.ipynb #5c492d2c
+# %% ../nbs/01_masks.ipynb #e896c926
+_bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+def zero_masked_(
+    t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
+    mask:torch.Tensor, # Boolean, the shape of `t`: `True` stays
+)->torch.Tensor: # `t`
+    "Zero `t` where `mask` is `False`, whatever is there"
+    if t.element_size() in _bits: t.view(_bits[t.element_size()]).mul_(mask)
+    else: t.masked_fill_(~mask, 0)
+    return t
+
+# %% ../nbs/01_masks.ipynb #282f9201
 @torch.no_grad()
 def apply_masks(
     module:nn.Module, # A layer or a whole model
@@ -112,9 +132,9 @@ def apply_masks(
     inplace:bool=True, # Write the zeros into the parameter's data, or give the (same) parameter new data?
 )->None:
     "Set every masked weight of `module` to zero. Serves as a forward-pre-hook"
-    for *_,p,mask in masked_params(module):
-        if inplace: p.data.mul_(mask)
-        else:       p.data = p.data*mask
+    for *_,p,mask in list(masked_params(module)):                  # all are checked before the first is changed
+        if inplace: zero_masked_(p.data, mask)
+        else:       p.data = zero_masked_(p.data.clone(), mask)
 
 # %% ../nbs/01_masks.ipynb #d27d11bb
 sparseable_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

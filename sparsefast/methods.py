@@ -6,7 +6,7 @@
 __all__ = ['Static_presets', 'SET_presets', 'SNFS_presets', 'RigL_presets', 'cosine_anneal', 'drop_grow',
            'importance_redistribution', 'reset_state', 'DSTMethod']
 
-# %% ../nbs/05_methods.ipynb #b8cd52d8
+# %% ../nbs/05_methods.ipynb #354df1d4
 import difflib, math, random, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .masks import apply_masks, check_fraction, masked_params, top_k_mask
-from .scores import gradient_magnitude, gradient_momentum, keeps_momentum, momentum, opt_state, random_score, weight_magnitude
+from .masks import check_fraction, masked_params, top_k_mask, zero_masked_
+from .scores import gradient_magnitude, gradient_momentum, keeps_momentum, momentum, opt_state, random_score, slow_weights, weight_magnitude
 
 # %% ../nbs/05_methods.ipynb #5172dd7c
 def cosine_anneal(
@@ -38,7 +38,7 @@ def drop_grow(
     keep = top_k_mask(keep_score, int(mask.count_nonzero())-n_drop, among=mask)
     return keep | top_k_mask(grow_score, n_drop if n_grow is None else n_grow, among=~keep)
 
-# %% ../nbs/05_methods.ipynb #c3c4e387
+# %% ../nbs/05_methods.ipynb #85e98fdf
 def _fill(request, cap):
     "`request` with what exceeds `cap` shared equally by the layers below theirs"
     while (over := sum(max(r-c, 0) for r,c in zip(request, cap)))>1e-9:
@@ -55,7 +55,8 @@ def importance_redistribution(
     n_drop:list, # How many each layer has dropped
 )->list: # How many each layer grows; sums to `sum(n_drop)`
     "Growth in proportion to importance: [SNFS](https://arxiv.org/abs/1907.04840), as in its official code, but exact in total"
-    if not math.isfinite(sum(importance)) or sum(importance)<=0: return list(n_drop)
+    if not math.isfinite(sum(importance)): raise ValueError(f"the importance of every layer must be finite, not {importance}")
+    if sum(importance)<=0: return list(n_drop)                            # nothing to share by
     room = [n-a+d for n,a,d in zip(numel, nnz, n_drop)]
     cap  = [0.99*r for r in room]
     grow = [math.floor(g+1e-9) for g in _fill([v/sum(importance)*sum(n_drop) for v in importance], cap)]
@@ -64,7 +65,7 @@ def importance_redistribution(
             for i in free[:left]: grow[i] += 1
     return grow
 
-# %% ../nbs/05_methods.ipynb #ba8ee31e
+# %% ../nbs/05_methods.ipynb #66d89a8d
 @torch.no_grad()
 def reset_state(
     p:torch.Tensor, # A parameter
@@ -72,8 +73,8 @@ def reset_state(
     where:torch.Tensor, # Boolean, the shape of `p`: positions to forget
 )->None:
     "Zero the optimizer's memory of some of a parameter's weights"
-    for v in opt_state(opt, p).values():
-        if torch.is_tensor(v) and v.shape==p.shape: v.masked_fill_(where, 0)
+    for v in [*opt_state(opt, p).values(), *slow_weights(opt, p)]:
+        if torch.is_tensor(v) and v.shape==p.shape: zero_masked_(v, ~where)
 
 # %% ../nbs/05_methods.ipynb #78142502
 def _attr(f, name, default):
@@ -101,7 +102,7 @@ class DSTMethod:
         val = lambda v: getattr(v, '__name__', v)
         return f"{type(self).__name__}({', '.join(f'{f.name}={val(getattr(self, f.name))}' for f in fields(self))})"
 
-# %% ../nbs/05_methods.ipynb #f18f9b7d
+# %% ../nbs/05_methods.ipynb #5df60750
 def _unknown(key, names):
     return f"unknown setting {key!r}; " + (f"did you mean {close[0]!r}?" if (close := difflib.get_close_matches(key, names, 1)) else f"there are {', '.join(names)}")
 
@@ -110,6 +111,7 @@ def _check_method(m):
     for k in ('initial_drop_grow_pct', 'final_drop_grow_pct', 'stop_pct'): check_fraction(getattr(m, k), k)
     for k in ('keep_score_f', 'grow_score_f', 'drop_sched_f'):
         if not callable(getattr(m, k)): raise TypeError(f"{k} must be a function, not {getattr(m, k)!r}")
+    if not (m.redistribute_f is None or callable(m.redistribute_f)): raise TypeError(f"redistribute_f must be a function or None, not {m.redistribute_f!r}")
     n = m.batches_per_update
     if n is None: return
     if not isinstance(n, int) or n<1: raise ValueError(f"batches_per_update must be a whole number of optimizer steps, 1 or more, or None for once an epoch, not {n!r}")
@@ -149,7 +151,7 @@ def _score(f, p, mask, **kwargs):
     if s.shape!=p.shape: raise ValueError(f"{f} must return scores of shape {tuple(p.shape)}, not {tuple(s.shape)}")
     return s
 
-# %% ../nbs/05_methods.ipynb #161064f9
+# %% ../nbs/05_methods.ipynb #2d51c0e3
 @torch.no_grad()
 def _rewire(self, layers, opt, step, pct):
     "Drop, grow and reset; `layers` lists (index, parameter, mask)"
@@ -157,42 +159,50 @@ def _rewire(self, layers, opt, step, pct):
     nnz = _tolist([mask.count_nonzero() for *_,mask in layers])
     n_grow = n_drop = [int(frac*n) for n in nnz]
     if self.redistribute_f: n_grow = _redistribute(self, layers, nnz, n_drop, time)
+    news = []                                                                # all new masks first: a score that fails has changed nothing
     for (i,p,mask),d,g in zip(layers, n_drop, n_grow):
         time['generator'] = _generator(self.seed, step, i)
-        new = drop_grow(mask, _score(self.keep_score_f, p, mask, **time), _score(self.grow_score_f, p, mask, **time), d, g)
-        gone_or_new = ~(new & mask)
-        p.data.masked_fill_(gone_or_new, 0)
-        reset_state(p, opt, new & ~mask if _needs(self, 'momentum', False) else gone_or_new)
+        news.append(drop_grow(mask, _score(self.keep_score_f, p, mask, **time), _score(self.grow_score_f, p, mask, **time), d, g))
+    for (i,p,mask),new in zip(layers, news):
+        stays = mask & new
+        zero_masked_(p.data, stays)
+        reset_state(p, opt, new & ~mask if _needs(self, 'momentum', False) else ~stays)
         mask.copy_(new)
 
-# %% ../nbs/05_methods.ipynb #26eeb990
+# %% ../nbs/05_methods.ipynb #3cc81249
 def _redistribute(self, layers, nnz, n_drop, time):
     "How many each layer grows, by the method's `redistribute_f`"
     numel = [p.numel() for _,p,_ in layers]
-    means = [(_score(self.grow_score_f, p, mask, generator=_generator(self.seed, time['step'], i), **time)*mask).sum()/max(n, 1)
-             for (i,p,mask),n in zip(layers, nnz)]
+    score = lambda i,p,mask: _score(self.grow_score_f, p, mask, generator=_generator(self.seed, time['step'], i), **time)
+    means = [(score(*l)*l[2]).sum(dtype=torch.promote_types(l[1].dtype, torch.float32))/max(n, 1) for l,n in zip(layers, nnz)]
     n_grow = self.redistribute_f(_tolist(means), nnz, numel, n_drop)
-    if any(not 0<=g<=n-a+d for g,n,a,d in zip(n_grow, numel, nnz, n_drop)):
+    fits = len(n_grow)==len(numel) and all(0<=g<=n-a+d for g,n,a,d in zip(n_grow, numel, nnz, n_drop))
+    if not fits or sum(n_grow)!=sum(n_drop):
         raise ValueError(f"{self.redistribute_f} asks for growth {n_grow} in layers of {numel} weights, {nnz} active, {n_drop} dropped")
     return n_grow
 
-# %% ../nbs/05_methods.ipynb #689b3449
+# %% ../nbs/05_methods.ipynb #5d02ce7a
 def _layers(modules):
-    "Parameters and masks of a module or a list of modules; none is an error"
+    "(parameter, mask) throughout a module or a list of modules; none is an error"
     if isinstance(modules, nn.Module): modules = [modules]
     layers = {p: mask for m in modules for *_,p,mask in masked_params(m)}
     if not layers: raise ValueError("there is no mask to train with: call `sparsify_model(model, sparsity)` first")
-    return layers.items()
+    return list(layers.items())
 
-def _live(modules): return [(i,p,mask) for i,(p,mask) in enumerate(_layers(modules)) if p.requires_grad and p.grad is not None]
+def _live(layers): return [(i,p,mask) for i,(p,mask) in enumerate(layers) if p.requires_grad and p.grad is not None]
 
-def _refuse_nonfinite(layers, step):
+def _nonfinite(live, step):
     "Is a gradient not finite? Then warn, for update and step are to be skipped"
-    bad = not all(_tolist([p.grad.isfinite().all() for _,p,_ in layers]))
-    if bad: warnings.warn(f"a gradient is not finite at optimizer step {step}: neither this update nor this step is taken", stacklevel=3)
+    bad = not all(_tolist([p.grad.isfinite().all() for _,p,_ in live]))
+    if bad: warnings.warn(f"a gradient is not finite at optimizer step {step}: neither this update nor this step is taken", stacklevel=4)
     return bad
 
-# %% ../nbs/05_methods.ipynb #3fb552b1
+# %% ../nbs/05_methods.ipynb #52d0e70c
+def _check_opt(self, opt):
+    if _needs(self, 'momentum', False) and not keeps_momentum(opt):
+        raise ValueError(f"this method grows by momentum, and the optimizer {type(opt).__name__} keeps none: "
+                         "set one (`mom=0.9` in fastai's SGD, `momentum=0.9` in torch's), or use Adam")
+
 @patch
 def check(self:DSTMethod,
     modules, # A model or a list of modules
@@ -200,10 +210,9 @@ def check(self:DSTMethod,
 )->None:
     "Refuse (`ValueError`) a model without masks, and an optimizer that lacks what a score needs"
     _layers(modules)
-    if _needs(self, 'momentum', False) and not keeps_momentum(opt):
-        raise ValueError(f"this method grows by momentum, and the optimizer {type(opt).__name__} keeps none: "
-                         "set one (`mom=0.9` in fastai's SGD, `momentum=0.9` in torch's), or use Adam")
+    _check_opt(self, opt)
 
+# %% ../nbs/05_methods.ipynb #c0881348
 @patch
 @torch.no_grad()
 def enforce(self:DSTMethod,
@@ -211,10 +220,18 @@ def enforce(self:DSTMethod,
     opt=None, # Its optimizer, if there is one yet
 )->None:
     "Bring weights and optimizer state in line with the masks, after a checkpoint was loaded say"
-    for m in [modules] if isinstance(modules, nn.Module) else modules:
-        for *_,p,mask in masked_params(m):
-            p.data.mul_(mask)
-            if opt is not None and not _needs(self, 'momentum', False): reset_state(p, opt, ~mask)
+    for *_,p,mask in [l for m in ([modules] if isinstance(modules, nn.Module) else modules) for l in masked_params(m)]:
+        zero_masked_(p.data, mask)
+        if opt is not None and not _needs(self, 'momentum', False): reset_state(p, opt, ~mask)
+
+# %% ../nbs/05_methods.ipynb #8cc827d3
+def _update(self, live, opt, step, pct):
+    "Rewire, unless something stands against it; does that take the step's place?"
+    if not live: return False
+    if _nonfinite(live, step): return self.replaces_step
+    if _needs(self, 'momentum', False) and any(momentum(p, opt) is None for _,p,_ in live): return False
+    _rewire(self, live, opt, step, pct)
+    return self.replaces_step
 
 @patch
 def update(self:DSTMethod,
@@ -224,14 +241,9 @@ def update(self:DSTMethod,
     pct:float, # Share of training done before it
 )->bool: # Does the update take the optimizer step's place?
     "Rewire if due. A non-finite gradient, or momentum that does not exist yet, changes nothing"
-    layers = _live(modules) if self.due(step, pct) else []
-    if not layers: return False
-    if _refuse_nonfinite(layers, step): return self.replaces_step
-    if _needs(self, 'momentum', False) and any(momentum(p, opt) is None for _,p,_ in layers): return False
-    _rewire(self, layers, opt, step, pct)
-    return self.replaces_step
+    return self.due(step, pct) and _update(self, _live(_layers(modules)), opt, step, pct)
 
-# %% ../nbs/05_methods.ipynb #b46ce2e7
+# %% ../nbs/05_methods.ipynb #b9e53421
 @patch
 @torch.no_grad()
 def before_step(self:DSTMethod,
@@ -241,18 +253,19 @@ def before_step(self:DSTMethod,
     pct:float, # Share of training done before it
 )->bool: # Should the optimizer step?
     "What comes before `opt.step()`: gradients made ready, or the update in the step's place"
-    self.check(modules, opt)
-    for p,_ in _layers(modules):
-        if not p.requires_grad: p.grad = None                                # fastai decays weights with a stale gradient, frozen or not
-    due,layers = self.due(step, pct), _live(modules)
-    if due and self.replaces_step and self.update(modules, opt, step, pct): return False
-    if due and not self.replaces_step and layers and _refuse_nonfinite(layers, step): return False
+    _check_opt(self, opt)
+    layers = _layers(modules)
+    for p,_ in layers:
+        if not p.requires_grad: p.grad = None                                # fastai decays a weight that has a stale gradient, frozen or not
+    due,live = self.due(step, pct),_live(layers)
+    if due and self.replaces_step and _update(self, live, opt, step, pct): return False
+    if due and not self.replaces_step and live and _nonfinite(live, step): return False
     dense = _needs(self, 'momentum', False) or due and not self.replaces_step and _needs(self, 'grad', True)
     if not dense:
-        for _,p,mask in layers: p.grad.mul_(mask)
+        for _,p,mask in live: zero_masked_(p.grad, mask)
     return True
 
-# %% ../nbs/05_methods.ipynb #fdf20f11
+# %% ../nbs/05_methods.ipynb #3065c646
 @patch
 @torch.no_grad()
 def after_step(self:DSTMethod,
@@ -262,8 +275,9 @@ def after_step(self:DSTMethod,
     pct:float, # Share of training done before it
 )->None:
     "What comes after `opt.step()`: masked weights made zero, and the update of methods that step first"
-    for _,p,mask in _live(modules): p.data.mul_(mask)
-    if not self.replaces_step: self.update(modules, opt, step, pct)
+    live = _live(_layers(modules))
+    for _,p,mask in live: zero_masked_(p.data, mask)
+    if not self.replaces_step and self.due(step, pct): _update(self, live, opt, step, pct)
 
 @patch
 def step(self:DSTMethod,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model']
 
-# %% ../nbs/04_sparsify.ipynb #1e617828
+# %% ../nbs/04_sparsify.ipynb #ffc9e8ea
 import math, warnings
 from functools import partial
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 from fastai.callback.hook import Hooks
 from fastai.learner import Learner
 from fastcore.basics import noop
-from .masks import (apply_masks, check_fraction, masked_params, sparse_mask_like, sparseable_modules)
+from .masks import (apply_masks, check_fraction, masked_params, sparse_mask_like, sparseable_modules, zero_masked_)
 from .distributions import uniform_sparsity
 
-# %% ../nbs/04_sparsify.ipynb #36c5f733
+# %% ../nbs/04_sparsify.ipynb #362a5e07
 def add_mask(
     module:nn.Module, # The layer that owns the parameter
     name:str, # The parameter's name in it, such as 'weight'
@@ -30,7 +30,7 @@ def add_mask(
     if sparsity is None: sparsity = 1-mask.float().mean().item()
     module.register_buffer(f'{name}_mask', mask.to(p.device))
     module.register_buffer(f'{name}_sparsity', torch.tensor(float(sparsity), device=p.device))
-    with torch.no_grad(): p.data.mul_(module._buffers[f'{name}_mask'])
+    zero_masked_(p.data, module._buffers[f'{name}_mask'])
 
 # %% ../nbs/04_sparsify.ipynb #c82b8026
 def _users(model):
@@ -75,7 +75,7 @@ def _check_sparsities(sparsities, params, sparse_f):
     if len(sparsities)!=len(params): raise ValueError(f"{sparse_f} returned {len(sparsities)} sparsities for {len(params)} parameters")
     return [check_fraction(s, f'the sparsity of layer {i}') for i,s in enumerate(sparsities)]
 
-# %% ../nbs/04_sparsify.ipynb #87693db4
+# %% ../nbs/04_sparsify.ipynb #c70d2aea
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
     model_sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
@@ -85,12 +85,13 @@ def sparsify_model(
 )->Hooks: # The hooks; `remove()` ends the enforcement, the masks stay
     "Give each sparseable layer a random mask, in place. Layers of sparsity 0 get none. Errors (`ValueError`) leave the model as it was"
     if isinstance(model, Learner): model = model.model
-    modules = [m for m in sparseable_modules(model, additional_types)]
+    modules = sparseable_modules(model, additional_types)
     if not modules: raise ValueError(f"{type(model).__name__} has no layer that can be made sparse: add its types by `additional_types`")
     check_fraction(model_sparsity, 'model_sparsity')
     _check_weights(model, modules)
-    owners = {m.weight: m for m in reversed(modules) if m.weight.numel()}   # a tied weight belongs to the first module that has it
-    params = list(reversed(owners))
+    owners = {}                                                             # a tied weight belongs to the first module that has it
+    for m in modules: owners.setdefault(m.weight, m)
+    params = [p for p in owners if p.numel()]
     sparsities = _check_sparsities(sparse_f(params, model_sparsity), params, sparse_f)
     for p,s in zip(params, sparsities):
         if not s: continue

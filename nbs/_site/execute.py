@@ -1,0 +1,34 @@
+"""Execute notebooks in place and store clean outputs: `python nbs/_site/execute.py` for all, or with the notebooks to run
+
+Progress-bar debris, second forms of a table and warnings of other people's imports are left out; consecutive printed lines are joined."""
+import os, sys
+from pathlib import Path
+os.environ['PYTHONWARNINGS'] = 'ignore'
+import nbformat
+from nbclient import NotebookClient
+
+def _is_bar(o): return '<progress' in (h := o.get('data', {}).get('text/html', '')) or 'progress-bar' in h
+
+def clean(outputs):
+    "The outputs a reader wants"
+    res = []
+    for o in outputs:
+        if _is_bar(o) or o.get('name')=='stderr': continue
+        if 'class="fastprogress"' in o.get('data', {}).get('text/html', ''): o['data'] = {'text/html': o['data']['text/html']}
+        if o['output_type']=='stream' and res and res[-1]['output_type']=='stream': res[-1]['text'] += o['text']
+        else: res.append(o)
+    return res
+
+def execute(fn):
+    "Run all cells, flagged ones too, in the notebook's folder"
+    nb = nbformat.read(fn, 4)
+    NotebookClient(nb, timeout=3600, kernel_name='python3', resources={'metadata': {'path': fn.parent}}).execute()
+    for c in nb.cells:
+        if c.cell_type=='code': c.outputs = clean(c.outputs)
+    nbformat.write(nb, fn)
+
+if __name__=='__main__':
+    nbs = Path(__file__).resolve().parents[1]
+    for fn in map(Path, sys.argv[1:] or sorted(p for p in nbs.rglob('*.ipynb') if not p.relative_to(nbs).parts[0].startswith(('_','.')))):
+        execute(fn)
+        print(fn)

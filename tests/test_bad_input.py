@@ -1,0 +1,254 @@
+"Bad input is refused before anything changes, with the value and the way out in the message"
+import math, re, warnings
+from functools import partial
+import pytest, torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from fastai import optimizer as fo
+from fastai.callback.core import Callback
+from helpers import *
+from sparsefast.callback import DynamicSparseTrainingCallback
+from sparsefast.distributions import *
+from sparsefast.masks import *
+from sparsefast.methods import DSTMethod, drop_grow
+from sparsefast.scores import *
+from sparsefast.sparsify import *
+
+NO_FRACTIONS = [-.1, 1.1, 90, math.nan, math.inf, None, 'much', [.5], -1e-9]
+
+def refused(f, *args, error=ValueError, match, model=None, opt=None):
+    "`f` raises, and neither the model, its hooks, the optimizer nor torch's generator has changed"
+    before,rng = snapshot(model, opt) if model is not None else {},torch.get_rng_state()
+    n_hooks = lambda: [] if model is None else [len(m._forward_pre_hooks) for m in model.modules()]
+    hooks = n_hooks()
+    with pytest.raises(error, match=match): f(*args)
+    if model is not None: assert hooks==n_hooks() and not changed(before, snapshot(model, opt)) and torch.equal(rng, torch.get_rng_state())
+
+def named(v): return re.escape(repr(v))
+
+# ------------------------------------------------------------ masks and distributions
+@pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)
+def test_sparsity(bad):
+    says = f'sparsity must be a number from 0 to 1, not {named(bad)}'
+    for f in (partial(sparse_mask, (3,4)), partial(sparse_mask_like, torch.ones(3,4))): refused(f, bad, match=says)
+    for f in (uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity): refused(f, [torch.ones(3,4)]*2, bad, match='model_'+says)
+
+@pytest.mark.parametrize('n_keep', [-1, 13, 100])
+def test_n_keep(n_keep): refused(top_k_mask, torch.ones(3,4), n_keep, match=f'n_keep must be .* 12, not {n_keep}')
+
+def test_n_keep_among():
+    refused(lambda: top_k_mask(torch.ones(4), 3, among=torch.tensor([1,0,1,0]).bool()), match='candidates, 2, not 3')
+    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 5), match='not -1')
+    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 1, 2), match='candidates, 1, not 2')
+
+def test_n_keep_must_be_whole(): refused(lambda: top_k_mask(torch.ones(4), 2.5), error=(TypeError, ValueError), match='2.5|float')
+
+BAD_MASKS = dict(dtype=torch.ones(3,4), int=torch.ones(3,4, dtype=torch.long), shape=torch.ones(4,3).bool(),
+                 flat=torch.ones(12).bool(), broadcast=torch.ones(1,4).bool())
+@pytest.mark.parametrize('mask', BAD_MASKS.values(), ids=BAD_MASKS)
+def test_mask_of_wrong_shape_or_dtype(mask):
+    model = nn.Sequential(nn.Linear(3,4), nn.Linear(4,3))
+    refused(add_mask, model[1], 'weight', mask, match=r"'weight' must be boolean with shape \(3, 4\), not torch", model=model)
+    model[1].register_buffer('weight_mask', mask)
+    opt = TORCH_OPTS['sgd'](model.parameters())
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    method,says = DSTMethod(batches_per_update=8),r'weight_mask.* must be boolean with shape \(3, 4\), not torch'
+    due = dict(opt=opt, step=8, pct=0.)
+    for f in (sparse_params, apply_masks, partial(method.step, **due), partial(method.update, **due), partial(method.enforce, opt=opt)):
+        refused(f, model, match=says, model=model, opt=opt)
+
+@pytest.mark.parametrize('f', [apply_masks, partial(apply_masks, inplace=False), unsparsify_model, enforce_masks, partial(DSTMethod().enforce, opt=None)],
+                         ids=['in place','new data','unsparsify','enforce_masks','enforce'])
+def test_first_mask_is_not_applied_when_the_second_is_wrong(f):
+    model = nn.Sequential(nn.Linear(3,4), nn.Linear(4,3))
+    model[0].register_buffer('weight_mask', torch.zeros(4,3).bool())
+    model[1].register_buffer('weight_mask', torch.zeros(4,4).bool())
+    refused(f, model, match=r'weight_mask.* must be boolean with shape \(3, 4\)', model=model)
+
+# ------------------------------------------------------------ sparsify_model
+@pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)
+@pytest.mark.parametrize('sparse_f', [uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity], ids=lambda f: f.__name__)
+def test_model_sparsity(bad, sparse_f):
+    model = mlp(4,5,3)
+    refused(sparsify_model, model, bad, sparse_f, match=f'model_sparsity must be a number from 0 to 1, not {named(bad)}', model=model)
+
+def test_nothing_to_sparsify():
+    for model in (nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.LSTM(3,4)):
+        refused(sparsify_model, model, .5, match='no layer that can be made sparse.*additional_types', model=model)
+
+def test_twice_names_the_way_back():
+    model = mlp(4,5,3)
+    sparsify_model(model, .5)
+    refused(sparsify_model, model, .5, match='0 is sparse already.*unsparsify_model', model=model)
+    outer = nn.Sequential(nn.Linear(4,4), model)                                         # one sparse layer among others
+    refused(sparsify_model, outer, .5, match='sparse already.*unsparsify_model', model=outer)
+    unsparsify_model(model)
+    sparsify_model(model, .5)
+
+@pytest.mark.parametrize('returns,says', [([.5], '1 sparsities for 2'), ([.5]*3, '3 sparsities for 2'), ([.5,1.5], 'layer 1.*not 1.5'),
+                                          ([-.1,.5], 'layer 0.*not -0.1'), ([.5,None], 'layer 1.*not None'), ([.5,math.nan], 'layer 1.*not nan')], ids=repr)
+def test_what_a_distribution_returns(returns, says):
+    model = mlp(4,5,3)
+    refused(sparsify_model, model, .5, lambda params, s: returns, match=says, model=model)
+
+def test_distribution_that_raises():
+    model = mlp(4,5,3)
+    refused(sparsify_model, model, .5, lambda params, s: 1/0, error=ZeroDivisionError, match='.', model=model)
+
+def test_parametrized_and_lazy_layers():
+    model = nn.Sequential(nn.Linear(4,4), parametrizations.weight_norm(nn.Linear(4,4)))
+    refused(sparsify_model, model, .5, match='1 has no plain parameter.*remove_parametrizations', model=model)
+    lazy = nn.Sequential(nn.Linear(4,4), nn.LazyLinear(4))
+    before = lazy[0].weight.detach().clone()
+    with pytest.raises(ValueError, match='1 does not know its shape yet.*one batch'): sparsify_model(lazy, .5)
+    assert torch.equal(before, lazy[0].weight) and not masks(lazy[:1])
+
+@pytest.mark.parametrize('bad', [None, 'model', 3, []], ids=repr)
+def test_no_model(bad):
+    with pytest.raises((TypeError, ValueError, AttributeError)): sparsify_model(bad, .5)
+
+# ------------------------------------------------------------ methods
+@pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)
+@pytest.mark.parametrize('key', ['initial_drop_grow_pct','final_drop_grow_pct','stop_pct'])
+@pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])
+def test_fractions(make, key, bad): refused(lambda: make(**{key: bad}), match=f'{key} must be a number from 0 to 1, not {named(bad)}')
+
+@pytest.mark.parametrize('key', ['initial_drop_grow_pct','final_drop_grow_pct','stop_pct'])
+def test_a_fraction_in_words_is_refused_or_works(key):
+    "Never accepted first and found unusable in the middle of training"
+    try: method = DSTMethod(**{key: '0.5'}, batches_per_update=8)
+    except ValueError as e: return str(e).index(key)
+    assert method.due(8, 0.) and method.drop_pct(.1) is not None
+
+@pytest.mark.parametrize('bad', [0, -1, 1.5, 100., 'epoch', math.nan, [1]], ids=repr)
+@pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])
+def test_interval(make, bad): refused(lambda: make(batches_per_update=bad), match=f'batches_per_update must be .*not {named(bad)}')
+
+@pytest.mark.parametrize('key', ['keep_score_f','grow_score_f','drop_sched_f'])
+@pytest.mark.parametrize('bad', [None, 'weight_magnitude', 3], ids=repr)
+def test_functions(key, bad):
+    for make in (DSTMethod, DynamicSparseTrainingCallback):
+        refused(lambda: make(**{key: bad}), error=(TypeError, ValueError), match=f'{key} must be a function, not {named(bad)}')
+
+@pytest.mark.parametrize('bad', ['importance', 3, True], ids=repr)
+def test_redistribution_must_be_a_function(bad):
+    refused(lambda: DSTMethod(redistribute_f=bad), error=(TypeError, ValueError), match=f'redistribute_f.*{named(bad)}')
+
+@pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])
+@pytest.mark.parametrize('key,meant', [('batch_per_update','batches_per_update'), ('initial_drop_grow','initial_drop_grow_pct'),
+                                       ('keep_score','keep_score_f'), ('stop_pc','stop_pct')])
+def test_misspelt_key(make, key, meant): refused(lambda: make(**{key: .3}), error=TypeError, match=f"{key}.*{meant}")
+
+def test_unknown_key():
+    for make in (DSTMethod, DynamicSparseTrainingCallback): refused(lambda: make(zzz=1), error=TypeError, match="'zzz'.*initial_drop_grow_pct")
+
+def test_no_interval_in_a_plain_loop():
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    backward(model, *batches(1)[0])
+    for preset in ('SET','SNFS'):
+        m = DSTMethod(**PRESETS[preset])
+        for f in (lambda: m.due(1, 0.), lambda: m.step(model, opt, 1, 0.), lambda: m.update(model, opt, 1, 0.)):
+            refused(f, match='batches_per_update is None.*give a number', model=model, opt=opt)
+
+def test_too_many_updates_warn():
+    with pytest.warns(UserWarning, match=r'25%.*batches_per_update=4'): DSTMethod(batches_per_update=4, stop_pct=1.)
+    with pytest.warns(UserWarning, match='longer interval'): DynamicSparseTrainingCallback(batches_per_update=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        DSTMethod(batches_per_update=8); DSTMethod(batches_per_update=1, replaces_step=False); DSTMethod(batches_per_update=10, stop_pct=1.)
+
+def test_too_short_an_epoch_warns():
+    "The interval is known only when training starts: once an epoch of four batches costs a quarter of all steps"
+    learn = learner(n_iter=4, opt_func=fo.Adam, cbs=DynamicSparseTrainingCallback(stop_pct=1.))
+    with pytest.warns(UserWarning, match='25%'): learn.fit(2)
+
+METHOD = partial(DSTMethod, batches_per_update=8)
+@pytest.mark.parametrize('model', [mlp(4,3), nn.ReLU(), []], ids=['dense','empty','list'])
+def test_no_masks(model):
+    opt = TORCH_OPTS['sgd'](mlp(4,3).parameters())
+    is_model = isinstance(model, nn.Module)
+    for f in (partial(METHOD().step, opt=opt, step=1, pct=0.), partial(METHOD().check, opt=opt)):
+        refused(f, model, match='no mask.*sparsify_model', model=model if is_model else None)
+
+def with_batchnorm(): return nn.Sequential(nn.Linear(8,6), nn.BatchNorm1d(6), nn.Linear(6,3))
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_callback_without_masks(preset):
+    learn = learner(with_batchnorm(), opt_func=partial(fo.SGD, mom=.9))                  # a single forward would show
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match='(?s)no mask.*sparsify_model'): learn.fit(1, cbs=DynamicSparseTrainingCallback(**PRESETS[preset]))
+    assert not changed(before, snapshot(learn.model))
+
+def test_callback_with_modules_without_masks():
+    learn = learner()
+    with pytest.raises(ValueError, match='(?s)no mask'): learn.fit(1, cbs=DynamicSparseTrainingCallback(sparse_modules=[nn.Linear(3,4)], batches_per_update=8))
+
+OPTS = dict(torch=TORCH_OPTS['sgd'], fastai=partial(fo.SGD, lr=.1), rmsprop=partial(fo.RMSProp, lr=.1), wrapped=wrapped(TORCH_OPTS['sgd']))
+@pytest.mark.parametrize('opt', OPTS)
+def test_optimizer_without_momentum(opt):
+    model = sparse_mlp()
+    optim,m = OPTS[opt](list(model.parameters())),DSTMethod(**{**SNFS_presets, 'batches_per_update': 8})
+    backward(model, *batches(1)[0])
+    for f in (m.check, partial(m.step, step=1, pct=0.)): refused(f, model, optim, match='momentum.*mom=0.9.*momentum=0.9', model=model, opt=optim)
+    if opt=='torch': return                                                             # no optimizer for a learner
+    learn = learner(with_batchnorm(), opt_func=OPTS[opt]).sparsify(.5)
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match='(?s)momentum.*mom=0.9'): learn.fit(1, cbs=DynamicSparseTrainingCallback(**SNFS_presets))
+    assert not changed(before, snapshot(learn.model))
+
+def test_master_copies_are_refused():
+    class NonNativeMixedPrecision(Callback): "fastai's asks for a GPU"
+    learn = learner(cbs=[DynamicSparseTrainingCallback(batches_per_update=8), NonNativeMixedPrecision()])
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match='(?s)NonNativeMixedPrecision.*to_fp16'): learn.fit(1)
+    assert not changed(before, snapshot(learn.model))
+
+@pytest.mark.parametrize('which', ['keep_score_f','grow_score_f'])
+def test_score_of_the_wrong_shape(which):
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    plain_loop(model, opt, METHOD(), total=3)
+    backward(model, *batches(1)[0])
+    bad = METHOD(**{which: lambda p, **kw: p.grad.abs().sum(1) if p is model[4].weight else p.grad.abs()})   # the last layer's
+    refused(bad.update, model, opt, 8, 0., match=r'must return scores of shape \(3, 20\), not \(3,\)', model=model, opt=opt)
+
+def test_score_that_raises_changes_nothing():
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    plain_loop(model, opt, METHOD(), total=3)
+    backward(model, *batches(1)[0])
+    def f(p, **kw):
+        if p is model[4].weight: raise RuntimeError('no score today')
+        return p.grad.abs()
+    refused(METHOD(grow_score_f=f).update, model, opt, 8, 0., error=RuntimeError, match='no score today', model=model, opt=opt)
+
+@pytest.mark.parametrize('asks', [[1000,0,0], [-1,1,0], [10**9]*3, [0,0,100]], ids=str)
+def test_redistribution_that_asks_for_too_much(asks):
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    plain_loop(model, opt, METHOD(), total=3)
+    backward(model, *batches(1)[0])
+    refused(METHOD(redistribute_f=lambda *args: asks).update, model, opt, 8, 0., match='asks for growth', model=model, opt=opt)
+
+def test_redistribution_that_loses_a_layer():
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    backward(model, *batches(1)[0])
+    refused(METHOD(redistribute_f=lambda imp, nnz, numel, n_drop: n_drop[:-1]).update, model, opt, 8, 0., error=ValueError, match='.', model=model, opt=opt)
+
+def test_schedule_outside_the_fractions():
+    model = sparse_mlp()
+    opt = TORCH_OPTS['momentum'](model.parameters())
+    backward(model, *batches(1)[0])
+    for f in (1.5, -.5, math.nan): refused(METHOD(drop_sched_f=lambda *args: f).update, model, opt, 8, 0., error=ValueError, match='.', model=model, opt=opt)
+
+def test_scores_of_nan_are_ranked_last():
+    "A weight that has become NaN is the first to go; the count holds"
+    model = sparse_mlp()
+    where,before = tuple(model[0].weight_mask.nonzero()[0]),nnz(model)
+    with torch.no_grad(): model[0].weight[where] = math.nan
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    model[0].weight.grad[where] = 0.                                                     # or it would come straight back
+    METHOD().update(model, TORCH_OPTS['sgd'](model.parameters()), 8, 0.)
+    assert nnz(model)==before and model[0].weight.isfinite().all()

@@ -1,0 +1,258 @@
+"The console command: what it prints, saves and refuses"
+import gzip, runpy, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from fastai.learner import load_learner
+from fastprogress import fastprogress
+from sparsefast import cli
+from sparsefast.masks import masked_params
+
+ENTRY = "import sys\nfrom sparsefast.cli import sparsefast_train\nsys.exit(sparsefast_train())\n"
+OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out'.split()
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty current folder"
+    (tmp_path/'work').mkdir()
+    monkeypatch.chdir(tmp_path/'work')
+    return tmp_path/'work'
+
+@pytest.fixture
+def command(here, monkeypatch, capsys):
+    "Run the command in this process, as its console script does; returns (exit code, stdout, stderr)"
+    script = here.parent/'entry.py'
+    script.write_text(ENTRY)
+    for k in ('NO_BAR', 'WRITER_FN'): monkeypatch.setattr(fastprogress, k, getattr(fastprogress, k))
+    monkeypatch.setattr(fastprogress.ConsoleProgressBar, 'fill', fastprogress.ConsoleProgressBar.fill)
+    def run(args):
+        monkeypatch.setattr(sys, 'argv', ['sparsefast_train', *(args.split() if isinstance(args, str) else args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
+        return e.value.code or 0, *capsys.readouterr()
+    return run
+
+@pytest.fixture
+def load():
+    "`load_learner`, without its warning about pickle"
+    def f(name):
+        with pytest.warns(UserWarning, match='pickle'): return load_learner(name)
+    return f
+
+def folder(path, classes=('cat', 'dog'), n=10, side=40, start=0):
+    "Noisy images, one folder for each class: the first is dark, the next brighter"
+    rng = np.random.default_rng(start)
+    for i,c in enumerate(classes):
+        (path/c).mkdir(parents=True)
+        for j in range(n): Image.fromarray(rng.integers(80*i, 80*i+90, (side, side+8, 3), dtype=np.uint8)).save(path/c/f'{start+j}.png')
+    return path
+
+def idx(path, a):
+    "Write `a` as a gzipped idx file"
+    with gzip.open(path, 'wb') as f: f.write(bytes([0, 0, 8, a.ndim]) + b''.join(n.to_bytes(4, 'big') for n in a.shape) + a.astype(np.uint8).tobytes())
+
+def table(out):
+    "{layer: (shape, weights, active, sparsity, target)} from what was printed"
+    lines = out[out.index('layer '):].split('\n\n')[0].splitlines()
+    assert lines[0].split()==['layer', 'shape', 'weights', 'active', 'sparsity', 'target']
+    rows = [l.replace(',', '').split() for l in lines[1:]]
+    return {r[0]: (r[1] if len(r)==6 else '', int(r[-4]), int(r[-3]), float(r[-2]), float(r[-1])) for r in rows}
+
+def accuracies(out): return [float(w[:-1]) for w in out[out.index('accuracy: '):].splitlines()[0].split() if w.endswith('%')]
+def last_epochs(out): return [l.split() for l in out.splitlines() if l.strip()[:1].isdigit() and l.strip()[-3:-2]==':']
+
+# ------------------------------------------------------------ runs
+def test_a_shell_and_a_fresh_process(here):
+    (here.parent/'entry.py').write_text(ENTRY)
+    p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', '2'], capture_output=True, text=True)
+    assert p.returncode==0 and p.stderr==''
+    assert 'train_loss' in p.stdout and '█' not in p.stdout and [f.name for f in here.iterdir()]==['sparsefast_digits.pkl']
+    rows = table(p.stdout)
+    assert [r[0] for r in rows.values()]==['32x1x3x3', '64x32x3x3', '128x64x3x3', '10x128', '']
+    total = rows.pop('total')
+    assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==0.9
+    assert all(abs(r[3]-r[4])<1e-3 and abs(r[3]-(1-r[2]/r[1]))<1e-4 for r in rows.values())
+    sparse,dense = accuracies(p.stdout)
+    assert sparse>70 and dense>70
+    load = next(l for l in p.stdout.splitlines() if l.startswith('to load: '))[len('to load: '):]
+    use = f'''{load}
+from sklearn.datasets import load_digits
+from sparsefast.masks import sparse_params
+import torch
+d = load_digits()
+assert sum(learn.predict(d.images[i])[0]==str(d.target[i]) for i in range(50))>=35
+masks = sparse_params(learn.model)
+assert len(masks)==2
+with torch.no_grad():
+    for p,_,_ in masks: p.fill_(1.)
+    learn.model.eval()(torch.zeros(1, 1, 8, 8))
+assert all((p[~m]==0).all() and (p[m]==1).all() for p,m,_ in masks)
+'''
+    q = subprocess.run([sys.executable, '-W', 'ignore', '-c', use], capture_output=True, text=True)
+    assert q.returncode==0, q.stderr
+
+def test_nothing_is_pickled_by_value(command, here):
+    import zipfile
+    assert command('--epochs 1 --arch mlp --bs 256')[0]==0
+    with zipfile.ZipFile('sparsefast_digits.pkl') as z: pickled = z.read(next(n for n in z.namelist() if n.endswith('data.pkl')))
+    assert b'sparsefast.masks' in pickled and b'_make_function' not in pickled
+
+@pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl'])
+def test_methods(command, load, method):
+    code,out,err = command(f'--arch mlp --method {method} --epochs 2 --bs 128 --out m.pkl')
+    assert (code,err)==(0, '') and f'sparse ({method})' in out and table(out)['total'][3]==0.9
+    assert ('masks change every' in out)==(method!='static')
+    start = cli.prepare(**cli.check_args('digits', 'mlp', method, 0.9, 'erk', 2, None, 128, None, None, 42, 'n.pkl'))[1]
+    before,after = ({k: v for k,v in m.state_dict().items() if k.endswith('_mask')} for m in (start, load('m.pkl').model))
+    assert before.keys()==after.keys() and len(before)==3
+    assert all(torch.equal(before[k], after[k]) for k in before)==(method=='static')
+    same_counts = all(before[k].sum()==after[k].sum() for k in before)
+    assert same_counts or method=='snfs'
+
+def test_dense_has_no_twin_and_no_table(command, load):
+    code,out,err = command('--arch mlp --method dense --epochs 1')
+    assert (code,err)==(0, '') and 'twin' not in out and 'layer ' not in out and len(accuracies(out))==1
+    assert not list(masked_params(load('sparsefast_digits.pkl').model))
+
+@pytest.mark.parametrize('dist, expect', dict(uniform=[0.8]*4, first_dense=[0, 0.8, 0.8, 0.8], erk=None).items())
+def test_dists(command, dist, expect):
+    code,out,err = command(f'--epochs 1 --bs 256 --sparsity 0.8 --dist {dist}')
+    rows = list(table(out).values())
+    assert (code,err)==(0, '')
+    if expect: assert [round(r[4], 4) for r in rows[:-1]]==expect
+    else:      assert abs(rows[-1][3]-0.8)<1e-3 and rows[2][3]>rows[1][3]>0.5 and rows[0][3]==0
+
+def test_the_twin_differs_by_its_masks_only(command):
+    _,out,_ = command('--epochs 2 --sparsity 0 --method rigl --bs 256')
+    a,b = last_epochs(out)[:2],last_epochs(out)[2:]
+    assert len(a)==len(b)==2 and [r[:4] for r in a]==[r[:4] for r in b]
+
+def test_same_seed_same_result(command, load):
+    out,state = {},{}
+    for name,seed in dict(a=1, b=1, c=2).items():
+        assert command(f'--arch mlp --method set --epochs 2 --bs 256 --seed {seed} --out {name}.pkl')[0]==0
+        state[name] = load(f'{name}.pkl').model.state_dict()
+    same = lambda a,b: all(torch.equal(v, state[b][k]) for k,v in state[a].items())
+    assert same('a', 'b') and not same('a', 'c')
+
+def test_an_interval_too_short_is_a_line_of_warning(command):
+    code,out,err = command('--arch mlp --epochs 1 --every 3')
+    assert code==0 and 'masks change every 3 steps' in out
+    assert len(err.splitlines())==1 and err.startswith('warning: updates take the place of 25%')
+
+def test_update_every():
+    assert cli.update_every(cli.RigL_presets, 330)==10 and cli.update_every(cli.RigL_presets, 2000)==50
+    assert cli.update_every(cli.RigL_presets, 10**6)==100 and cli.update_every(cli.SET_presets, 330) is None
+
+# ------------------------------------------------------------ images in folders
+def test_folder_with_a_seeded_split(command, load, here):
+    folder(here.parent/'pets')
+    code,out,err = command(f'--data {here.parent}/pets --epochs 1 --size 16 --every 10')
+    assert (code,err)==(0, '') and '16 images to train on and 4 to validate on, 16x16, 2 classes' in out
+    learn = load('sparsefast_pets.pkl')
+    assert list(learn.dls.vocab)==['cat', 'dog'] and learn.predict(here.parent/'pets'/'cat'/'0.png')[0] in ('cat', 'dog')
+
+def test_folder_with_train_and_valid(here):
+    folder(here/'train', n=6)
+    folder(here/'valid', n=3, start=100)
+    dls = cli.get_dls('.', 16, 3)
+    assert {f.parent.parent.name for f in dls.train.items}=={'train'} and {f.parent.parent.name for f in dls.valid.items}=={'valid'}
+    assert (len(dls.train.items),len(dls.valid.items))==(12, 6)
+
+def test_split_depends_on_the_seed(here):
+    folder(here, n=12, side=8)
+    valid = [sorted(cli.image_files(here, seed)[1]) for seed in (1, 1, 2)]
+    assert valid[0]==valid[1]!=valid[2]
+
+def test_resnet18_on_a_folder(command, load, here):
+    folder(here/'pets', n=6)
+    code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
+    assert (code,err)==(0, '') and len(table(out))==22 and table(out)['total'][3]==0.9
+    assert all((p[~mask]==0).all() for *_,p,mask in masked_params(load('r.pkl').model))
+
+# ------------------------------------------------------------ Fashion-MNIST and MNIST
+def test_fashion_reads_idx_files(here, monkeypatch):
+    rng = np.random.default_rng(0)
+    images,labels = rng.integers(0, 256, (30, 28, 28)),np.arange(30)%10
+    monkeypatch.setattr(cli, 'fashion_path', here)
+    for part,s in dict(train=slice(20), t10k=slice(20, 30)).items():
+        idx(here/f'{part}-images-idx3-ubyte.gz', images[s])
+        idx(here/f'{part}-labels-idx1-ubyte.gz', labels[s])
+    items,valid,classes,_ = cli.fashion_source(28, 1, 0)
+    assert list(valid)==list(range(20, 30)) and len(classes)==10
+    assert all((a==b).all() and l==cli.fashion_classes[i] for (a,l),b,i in zip(items, images, labels))
+    assert cli.get_dls('fashion', 32, 3, 8).one_batch()[0].shape==(8, 3, 32, 32)
+
+def test_fashion_missing(command, here, monkeypatch):
+    monkeypatch.setattr(cli, 'fashion_path', here/'nowhere')
+    code,out,err = command('--data fashion')
+    assert code==2 and len(err.splitlines())==1 and 'apt-get install dataset-fashion-mnist' in err and not list(here.iterdir())
+
+def test_mnist(command, here, monkeypatch):
+    def offline(url): raise OSError('no route to host')
+    monkeypatch.setattr(cli, 'untar_data', offline)
+    code,out,err = command('--data mnist')
+    assert code==2 and len(err.splitlines())==1 and 'no route to host' in err and not list(here.iterdir())
+    folder(here/'training', n=6, side=20)
+    folder(here/'testing', n=2, side=20, start=50)
+    monkeypatch.setattr(cli, 'untar_data', lambda url: here)
+    dls = cli.get_dls('mnist', 28)
+    assert dls.one_batch()[0].shape==(12, 1, 28, 28) and {f.parent.parent.name for f in dls.valid.items}=={'testing'}
+
+# ------------------------------------------------------------ wrong values
+BAD = {
+    '--data nothing': "'nothing'", '--data digit': 'did you mean digits', '--data empty': 'no images', '--data one': "one class, 'cat'", '--data broken': '9.png',
+    '--data tiny': 'validate', '--arch resnet81': 'did you mean', '--arch vit_b_16': 'try --size 224', '--arch x': "'x'",
+    '--method rigel': 'did you mean rigl', '--dist erdos': 'uniform, first_dense, erk',
+    '--sparsity 1.1': '1.1', '--sparsity -0.1': '-0.1', '--sparsity nan': 'nan', '--sparsity high': "'high'",
+    '--epochs 0': 'not 0', '--epochs 1.5': '1.5', '--epochs abc': "'abc'", '--bs 0': 'bs', '--bs many': "'many'", '--bs 5000': '1438', '--every 0': 'every',
+    '--every 2.5': '2.5', '--every x': "'x'", '--lr 0': 'above 0', '--lr -1': '-1', '--lr inf': 'inf', '--lr slow': "'slow'", '--seed -1': '-1', '--seed s': "'s'",
+    '--size 0': 'size', '--out no/where.pkl': 'no', '--out empty': 'folder', '--out /proc/x.pkl': '/proc/x.pkl', '--sparsty 0.9': 'did you mean --sparsity', 'digits': "'digits'"}
+
+def layout(path): return sorted(str(f.relative_to(path)) for f in path.rglob('*'))
+
+@pytest.mark.parametrize('args, says', BAD.items(), ids=list(BAD))
+def test_wrong_values(command, here, args, says):
+    (here/'empty').mkdir()
+    folder(here/'one', ['cat'], n=2)
+    folder(here/'tiny', n=1)
+    folder(here/'broken')
+    (here/'broken'/'cat'/'9.png').write_bytes(b'no image')
+    before = layout(here)
+    code,out,err = command(args)
+    assert code==2 and out=='' and layout(here)==before
+    assert len(err.splitlines())==1 and err.startswith('sparsefast_train: ') and says in err and 'Traceback' not in err
+
+def test_wrong_value_in_a_shell(here):
+    (here.parent/'entry.py').write_text(ENTRY)
+    p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', 'abc'], capture_output=True, text=True)
+    assert (p.returncode,p.stdout)==(2, '') and p.stderr=="sparsefast_train: epochs must be a whole number, 1 or more, not 'abc'\n" and not list(here.iterdir())
+
+def test_wrong_value_in_python(here):
+    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, not 'rigel'"): cli.sparsefast_train(method='rigel')
+    assert not list(here.iterdir())
+
+def test_unknown_arch_without_timm(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    code,_,err = command('--arch resnet81')
+    assert code==2 and 'pip install timm' in err and len(err.splitlines())==1
+
+def test_timm(here):
+    pytest.importorskip('timm')
+    model = cli.zoo('resnet10t')(num_classes=7)
+    assert model(torch.zeros(2, 3, 32, 32)).shape==(2, 7)
+
+def test_interrupt(command, here, monkeypatch):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'fit', stop)
+    code,out,err = command('--epochs 1')
+    assert code==130 and err=='sparsefast_train: interrupted, nothing saved\n' and not list(here.iterdir())
+
+def test_help(command):
+    code,out,err = command('--help')
+    assert (code,err)==(0, '') and all(f'--{o} ' in out for o in OPTIONS)
+
+def test_imports_without_vision():
+    "The default run needs neither torchvision nor fastai.vision"
+    code = "import sys; sys.modules['torchvision'] = sys.modules['fastai.vision'] = None; from sparsefast import cli; dls = cli.get_dls('digits', 8); cli.get_model('convnet', dls, 8, 1)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr==''

@@ -1,0 +1,200 @@
+"Masks: exact counts, exact selection, the naming convention"
+import math
+import pytest, torch
+from hypothesis import given, strategies as st
+from torch import nn
+import reference
+from helpers import mlp
+from sparsefast.masks import *
+
+shapes = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
+sparsities = st.floats(0, 1)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
+
+# ------------------------------------------------------------ making masks
+@given(shapes, sparsities)
+def test_count_is_exact(shape, sparsity):
+    mask = sparse_mask(shape, sparsity)
+    assert mask.dtype==torch.bool and mask.shape==shape
+    assert int(mask.sum())==round((1-sparsity)*math.prod(shape))==n_active(math.prod(shape), sparsity)
+
+@pytest.mark.parametrize('sizes,sparsity,ones', [((10,5),.8,10), ((30,4),.5,60), ((1,2,1,4),.8,2), ((30,),.1,27), (10,.3,7),
+                                                 (torch.Size([4,5]),0,20), ((4,5),1,0), ((0,3),.5,0), ((),0,1)], ids=str)
+def test_counts(sizes, sparsity, ones):
+    mask = sparse_mask(sizes, sparsity)
+    assert mask.sum()==ones and mask.shape==torch.zeros(sizes).shape
+
+def test_seed_fixes_the_mask():
+    draw = lambda seed: (torch.manual_seed(seed), sparse_mask((20,20), .7))[1]
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+    gen = lambda seed: sparse_mask((20,20), .7, generator=torch.Generator().manual_seed(seed))
+    before = torch.get_rng_state()
+    assert torch.equal(gen(3), gen(3)) and not torch.equal(gen(3), gen(4)) and torch.equal(before, torch.get_rng_state())
+
+def test_every_position_is_equally_likely():
+    n,s = 4000,.75
+    freq = torch.stack([sparse_mask((4,5), s) for _ in range(n)]).float().mean(0)
+    assert (freq-(1-s)).abs().max() < 5*math.sqrt(s*(1-s)/n)
+    pairs = torch.stack([sparse_mask(4, .5) for _ in range(n)]).float()                   # each of the six pairs
+    together = (pairs.T@pairs/n)[~torch.eye(4, dtype=torch.bool)]
+    assert (together-1/6).abs().max() < 5*math.sqrt(5/36/n)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_same_mask_for_every_dtype(dtype):
+    like = lambda dt: (torch.manual_seed(1), sparse_mask_like(torch.ones(7,9, dtype=dt), .6))[1]
+    assert torch.equal(like(dtype), like(torch.float32)) and like(dtype).dtype==torch.bool
+
+def test_mask_like_takes_shape_and_device(): assert sparse_mask_like(torch.empty(3,4, device='meta'), .5).device.type=='meta'
+
+# ------------------------------------------------------------ selection
+values = st.sampled_from([0., -0., 1., -1., .5, 2., math.inf, -math.inf, 1e-30, 3e4])
+
+@given(st.data(), st.lists(values, min_size=1, max_size=40), st.sampled_from(DTYPES[:4]))
+def test_top_k_equals_reference(data, scores, dtype):
+    t = torch.tensor(scores, dtype=dtype)
+    k = data.draw(st.integers(0, len(scores)))
+    assert set(top_k_mask(t, k).nonzero().flatten().tolist())==reference.top_k(t.double().tolist(), k)
+
+@given(st.data(), st.lists(st.floats(-5, 5, width=16) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=30))
+def test_top_k_among_equals_reference(data, scores):
+    among = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    k = data.draw(st.integers(0, int(among.sum())))
+    mask = top_k_mask(torch.tensor(scores), k, among=among)
+    assert not (mask & ~among).any()
+    assert set(mask.nonzero().flatten().tolist())==reference.top_k(scores, k, among.nonzero().flatten().tolist())
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('k', range(0, 13, 3))
+def test_top_k_dtypes(dtype, k):
+    t = torch.tensor([[1,0,1,0],[0,1,1,1],[0,0,1,1]]).to(dtype)
+    mask = top_k_mask(t, k)
+    assert mask.dtype==torch.bool and mask.shape==t.shape
+    assert set(mask.flatten().nonzero().flatten().tolist())==reference.top_k(t.flatten().tolist(), k)
+
+@pytest.mark.parametrize('fill', [0., math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize('k', [0,1,5,11,12])
+def test_top_k_all_equal_takes_the_first(fill, k):
+    assert top_k_mask(torch.full((3,4), fill), k).flatten().tolist()==[True]*k+[False]*(12-k)
+
+def test_top_k_ties_at_size(n=5000):
+    "Sizes at which `topk` changes its algorithm"
+    t = torch.randint(4, (n,)).float()
+    for k in (1, n//3, n-1): assert set(top_k_mask(t, k).nonzero().flatten().tolist())==reference.top_k(t.tolist(), k)
+
+def test_top_k_ranks_nan_last(nan=math.nan, inf=math.inf):
+    assert top_k_mask(torch.tensor([nan, 1., -5., nan, 0.]), 3).tolist()==[False,True,True,False,True]
+    assert top_k_mask(torch.tensor([nan, 1., -5., nan, 0.]), 4).tolist()==[True,True,True,False,True]
+    assert top_k_mask(torch.tensor([nan, inf, -5.]), 1).tolist()==[False,True,False]
+
+def test_top_k_ranks_nan_behind_minus_infinity():
+    assert top_k_mask(torch.tensor([math.nan, -math.inf, 1.]), 2).tolist()==[False,True,True]
+
+def test_top_k_non_contiguous():
+    t = torch.randn(6,5).T
+    assert torch.equal(top_k_mask(t, 7), top_k_mask(t.contiguous(), 7))
+    assert torch.equal(top_k_mask(t[::2,1:4], 4), top_k_mask(t[::2,1:4].contiguous(), 4))
+    among = (torch.arange(30).view(6,5)%2==0).T
+    assert torch.equal(top_k_mask(t, 7, among=among), top_k_mask(t.contiguous(), 7, among=among.contiguous()))
+
+def test_top_k_leaves_its_input_alone():
+    t = nn.Parameter(torch.tensor([1., math.nan, 3.]))
+    mask = top_k_mask(t, 2)
+    assert not mask.requires_grad and t[1].isnan() and t.grad is None
+
+# ------------------------------------------------------------ the naming convention
+def mask_of(*ones, shape): return torch.zeros(shape, dtype=torch.bool).flatten().index_fill(0, torch.tensor(ones), True).view(shape)
+
+def test_maybe_float():
+    assert (maybe_float(3), maybe_float('0.5'), maybe_float(torch.tensor(.25))) == (3., .5, .25)
+    assert isinstance(maybe_float(3), float) and maybe_float(None) is None and maybe_float('uniform')=='uniform'
+    two = torch.ones(2)
+    assert maybe_float(two) is two
+
+def test_sparse_params_in_order_of_named_parameters():
+    model = nn.Sequential(nn.Linear(2,3), nn.Sequential(nn.Conv2d(3,2,1), nn.LSTM(2,2)), nn.Linear(3,2))
+    for name in reversed([n for n,_ in model.named_parameters()]):
+        owner,n = model.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]
+        owner.register_buffer(f'{n}_mask', torch.ones_like(getattr(owner, n), dtype=torch.bool))
+    model[0].register_buffer('weight_sparsity', torch.tensor(.5))
+    found = sparse_params(model)
+    assert [id(p) for p,*_ in found]==[id(p) for p in model.parameters()]
+    assert found[0][2]==.5 and isinstance(found[0][2], float) and all(s is None for *_,s in found[1:])
+
+def test_sparse_params_of_one_layer_with_bias_mask():
+    m = nn.Linear(3,2)
+    m.register_buffer('bias_mask', torch.tensor([True,False]))
+    (p,mask,s), = sparse_params(m)
+    assert p is m.bias and mask is m.bias_mask and s is None and sparse_params(nn.Linear(3,2))==[]
+
+def test_tied_parameters_are_listed_once():
+    a,b = nn.Linear(3,3),nn.Linear(3,3)
+    b.weight = a.weight
+    for m in (a,b): m.register_buffer('weight_mask', mask_of(0,4, shape=(3,3)))
+    assert len(sparse_params(nn.Sequential(a, b, a)))==1
+
+def test_missing_parameter_and_stray_buffers_are_no_masks():
+    m = nn.Linear(3,2, bias=False)
+    m.register_buffer('bias_mask', torch.ones(2, dtype=torch.bool))
+    m.register_buffer('other_mask', torch.ones(2, dtype=torch.bool))
+    m.register_buffer('weight_mask', None)
+    assert sparse_params(m)==[]
+
+@pytest.mark.parametrize('inplace', [True,False])
+def test_apply_masks(inplace):
+    model = mlp(4,5,2)
+    model[0].register_buffer('weight_mask', mask_of(1,7,12, shape=(5,4)))
+    model[0].register_buffer('bias_mask', mask_of(2, shape=5))
+    before = {n: (p, p.data_ptr(), p.detach().clone()) for n,p in model.named_parameters()}
+    apply_masks(model, inplace=inplace)
+    for n,p in model.named_parameters():
+        was,ptr,old = before[n]
+        mask = getattr(model[0], n[2:]+'_mask') if n[0]=='0' else torch.ones_like(p, dtype=torch.bool)
+        assert p is was and p.requires_grad and p.grad_fn is None and torch.equal(p, old*mask)
+        assert (p.data_ptr()==ptr)==(inplace or n[0]!='0')
+
+def test_apply_masks_not_in_place_leaves_the_old_data():
+    m = nn.Linear(3,3)
+    m.register_buffer('weight_mask', mask_of(4, shape=(3,3)))
+    old,copy = m.weight.data,m.weight.data.clone()
+    apply_masks(m, inplace=False)
+    assert torch.equal(old, copy) and m.weight.count_nonzero()==1
+
+@pytest.mark.parametrize('junk', [7., math.inf, math.nan], ids=str)
+def test_apply_masks_as_pre_hook(junk):
+    m = nn.Linear(3,3)
+    m.register_buffer('weight_mask', mask_of(0,4,8, shape=(3,3)))
+    m.register_forward_pre_hook(apply_masks)
+    with torch.no_grad(): m.weight[0,1] = junk
+    y = m(torch.ones(1,3))
+    assert m.weight[0,1]==0 and y.isfinite().all()
+    y.sum().backward()
+    assert m.weight.grad.count_nonzero()==9                                              # the gradient stays dense
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.complex64], ids=str)
+def test_apply_masks_keeps_dtype(dtype):
+    m = nn.Linear(4,4, dtype=dtype)
+    m.register_buffer('weight_mask', mask_of(0,5, shape=(4,4)))
+    for inplace in (True,False):
+        apply_masks(m, inplace=inplace)
+        assert m.weight.dtype==dtype and m.weight.count_nonzero()==2
+
+# ------------------------------------------------------------ which modules
+YES = [nn.Linear(2,2), nn.Conv1d(2,2,1), nn.Conv2d(2,2,1), nn.Conv3d(2,2,1), nn.ConvTranspose1d(2,2,1), nn.ConvTranspose2d(2,2,1), nn.ConvTranspose3d(2,2,1)]
+NO  = [nn.BatchNorm2d(2), nn.LayerNorm(2), nn.Embedding(2,2), nn.LSTM(2,2), nn.ReLU(), nn.Sequential(nn.Linear(2,2))]
+
+@pytest.mark.parametrize('m,yes', [(m,True) for m in YES]+[(m,False) for m in NO], ids=lambda o: type(o).__name__)
+def test_is_sparseable_module(m, yes): assert is_sparseable_module(m) is yes
+
+def test_sparseable_modules_in_order_in_any_container():
+    a,b,c,d,e = nn.Linear(2,2),nn.Conv2d(2,2,1),nn.ConvTranspose2d(2,2,1),nn.Embedding(3,2),nn.Linear(2,2)
+    model = nn.Sequential(nn.ModuleDict(dict(x=nn.ModuleList([a, nn.ReLU()]), y=nn.Sequential(nn.Sequential(b), nn.BatchNorm2d(2)))), d, c, e, a)
+    same = lambda found, *expected: [id(m) for m in found]==[id(m) for m in expected]
+    assert same(sparseable_modules(model), a, b, c, e)
+    assert same(sparseable_modules(model, additional_types=[nn.Embedding, nn.BatchNorm2d]), a, b, model[0]['y'][1], d, c, e)
+    assert same(sparseable_modules(model), a, b, c, e)                                   # nothing remembered
+    assert same(sparseable_modules(a), a) and sparseable_modules(nn.ReLU())==[]
+    assert is_sparseable_module(d, additional_types=[nn.Embedding]) and not is_sparseable_module(d)
+
+def test_subclasses_are_sparseable():
+    class Mine(nn.Linear): pass
+    assert is_sparseable_module(Mine(2,2)) and [type(m) for m in sparseable_modules(nn.MultiheadAttention(4,2))]==[type(nn.MultiheadAttention(4,2).out_proj)]

@@ -1,0 +1,109 @@
+"Scores: what they read, from which optimizer, and what they say they need"
+from functools import partial
+import pytest, torch
+from torch import nn
+from fastai import optimizer as fo
+from fastai.optimizer import OptimWrapper
+from sparsefast.scores import *
+
+to = torch.optim
+def stepped(opt_f, n=3):
+    "A parameter and its optimizer after `n` steps, and the gradients"
+    p = nn.Parameter(torch.randn(3,4, dtype=torch.float64))
+    opt,grads = opt_f([p]),[torch.randn(3,4, dtype=torch.float64) for _ in range(n)]
+    for g in grads:
+        p.grad = g.clone()
+        opt.step()
+    return p,opt,grads
+
+def average(grads, beta, weight):
+    v = torch.zeros_like(grads[0])
+    for g in grads: v = beta*v + weight*g
+    return v
+
+def ratio(grads, b1, b2): return average(grads, b1, 1-b1).abs()/(average([g*g for g in grads], b2, 1-b2).sqrt()+1e-8)
+def wrap(f): return lambda ps: OptimWrapper(ps, opt=f)
+
+heavy_ball = lambda gs: average(gs, .9, 1.).abs()
+CASES = dict(
+    fastai_sgd      = (partial(fo.SGD, lr=.1, mom=.9), heavy_ball),
+    fastai_adam     = (partial(fo.Adam, lr=.1), lambda gs: ratio(gs, .9, .99)),
+    fastai_rmsprop  = (partial(fo.RMSProp, lr=.01, mom=.9), lambda gs: average(gs, .9, 1.).abs()/(average([g*g for g in gs], .99, .01).sqrt()+1e-8)),
+    torch_sgd       = (partial(to.SGD, lr=.1, momentum=.9), heavy_ball),
+    torch_nesterov  = (partial(to.SGD, lr=.1, momentum=.9, nesterov=True), heavy_ball),
+    torch_adam      = (partial(to.Adam, lr=.1), lambda gs: ratio(gs, .9, .999)),
+    torch_adamw     = (partial(to.AdamW, lr=.1, betas=(.8,.99)), lambda gs: ratio(gs, .8, .99)),
+    wrapped_sgd     = (wrap(partial(to.SGD, lr=.1, momentum=.9)), heavy_ball),
+    wrapped_adam    = (wrap(partial(to.Adam, lr=.1)), lambda gs: ratio(gs, .9, .999)),
+    lookahead_sgd   = (lambda ps: fo.Lookahead(fo.SGD(ps, lr=.1, mom=.9)), heavy_ball),
+    ranger          = (partial(fo.ranger, lr=.1), lambda gs: ratio(gs, .95, .99)))
+
+@pytest.mark.parametrize('opt_f,expected', CASES.values(), ids=CASES)
+def test_gradient_momentum(opt_f, expected):
+    p,opt,grads = stepped(opt_f)
+    score = gradient_momentum(p, opt=opt, mask=None, step=1, pct=0., generator=None)
+    torch.testing.assert_close(score, expected(grads), rtol=1e-4, atol=1e-8)             # fastai's decay sums in another order
+    assert (score>=0).all() and score.shape==p.shape and keeps_momentum(opt)
+
+def test_torch_rmsprop_buffer_is_divided_already():
+    p,opt,grads = stepped(partial(to.RMSprop, lr=.01, momentum=.9))
+    assert torch.equal(gradient_momentum(p, opt=opt), opt.state[p]['momentum_buffer'].abs())
+
+def test_momentum_is_that_of_the_parameter_asked_for():
+    a,b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = to.SGD([dict(params=[a]), dict(params=[b])], lr=1, momentum=.9)
+    a.grad,b.grad = torch.tensor([1.,-2.]),torch.tensor([3.,4.])
+    opt.step()
+    assert gradient_momentum(a, opt).tolist()==[1,2] and gradient_momentum(b, opt).tolist()==[3,4]
+
+NO_MOMENTUM = dict(fastai_sgd=partial(fo.SGD, lr=.1), fastai_rmsprop=partial(fo.RMSProp, lr=.1), torch_sgd=partial(to.SGD, lr=.1), 
+                   torch_rmsprop=partial(to.RMSprop, lr=.1), torch_adagrad=partial(to.Adagrad, lr=.1), wrapped_sgd=wrap(partial(to.SGD, lr=.1)))
+@pytest.mark.parametrize('opt_f', NO_MOMENTUM.values(), ids=NO_MOMENTUM)
+def test_no_momentum_says_what_to_set(opt_f):
+    p,opt,_ = stepped(opt_f)
+    assert not keeps_momentum(opt)
+    with pytest.raises(ValueError, match=r'keeps no momentum.*mom=0\.9.*momentum=0\.9'): gradient_momentum(p, opt=opt)
+
+@pytest.mark.parametrize('opt_f', [c[0] for c in CASES.values()], ids=CASES)
+def test_momentum_before_the_first_step(opt_f):
+    p,opt,_ = stepped(opt_f, n=0)
+    assert keeps_momentum(opt) and momentum(p, opt) is None and dict(opt_state(opt, p))=={}
+    with pytest.raises(ValueError, match=r'not yet stepped.*\(3, 4\)'): gradient_momentum(p, opt=opt)
+
+@pytest.mark.parametrize('opt_f', [CASES[k][0] for k in ('torch_adam','wrapped_adam','fastai_adam','ranger')], ids=['torch','wrapped','fastai','ranger'])
+def test_opt_state_is_the_state_itself(opt_f):
+    p,opt,_ = stepped(opt_f)
+    first = momentum(p, opt)[0]
+    first.zero_()
+    assert gradient_momentum(p, opt).count_nonzero()==0 and any(v is first for v in opt_state(opt, p).values())
+
+def test_magnitudes():
+    p = nn.Parameter(torch.tensor([[1.,-2.],[0.,-.5]], dtype=torch.bfloat16))
+    assert weight_magnitude(p, opt=None, mask=None).tolist()==[[1,2],[0,.5]] and weight_magnitude(p).dtype==torch.bfloat16
+    with pytest.raises(ValueError, match=r'\(2, 2\) has no gradient'): gradient_magnitude(p)
+    p.grad = -p.detach()
+    assert gradient_magnitude(p, step=3).tolist()==[[1,2],[0,.5]]
+    for f in (weight_magnitude, gradient_magnitude): assert not f(p).requires_grad
+    assert p.tolist()==[[1,-2],[0,-.5]]
+
+def test_random_score():
+    p,gen = nn.Parameter(torch.zeros(40,50)),lambda s: torch.Generator().manual_seed(s)
+    a,before = random_score(p, generator=gen(1)),torch.get_rng_state()
+    assert torch.equal(a, random_score(p, generator=gen(1), opt=None)) and not torch.equal(a, random_score(p, generator=gen(2)))
+    assert torch.equal(before, torch.get_rng_state())                                    # the global generator is left alone
+    assert a.shape==p.shape and 0<=a.min() and a.max()<1 and abs(a.mean()-.5)<.03 and a.unique().numel()>1990
+
+def test_what_scores_need():
+    needs = lambda f: (f.needs_grad, getattr(f, 'needs_momentum', False))
+    assert {f.__name__: needs(f) for f in (random_score, weight_magnitude, gradient_magnitude, gradient_momentum)} == dict(
+        random_score=(False,False), weight_magnitude=(False,False), gradient_magnitude=(True,False), gradient_momentum=(False,True))
+
+def test_inner_opt():
+    p = nn.Parameter(torch.ones(2))
+    sgd = fo.SGD([p], lr=.1)
+    assert inner_opt(sgd) is sgd and inner_opt(fo.Lookahead(sgd)) is sgd
+    w = OptimWrapper([p], opt=partial(to.SGD, lr=.1))
+    assert isinstance(inner_opt(w), to.SGD)
+    class Accelerated:                                                                   # accelerate's wrapper keeps it in `optimizer`
+        def __init__(self, o): self.optimizer = o
+    assert inner_opt(Accelerated(w)) is inner_opt(w)
