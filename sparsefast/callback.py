@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DynamicSparseTrainingCallback']
 
-# %% ../nbs/06_callback.ipynb #ea40ea16
+# %% ../nbs/06_callback.ipynb #26dd6e36
 from dataclasses import replace
 import math
 from fastcore.basics import patch
@@ -14,7 +14,6 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from .distributions import uniform_sparsity
-from .masks import apply_masks
 from .methods import DSTMethod
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model

@@ -155,7 +155,7 @@ def fashion_source(size, channels, seed):
     labels = [fashion_classes[i] for i in np.concatenate([y, y_test])]
     return array_source(np.concatenate([x, x_test]), labels, range(len(x), len(labels)), size, channels)
 
-# %% ../nbs/20_cli.ipynb #3646344e
+# %% ../nbs/20_cli.ipynb #b3e76af5
 def _in_classes(path): return get_image_files(path).filter(lambda f: len(f.relative_to(path).parts)==2)
 
 def image_files(
@@ -168,7 +168,8 @@ def image_files(
     files = train+valid if train or valid else _in_classes(path)
     if len(files)<2: raise ValueError(f"data '{path}' has no images in it: one folder of images for each class is needed")
     if valid and not train: raise ValueError(f"data '{path}' has images in {names[1]}, but none in {names[0]}")
-    if len(set(map(parent_label, files)))<2: raise ValueError(f"data '{path}' has one class, {parent_label(files[0])!r}: at least two are needed, a folder of images each")
+    if len(set(map(parent_label, files)))<2:
+        raise ValueError(f"data '{path}' has one class, {parent_label(files[0])!r}: at least two are needed, a folder of images each")
     return files, range(len(train), len(files)) if valid else RandomSplitter(seed=seed)(files)[1]
 
 # %% ../nbs/20_cli.ipynb #2eb1bbbc
@@ -188,7 +189,7 @@ def mnist_source(size, channels, seed):
     except Exception as e: raise ValueError(f"data mnist cannot be downloaded from {URLs.MNIST}: {e}") from None
     return folder_source(path, size, channels, seed, ('training', 'testing'))
 
-# %% ../nbs/20_cli.ipynb #b5dee947
+# %% ../nbs/20_cli.ipynb #55261062
 sources = dict(digits=digits_source, fashion=fashion_source, mnist=mnist_source)
 
 def get_dls(
@@ -206,15 +207,16 @@ def get_dls(
     if not n_valid: raise ValueError(f"data '{data}' has only {n} images: none is left to validate on")
     if bs and bs>n: raise ValueError(f"bs must be at most the number of training images, {n}, not {bs}")
     block = DataBlock(blocks=(kw.pop('block'), CategoryBlock(vocab=classes)), get_items=lambda data: items, splitter=IndexSplitter(valid), **kw)
-    return block.dataloaders(data, bs=bs or min(64, n), num_workers=0 if n<2000 else None)      # `None` is a worker for each core, which take a while to start
+    return block.dataloaders(data, bs=bs or min(64, n), num_workers=0 if n<2000 else None) # `None`: one for each core
 
-# %% ../nbs/20_cli.ipynb #dc6ca1d0
+# %% ../nbs/20_cli.ipynb #84be8137
 def convnet(
     channels:int, # 1 or 3
     n_out:int, # Number of classes
 )->nn.Module:
     "Three convolutions with batch normalisation, and a linear layer: 93 thousand weights"
-    return nn.Sequential(ConvLayer(channels, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
+    return nn.Sequential(ConvLayer(channels, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2),
+                         nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
 
 def mlp(
     n_in:int, # Pixels, times channels
@@ -223,7 +225,7 @@ def mlp(
     "LeNet-300-100: two hidden layers"
     return nn.Sequential(Flatten(), nn.Linear(n_in, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_out))
 
-# %% ../nbs/20_cli.ipynb #f2249409
+# %% ../nbs/20_cli.ipynb #315fdd5e
 nets = ('convnet', 'mlp')
 
 def zoo(
@@ -232,7 +234,8 @@ def zoo(
     "Look a model up in torchvision and timm, untrained; a `ValueError` if neither knows it"
     from torchvision import models
     names = models.list_models(module=models)
-    if arch in names: return partial(models.get_model, arch, weights=None, **(dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {}))
+    kw = dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {}
+    if arch in names: return partial(models.get_model, arch, weights=None, **kw)
     try: import timm
     except ImportError: timm = None
     if timm and timm.is_model(arch): return partial(timm.create_model, arch, pretrained=False)
@@ -240,7 +243,7 @@ def zoo(
     close = did_you_mean(arch, [*nets, *names, *(timm.list_models() if timm else [])])
     raise ValueError(f"arch must be {', '.join(nets)} or a model of torchvision or timm, not '{arch}'{close}{hint}")
 
-# %% ../nbs/20_cli.ipynb #cae55cda
+# %% ../nbs/20_cli.ipynb #890fc8e7
 def dry_run(
     model:nn.Module, # Not changed
     dls, # Gives the batch
@@ -253,7 +256,8 @@ def dry_run(
         if getattr(out, 'shape', None)!=(len(x), dls.c): raise RuntimeError(f'its output is not {len(x)} x {dls.c} scores')
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"arch {name} cannot take a batch of {' x '.join(map(str, x.shape))}: {'try --size 224' if x.shape[-1]<224 else 'try another --size'} ({reason})") from None
+        hint = 'try --size 224' if x.shape[-1]<224 else 'try another --size'
+        raise ValueError(f"arch {name} cannot take a batch of {' x '.join(map(str, x.shape))}: {hint} ({reason})") from None
 
 def get_model(
     arch:str, # convnet, mlp, or a model of torchvision or timm
@@ -332,7 +336,7 @@ def layer_table(
     width = [max(map(len, col)) for col in zip(*cells)]
     return '\n'.join('  '.join(c.ljust(w) if i<2 else c.rjust(w) for i,(c,w) in enumerate(zip(row, width))) for row in cells)
 
-# %% ../nbs/20_cli.ipynb #27f113b7
+# %% ../nbs/20_cli.ipynb #e7420751
 def default_size(data, arch):
     "Side of the images, in pixels"
     if data in sources: return 32 if arch not in nets else 8 if data=='digits' else 28
@@ -346,7 +350,7 @@ def check_args(data, arch, method, sparsity, dist, epochs, lr, bs, every, size, 
     return dict(data=data, arch=arch, method=method, dist=dist,
         sparsity = check_number('sparsity', sparsity, 0, 1, whole=False),
         epochs   = check_number('epochs', epochs, 1) or (15 if data=='digits' else 5),
-        lr       = check_number('lr', lr, math.ulp(0.), whole=False) or (1e-2 if arch=='convnet' else 3e-3 if arch=='mlp' else 1e-3),
+        lr       = check_number('lr', lr, math.ulp(0.), whole=False) or (1e-2 if arch in nets else 1e-3),
         bs=check_number('bs', bs, 1), every=check_number('every', every, 1), seed=check_number('seed', seed, 0, 2**32-1),
         size     = check_number('size', size, 1) or default_size(data, arch),
         out      = check_out(out or f'sparsefast_{data if data in sources else Path(data).resolve().name}.pkl'))
@@ -366,7 +370,7 @@ def prepare(
     kw = dict(batches_per_update=every or update_every(methods[method], epochs*len(dls.train)), seed=seed) if method!='static' else {}
     return dls, model, twin, make_sparse(model, method, sparsity, dist, **kw)
 
-# %% ../nbs/20_cli.ipynb #f8186bff
+# %% ../nbs/20_cli.ipynb #4d9f2f2d
 def describe(
     dls, # Data
     cbs:list, # Callbacks of the sparse training
@@ -375,9 +379,10 @@ def describe(
     "Two lines about a run"
     n_steps = epochs*len(dls.train)
     every = cbs[0].method.batches_per_update or len(dls.train) if cbs and method!='static' else None
-    return (f"{data}: {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} to validate on, {size}x{size}, {dls.c} classes\n"
-            f"{arch}, {method}" + (f", sparsity {sparsity:g} ({dist})" if method!='dense' else '') + f": {epochs} epochs, {n_steps:,} steps, learning rate {lr:g}"
-            + (f"; masks change every {every} steps" if every else ''))
+    sparse = f', sparsity {sparsity:g} ({dist})' if method!='dense' else ''
+    change = f'; masks change every {every} steps' if every else ''
+    return (f'{data}: {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} to validate on, {size}x{size}, {dls.c} classes\n'
+            f'{arch}, {method}{sparse}: {epochs} epochs, {n_steps:,} steps, learning rate {lr:g}{change}')
 
 def compare(dls, model, twin, cbs, method, epochs, lr, seed, out, **kwargs):
     "Train, train the dense twin too, print what came of it, and save; returns the learner"
@@ -417,7 +422,7 @@ def _console():
     warnings.showwarning = lambda message, *args, **kwargs: print(f'warning: {message}', file=sys.stderr)
     if not sys.stdout.isatty(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
 
-# %% ../nbs/20_cli.ipynb #6c3c979a
+# %% ../nbs/20_cli.ipynb #3d19d3fc
 @call_parse(nested=True)
 def sparsefast_train(
     data:str='digits', # digits, fashion, mnist, or a folder with a folder of images for each class
@@ -426,9 +431,9 @@ def sparsefast_train(
     sparsity:number=0.9, # Fraction of zeros in the weights, from 0 to 1
     dist:str='erk', # How layers share the sparsity: uniform, first_dense or erk
     epochs:number=None, # Passes over the data; by default 15 for digits, else 5
-    lr:number=None, # Highest learning rate of the one-cycle schedule; by default 0.01 for convnet, 0.003 for mlp, else 0.001
+    lr:number=None, # Highest learning rate of the one-cycle schedule; by default 0.01 for convnet and mlp, else 0.001
     bs:number=None, # Images in a batch; by default 64
-    every:number=None, # Optimizer steps between updates of the masks; by default the method's own, or less if training is short
+    every:number=None, # Optimizer steps between updates of the masks; by default the method's own, or fewer if training is short
     size:number=None, # Side of the images in pixels; by default their own for digits, fashion and mnist (32 for torchvision and timm), 64 or 128 for a folder
     seed:number=42, # Same seed, same result
     out:str=None, # File to save the trained model in; by default sparsefast_DATA.pkl

@@ -6,8 +6,8 @@
 __all__ = ['Static_presets', 'SET_presets', 'SNFS_presets', 'RigL_presets', 'cosine_anneal', 'drop_grow',
            'importance_redistribution', 'reset_state', 'DSTMethod']
 
-# %% ../nbs/05_methods.ipynb #354df1d4
-import difflib, math, random, warnings
+# %% ../nbs/05_methods.ipynb #13c6bb5c
+import difflib, inspect, math, random, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -76,7 +76,7 @@ def reset_state(
     for v in [*opt_state(opt, p).values(), *slow_weights(opt, p)]:
         if torch.is_tensor(v) and v.shape==p.shape: zero_masked_(v, ~where)
 
-# %% ../nbs/05_methods.ipynb #78142502
+# %% ../nbs/05_methods.ipynb #2b78c1ef
 def _attr(f, name, default):
     "Attribute of a score, seen through `partial`"
     return getattr(f, name, getattr(getattr(f, 'func', f), name, default))
@@ -101,6 +101,8 @@ class DSTMethod:
     def __repr__(self):
         val = lambda v: getattr(v, '__name__', v)
         return f"{type(self).__name__}({', '.join(f'{f.name}={val(getattr(self, f.name))}' for f in fields(self))})"
+
+DSTMethod.__signature__ = inspect.signature(partial(DSTMethod.__init__, None))    # `__new__` would hide it
 
 # %% ../nbs/05_methods.ipynb #5df60750
 def _unknown(key, names):

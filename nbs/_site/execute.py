@@ -1,7 +1,7 @@
 """Execute notebooks in place and store clean outputs: `python nbs/_site/execute.py` for all, or with the notebooks to run
 
 Progress-bar debris, second forms of a table and warnings of other people's imports are left out; consecutive printed lines are joined."""
-import os, sys
+import os, re, sys
 from pathlib import Path
 os.environ['PYTHONWARNINGS'] = 'ignore'
 import nbformat
@@ -9,12 +9,15 @@ from nbclient import NotebookClient
 
 def _is_bar(o): return '<progress' in (h := o.get('data', {}).get('text/html', '')) or 'progress-bar' in h
 
+def _no_source(md): return re.sub(r'\A---\n+\[source\]\(/blob.*\n+', '', md)     # a link to nowhere, as long as the project has no address
+
 def clean(outputs):
     "The outputs a reader wants"
     res = []
     for o in outputs:
         if _is_bar(o) or o.get('name')=='stderr': continue
         if 'class="fastprogress"' in o.get('data', {}).get('text/html', ''): o['data'] = {'text/html': o['data']['text/html']}
+        if 'text/markdown' in o.get('data', {}): o['data'] = {'text/markdown': _no_source(o['data']['text/markdown'])}
         if o['output_type']=='stream' and res and res[-1]['output_type']=='stream': res[-1]['text'] += o['text']
         else: res.append(o)
     return res

@@ -12,8 +12,7 @@ from statistics import mean, stdev
 import torch
 from torch import nn
 from torch.nn import functional as F
-from sparsefast.core import (DSTMethod, RigL_presets, SET_presets, SNFS_presets, Static_presets, erdos_renyi_sparsity, sparse_params,
-                             sparseable_modules, sparsify_model)
+from sparsefast.core import *
 from sparsefast.cli import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')
@@ -41,8 +40,8 @@ def lr_at(step, total, warm):
     "Linear warm-up, then a cosine to zero"
     return recipe['lr']*(step/warm if step<=warm else (1+math.cos(math.pi*(step-warm)/(total-warm)))/2)
 
-def train(net, method, sparsity, seed, dsets):
-    "One run from start to end; returns its record"
+def train(net, method, sparsity, seed, dsets, after_epoch=None):
+    "One run from start to end; returns its record. `after_epoch(epoch, model)` may look at the model"
     (x,y),(xt,yt) = dsets
     torch.manual_seed(seed)
     model = nets[net]().to(memory_format=torch.channels_last)
@@ -62,6 +61,7 @@ def train(net, method, sparsity, seed, dsets):
             if method=='dense': opt.step()
             else: dst.step(model, opt, step, (step-1)/total)
             opt.zero_grad()
+        if after_epoch: after_epoch(epoch, model)
     model.eval()
     with torch.no_grad(): acc = (torch.cat([model(b) for b in xt.split(1000)]).argmax(1)==yt).float().mean().item()
     return dict(net=net, method=method, sparsity=sparsity, seed=seed, epochs=epochs[net], accuracy=round(acc, 4),
@@ -86,8 +86,9 @@ def table():
     def cell(net, m, s):
         a = [100*r['accuracy'] for r in runs if (r['net'],r['method'],r['sparsity'])==(net,m,s)]
         return f'{mean(a):.2f} ± {stdev(a):.2f}' if len(a)>1 else ''
-    rows = ['| network | method | ' + ' | '.join(f'{s:.0%}' for s in sparsities) + ' |', '|---|---|' + '---:|'*len(sparsities)]
-    for net in nets: rows += [f"| {net}, dense: {cell(net, 'dense', 0.)} | {m} | " + ' | '.join(cell(net, m, s) for s in sparsities) + ' |' for m in presets]
+    cols = (0., *sparsities)
+    rows = ['| network | method | ' + ' | '.join(f'{s:.0%}' for s in cols) + ' |', '|---|---|' + '---:|'*len(cols)]
+    for net,m in product(nets, ('dense', *presets)): rows.append(f'| {net} | {m} | ' + ' | '.join(cell(net, m, s) for s in cols) + ' |')
     return '\n'.join(rows)
 
 def setting():
