@@ -399,7 +399,7 @@ def compare(dls, model, twin, cbs, method, epochs, lr, seed, out, **kwargs):
     print(f'\naccuracy: {acc:.2%}{result}\nsaved: {name}\nto load: from fastai.learner import load_learner; learn = load_learner({name!r})')
     return learn
 
-# %% ../nbs/20_cli.ipynb #dd426bd4
+# %% ../nbs/20_cli.ipynb #5a23ae7b
 def check_options(args, names):
     "Refuse what the parser did not know"
     if args: raise ValueError(f"there is no option {args[0]!r}{did_you_mean(args[0].split('=')[0], [f'--{n}' for n in names])} (--help lists them)")
@@ -413,7 +413,7 @@ def one_line(
     "In a shell, end with one line on stderr; elsewhere let the error through"
     try: yield
     except error as e:
-        if not is_cli(): raise
+        if not is_cli(sparsefast_train): raise
         print('sparsefast_train:', msg or ' '.join(str(e).split()), file=sys.stderr)
         raise SystemExit(code) from None
 
@@ -422,7 +422,7 @@ def _console():
     warnings.showwarning = lambda message, *args, **kwargs: print(f'warning: {message}', file=sys.stderr)
     if not sys.stdout.isatty(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
 
-# %% ../nbs/20_cli.ipynb #3d19d3fc
+# %% ../nbs/20_cli.ipynb #90f1af5a
 @call_parse(nested=True)
 def sparsefast_train(
     data:str='digits', # digits, fashion, mnist, or a folder with a folder of images for each class
@@ -442,9 +442,9 @@ def sparsefast_train(
     args = dict(locals())
     with warnings.catch_warnings(), one_line(KeyboardInterrupt, 130, 'interrupted, nothing saved'):
         warnings.simplefilter('ignore', FutureWarning)
-        if is_cli(): _console()
+        if is_cli(sparsefast_train): _console()
         with one_line(ValueError, 2):
-            if is_cli(): check_options(sys.argv[1:], args)
+            if is_cli(sparsefast_train): check_options(sys.argv[1:], args)
             args = check_args(**args)
             parts = prepare(**args)
         return compare(*parts, **args)
