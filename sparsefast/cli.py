@@ -209,13 +209,14 @@ def get_dls(
     block = DataBlock(blocks=(kw.pop('block'), CategoryBlock(vocab=classes)), get_items=lambda data: items, splitter=IndexSplitter(valid), **kw)
     return block.dataloaders(data, bs=bs or min(64, n), num_workers=0 if n<2000 else None) # `None`: one for each core
 
-# %% ../nbs/20_cli.ipynb #84be8137
+# %% ../nbs/20_cli.ipynb #922a65df
 def convnet(
     channels:int, # 1 or 3
     n_out:int, # Number of classes
+    stride:int=1, # Of the first convolution: 2 makes large images affordable
 )->nn.Module:
     "Three convolutions with batch normalisation, and a linear layer: 93 thousand weights"
-    return nn.Sequential(ConvLayer(channels, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2),
+    return nn.Sequential(ConvLayer(channels, 32, stride=stride), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2),
                          nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
 
 def mlp(
@@ -243,7 +244,7 @@ def zoo(
     close = did_you_mean(arch, [*nets, *names, *(timm.list_models() if timm else [])])
     raise ValueError(f"arch must be {', '.join(nets)} or a model of torchvision or timm, not '{arch}'{close}{hint}")
 
-# %% ../nbs/20_cli.ipynb #890fc8e7
+# %% ../nbs/20_cli.ipynb #5521c4b6
 def dry_run(
     model:nn.Module, # Not changed
     dls, # Gives the batch
@@ -266,7 +267,7 @@ def get_model(
     channels:int, # 1 or 3
 )->nn.Module: # On the device of `dls`
     "An untrained model by name, tried on a batch"
-    make = dict(convnet=partial(convnet, channels), mlp=partial(mlp, channels*size**2)).get(arch)
+    make = dict(convnet=partial(convnet, channels, stride=1 if size<16 else 2), mlp=partial(mlp, channels*size**2)).get(arch)
     model = (make(dls.c) if make else zoo(arch)(num_classes=dls.c)).to(dls.device)
     dry_run(model, dls, arch)
     return model

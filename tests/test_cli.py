@@ -238,7 +238,8 @@ def test_wrong_value_in_python(here):
 def test_wrong_value_within_another_command(here, monkeypatch):
     "`is_cli` is true there as well, yet an exception is what the caller can deal with"
     script = here.parent/'other.py'
-    script.write_text("from fastcore.script import call_parse\nfrom sparsefast.cli import sparsefast_train\n@call_parse\ndef main(): sparsefast_train(method='rigel')\n")
+    script.write_text("from fastcore.script import call_parse\nfrom sparsefast.cli import sparsefast_train\n"
+                      "@call_parse\ndef main(): sparsefast_train(method='rigel')\n")
     monkeypatch.setattr(sys, 'argv', ['other'])
     with pytest.raises(ValueError, match='rigel'): runpy.run_path(str(script), run_name='__main__')
 
