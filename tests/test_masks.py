@@ -24,6 +24,17 @@ def test_counts(sizes, sparsity, ones):
     mask = sparse_mask(sizes, sparsity)
     assert mask.sum()==ones and mask.shape==torch.zeros(sizes).shape
 
+@given(st.integers(0, 2**23), sparsities | st.integers(0, 1000).map(lambda i: i/1000))
+def test_stored_sparsity_has_the_same_count(numel, sparsity):
+    t = stored_sparsity(sparsity, numel)
+    assert n_active(numel, t)==n_active(numel, sparsity) and abs(float(t)-sparsity)<=2**-23
+
+@pytest.mark.parametrize('sparsity', [.9, .98, .3])
+def test_stored_sparsity_at_ties(sparsity):
+    "Counts that lie between two: single precision would tip them over"
+    numels = [n for n in range(5, 5000, 5) if n_active(n, torch.tensor(sparsity))!=n_active(n, sparsity)]
+    assert numels and all(n_active(n, stored_sparsity(sparsity, n))==n_active(n, sparsity) for n in numels)
+
 def test_seed_fixes_the_mask():
     draw = lambda seed: (torch.manual_seed(seed), sparse_mask((20,20), .7))[1]
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
