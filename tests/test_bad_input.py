@@ -10,7 +10,8 @@ from helpers import *
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.distributions import *
 from sparsefast.masks import *
-from sparsefast.methods import DSTMethod, drop_grow
+from sparsefast.methods import DSTMethod
+from sparsefast.patterns import drop_grow
 from sparsefast.scores import *
 from sparsefast.sparsify import *
 
@@ -73,7 +74,7 @@ def test_model_sparsity(bad, sparse_f):
     refused(sparsify_model, model, bad, sparse_f, match=f'model_sparsity must be a number from 0 to 1, not {named(bad)}', model=model)
 
 def test_nothing_to_sparsify():
-    for model in (nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.LSTM(3,4)):
+    for model in (nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.Embedding(3,4)):
         refused(sparsify_model, model, .5, match='no layer that can be made sparse.*additional_types', model=model)
 
 def test_twice_names_the_way_back():
@@ -250,3 +251,95 @@ def test_scores_of_nan_are_ranked_last():
     model[0].weight.grad[where] = 0.                                                     # or it would come straight back
     METHOD().update(model, TORCH_OPTS['sgd'](model.parameters()), 8, 0.)
     assert nnz(model)==before and model[0].weight.isfinite().all()
+
+# ------------------------------------------------------------ what people do to a model between sparsifying and training
+def test_mask_of_another_dtype_later():
+    model = sparse_mlp()
+    opt = TORCH_OPTS['sgd'](model.parameters())
+    model[2].weight_mask = model[2].weight_mask.float()
+    for f in (partial(METHOD().step, opt=opt, step=1, pct=0.), apply_masks, lambda m: m(torch.randn(2, 8)), sparse_params): refused(f, model, match='weight_mask.*must be boolean', model=None)
+
+def test_mask_left_behind_on_another_device():
+    model = sparse_mlp()
+    model[0]._buffers['weight_mask'] = model[0].weight_mask.to('meta')
+    refused(sparse_params, model, match="weight_mask.*is on meta and the parameter on cpu: move the whole model, `model.to.'cpu'.`")
+
+def test_model_moved_as_a_whole():
+    "Double and back, another device and back: masks and targets go along"
+    model = sparse_mlp()
+    before = masks(model)
+    plain_loop(model.double(), TORCH_OPTS['momentum'](model.parameters()), METHOD(), total=10, dtype=torch.float64)
+    assert nnz(model)==[int(m.sum()) for m in before] and {m.dtype for m in masks(model)}=={torch.bool}
+    moved = sparse_mlp().to('meta')
+    assert all(mask.device==p.device==torch.device('meta') for *_,p,mask in masked_params(moved))
+
+def test_parameter_replaced_after_the_optimizer_was_made():
+    "The mask belongs to the name, so it holds; that nothing trains the new one is said"
+    model = sparse_mlp()
+    opt = TORCH_OPTS['sgd'](model.parameters())
+    model[0].weight = nn.Parameter(torch.ones(24, 8))
+    with pytest.warns(UserWarning, match='does not know `weight` of Linear.in_features=8.*0 other.*replaced'): plain_loop(model, opt, METHOD(), total=1)
+    assert masked_are_zero(model)
+    learn = learner()
+    learn.create_opt()
+    learn.model[0].weight = nn.Parameter(torch.ones(24, 8))
+    with pytest.warns(UserWarning, match='does not know'): learn.fit(1, cbs=DynamicSparseTrainingCallback(batches_per_update=8))
+
+def test_frozen_parameters_may_be_unknown():
+    model = sparse_mlp()
+    model[0].weight.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plain_loop(model, TORCH_OPTS['sgd']([p for p in model.parameters() if p.requires_grad]), METHOD(), total=3)
+
+def test_modules_added_later_are_dense():
+    model = sparse_mlp()
+    model.append(nn.Linear(3, 3))
+    before = nnz(model)
+    plain_loop(model, TORCH_OPTS['momentum'](model.parameters()), METHOD(), total=20)
+    assert nnz(model)==before and model[-1].weight.count_nonzero()==9
+
+def test_layers_without_weights():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    model.append(nn.Linear(0, 3)); del model[2].bias; model[2].bias = None
+    sparsify_model(nn.Sequential(*model), .5)
+    assert nnz(model)==[24, 9]
+
+def test_half_precision_weights():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = sparse_mlp(dtype=dtype)
+        opt,before = TORCH_OPTS['momentum'](model.parameters()),nnz(model)
+        for step in range(1, 21):
+            for p in model.parameters(): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            METHOD().step(model, opt, step, (step-1)/20)
+            assert nnz(model)==before and masked_are_zero(model)
+
+def test_learner_without_an_optimizer_yet():
+    learn = learner(cbs=DynamicSparseTrainingCallback(batches_per_update=8))
+    assert learn.opt is None
+    learn.model[0].weight.data.fill_(1.)
+    learn.validate()
+    assert learn.opt is None and masked_are_zero(learn.model)
+
+def test_sharded_parameters():
+    "In a process of its own, for it needs a process group"
+    import subprocess, sys
+    code = f"""
+import os, torch, torch.distributed as dist
+os.environ.update(MASTER_ADDR='localhost', MASTER_PORT='0')
+dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from sparsefast.core import *
+for late in (False, True):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    if late: sparsify_model(model, .5)
+    fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
+    try:
+        if not late: sparsify_model(model, .5)
+        else: DSTMethod(**Static_presets).check(model, torch.optim.SGD(model.parameters(), lr=.1))
+    except ValueError as e: print(e)
+"""
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    lines = p.stdout.splitlines()
+    assert len(lines)==2 and all('is sharded over processes' in l and 'DistributedDataParallel' in l for l in lines), p.stderr

@@ -7,7 +7,9 @@ from torch import nn
 from helpers import changed, learner, masked_are_zero, masks, mlp, nnz, same_masks, snapshot
 from fastai.callback.hook import Hooks
 from sparsefast.distributions import *
-from sparsefast.masks import masked_params, sparse_params
+from sparsefast.masks import masked_params, sparse_params, top_k_mask
+from sparsefast.patterns import follows, nm_pattern
+from sparsefast.scores import weight_magnitude
 from sparsefast.sparsify import *
 
 def revive(model):
@@ -253,3 +255,232 @@ def test_add_mask():
     assert m.bias[1]==0 and m.bias_sparsity==.5 and isinstance(m.bias, nn.Parameter)
     add_mask(m, 'weight', torch.ones(2,3, dtype=torch.bool), sparsity=.25)
     assert m.weight_sparsity==.25
+
+# ------------------------------------------------------------ which layers, how sparse
+def refused_untouched(model, match, *args, **kwargs):
+    before,hooks,buffers = snapshot(model),n_hooks(model),sorted(n for n,_ in model.named_buffers())
+    with pytest.raises(ValueError, match=match): sparsify_model(model, *args, **kwargs)
+    assert not changed(before, snapshot(model)) and n_hooks(model)==hooks and sorted(n for n,_ in model.named_buffers())==buffers
+
+def sparsity_of(*modules):
+    n = sum(m.weight.numel() for m in modules)
+    return 1-sum(int(m.weight_mask.sum()) if 'weight_mask' in m._buffers else m.weight.numel() for m in modules)/n
+
+def test_excluded_layers_are_dense_and_not_counted():
+    model = convnet()
+    sparsify_model(model, .75, erdos_renyi_sparsity, exclude=[0, nn.Linear])
+    assert not hasattr(model[0], 'weight_mask') and not hasattr(model[7], 'weight_mask') and sparsity_of(model[3])==pytest.approx(.75, abs=1e-3)
+
+def test_a_tied_weight_is_excluded_by_either_name():
+    for which in (0, 1):
+        model = nn.Sequential(nn.Linear(6,6), nn.Linear(6,6), nn.Linear(6,6))
+        model[1].weight = model[0].weight
+        sparsify_model(model, .5, exclude=which)
+        assert [hasattr(m, 'weight_mask') for m in model]==[False, False, True]
+
+def test_nothing_left_after_exclusion(): refused_untouched(mlp(4,4), r"every layer.*is excluded by '\*'", .5, exclude='*')
+
+@given(st.lists(st.tuples(st.integers(2, 12), st.booleans(), st.floats(0, 1)), min_size=2, max_size=6), st.floats(.05, .95), st.sampled_from([uniform_sparsity, erdos_renyi_sparsity]))
+@pytest.mark.filterwarnings('ignore:a layer of')
+def test_the_rest_meets_the_total(layers, S, sparse_f):
+    "Whatever layers are fixed: they are exact, and the total is met to a weight a layer, or refused with the range that could be"
+    model = mlp(6, *[n for n,*_ in layers])
+    linear = [m for m in model if isinstance(m, nn.Linear)]
+    fixed = {f'{2*i}': s for i,(_,fix,s) in enumerate(layers) if fix}
+    numel = [m.weight.numel() for m in linear]
+    zeros = sum(fixed.get(f'{2*i}', 0)*n for i,n in enumerate(numel))
+    low,high = zeros/sum(numel),(zeros+sum(n for i,n in enumerate(numel) if f'{2*i}' not in fixed))/sum(numel)
+    slack = (len(linear)/2+1)/sum(numel)
+    if low+slack<S<high-slack:
+        sparsify_model(model, S, sparse_f, sparsities=fixed)
+        for i,n in enumerate(numel):
+            if f'{2*i}' in fixed: assert n-round((1-fixed[f'{2*i}'])*n)==round(sparsity_of(linear[i])*n)
+        assert abs(sparsity_of(*linear)-S)*sum(numel)<=len(linear)*(2 if sparse_f is erdos_renyi_sparsity else 1)
+    elif not low-slack<=S<=high+slack: refused_untouched(model, 'model_sparsity can be from', S, sparse_f, sparsities=fixed)
+
+def test_two_sparsities_for_a_layer(): refused_untouched(mlp(4,4,4), "'0' stands for has two sparsities, 0.5 and 0.6", .5, sparsities={nn.Linear: .5, '0': .6})
+def test_a_sparsity_that_is_none(): refused_untouched(mlp(4,4,4), "the sparsity of '0' must be a number from 0 to 1, not 95", .5, sparsities={'0': 95})
+def test_excluded_and_fixed(): refused_untouched(mlp(4,4,4), 'excluded and given a sparsity', .5, exclude=0, sparsities={0: .5})
+def test_misspelt_name_lists_near_ones(): refused_untouched(convnet(), r"is '77'; there are 3, 0 to 2: '7'", .5, exclude='77')
+
+def test_own_masks():
+    torch.manual_seed(0)
+    model,mine = mlp(4,6,4),torch.rand(6,4)>.75
+    sparsify_model(model, .5, masks={0: mine})
+    assert torch.equal(model[0].weight_mask, mine) and model[0].weight_sparsity==pytest.approx(1-mine.float().mean().item())
+    assert abs(sparsity_of(model[0], model[2])-.5)<=1/48 and masked_are_zero(model)
+
+def test_all_masks_given():
+    model = mlp(4,6,4)
+    mine = {0: torch.rand(6,4)>.5, 1: torch.rand(4,6)>.5}
+    S = sum(int((~m).sum()) for m in mine.values())/48
+    sparsify_model(model, S, masks=mine)
+    assert same_masks(masks(model), list(mine.values()))
+    refused_untouched(mlp(4,6,4), f'model_sparsity can be from {S:.4f} to {S:.4f}, not 0.99', .99, masks=mine)
+
+@pytest.mark.parametrize('mask,match', [(torch.ones(6,4), 'boolean.*float32'), (torch.ones(4,6, dtype=torch.bool), r'shape \(6, 4\).*shape \(4, 6\)'), ('yes', "boolean.*str")])
+def test_own_mask_refused(mask, match): refused_untouched(mlp(4,6,4), match, .5, masks={0: mask})
+def test_own_mask_is_for_one_layer(): refused_untouched(mlp(4,6,4), '2 weights, and a mask is for one', .5, masks={'*': torch.ones(6,4, dtype=torch.bool)})
+
+def test_own_mask_of_all_ones_is_kept():
+    model = mlp(4,6,4)
+    sparsify_model(model, .25, masks={0: torch.ones(6,4, dtype=torch.bool)})
+    assert model[0].weight_mask.all() and sparsity_of(model[2])==.5
+
+def test_initial_sparsity():
+    for s0,count in ((0., [24,24]), (.25, [18,18])):
+        model = mlp(4,6,4)
+        sparsify_model(model, .5, initial_sparsity=s0)
+        assert nnz(model)==count and all(t==.5 for *_,t in sparse_params(model)) and masked_are_zero(model)
+    refused_untouched(mlp(4,6,4), 'initial_sparsity must be at most model_sparsity, 0.5, not 0.6', .5, initial_sparsity=.6)
+    refused_untouched(mlp(4,6,4), 'initial_sparsity must be a number from 0 to 1', .5, initial_sparsity=-1)
+
+def test_initial_sparsity_and_fixed_layers():
+    model = mlp(10,10,10)
+    sparsify_model(model, .6, sparsities={0: .2}, initial_sparsity=.4)
+    assert nnz(model)==[80, 60] and [round(t, 4) for *_,t in sparse_params(model)]==[.2, 1.]
+
+def test_masks_by_score():
+    torch.manual_seed(0)
+    model = mlp(8,8,8)
+    dense = copy.deepcopy(model)
+    sparsify_model(model, .75, score_f=weight_magnitude)
+    for a,b in zip((model[0], model[2]), (dense[0], dense[2])):
+        assert torch.equal(a.weight_mask, top_k_mask(b.weight.abs(), 16)) and torch.equal(a.weight, b.weight*a.weight_mask)
+
+def test_score_of_the_wrong_shape(): refused_untouched(mlp(4,6,4), r'must return scores of shape \(6, 4\)', .5, score_f=lambda p, **kw: p.abs().sum(1))
+
+def test_pattern():
+    model = mlp(8,8,4)
+    sparsify_model(model, .5, pattern_f=nm_pattern)
+    assert all(follows(m, nm_pattern) and m.sum()==m.numel()//2 for m in masks(model))
+
+def test_layers_that_a_pattern_does_not_fit_are_all_named():
+    refused_untouched(mlp(6,10,8,4), r"0: 2:4 needs a multiple of 4.*2: 2:4 needs.*exclude=\['0', '2'\]", .5, pattern_f=nm_pattern)
+    refused_untouched(mlp(8,8,4), r'more than the pattern has room for', .3, pattern_f=nm_pattern)
+
+def test_keep_dense():
+    torch.manual_seed(0)
+    model = mlp(8,8,4)
+    dense = copy.deepcopy(model)
+    sparsify_model(model, .5, keep_dense=True)
+    for i in (0, 2):
+        m = model[i]
+        assert torch.equal(m.weight+m.weight_dst_store, dense[i].weight) and (m.weight_dst_store[m.weight_mask]==0).all() and (m.weight[~m.weight_mask]==0).all()
+    unsparsify_model(model)
+    assert list(model.state_dict())==list(dense.state_dict()) and not any(m._load_state_dict_pre_hooks for m in model.modules())
+
+# ------------------------------------------------------------ sparse-aware initialisation
+@pytest.mark.parametrize('make,transposed', [(lambda: nn.Linear(400,50), False), (lambda: nn.Conv2d(40,50,3), False), (lambda: nn.ConvTranspose2d(50,40,3), True)])
+def test_sparse_init_scales_each_neuron(make, transposed):
+    torch.manual_seed(0)
+    layer = make()
+    shape = layer.weight.shape
+    row = torch.arange(shape[1 if transposed else 0])
+    keep = (torch.rand(shape)<(.05+.9*row/len(row)).view([1,-1] if transposed and len(shape)==2 else [1,-1,1,1] if transposed else [-1]+[1]*(len(shape)-1)))
+    sparsify_model(layer, 1-keep.float().mean().item(), masks={0: keep}, init_f=sparse_kaiming_normal_)
+    w,mask = (t.movedim(1, 0).flatten(1) if transposed else t.flatten(1) for t in (layer.weight.detach(), layer.weight_mask))
+    n = mask.sum(1)
+    assert masked_are_zero(layer) and (n.max()>5*n.min())
+    z = w.pow(2).sum(1)/2                                                                    # n terms of variance 2/n
+    assert z.mean().item()==pytest.approx(1, abs=4*(2/n).mean().sqrt().item()/len(n)**.5) and abs((z-1)/(2/n).sqrt()).max()<5
+
+def test_sparse_init_of_empty_rows():
+    layer,mask = nn.Linear(4,3),torch.zeros(3,4, dtype=torch.bool)
+    mask[0,0] = True
+    sparsify_model(layer, 11/12, masks={0: mask}, init_f=sparse_kaiming_normal_)
+    assert layer.weight.isfinite().all() and layer.weight.count_nonzero()==1
+
+def test_dense_layers_are_not_initialised_again():
+    model = mlp(8,8,4)
+    before = model[2].weight.clone()
+    sparsify_model(model, .5, exclude='2', init_f=sparse_kaiming_normal_)
+    assert torch.equal(before, model[2].weight)
+
+# ------------------------------------------------------------ memory in the state dict
+def remembering(seed=0):
+    torch.manual_seed(seed)
+    model = mlp(4,6,4)
+    sparsify_model(model, .5)
+    return model
+
+@pytest.mark.parametrize('copy_f', [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['itself', 'deepcopy', 'pickle'])
+def test_memory_is_adopted_and_given_up(copy_f):
+    with_memory = remembering()
+    with_memory[0].register_buffer('weight_dst_grad', torch.rand(6,4))
+    with_memory[2].register_buffer('weight_dst_shared', torch.tensor(.25))
+    plain = remembering(1)
+    buf = io.BytesIO(); torch.save(with_memory.state_dict(), buf); buf.seek(0)
+    other = copy_f(remembering(2))
+    other.load_state_dict(torch.load(buf, weights_only=True))
+    assert torch.equal(other[0].weight_dst_grad, with_memory[0].weight_dst_grad) and other[2].weight_dst_shared==.25
+    other.load_state_dict(plain.state_dict())
+    assert not any('_dst_' in n for n,_ in other.named_buffers())
+
+def test_foreign_keys_are_still_refused():
+    model = remembering()
+    with pytest.raises(RuntimeError, match='bias_dst_x'): model.load_state_dict({**model.state_dict(), '0.bias_dst_x': torch.zeros(1)})
+
+# ------------------------------------------------------------ from a state dict
+def from_file(model):
+    "A state as it comes from a file"
+    from io import BytesIO
+    file = BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+def kinds():
+    torch.manual_seed(0)
+    return dict(mlp=mlp(6,8,4), conv=nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8)), attention=nn.TransformerEncoderLayer(8, 2, 8), lstm=nn.LSTM(4, 4), single=nn.Linear(6, 6))
+
+@pytest.mark.parametrize('target', ['dense', 'same', 'other layers', 'half'])
+@pytest.mark.parametrize('kind', kinds())
+def test_load_sparse_state(kind, target):
+    "Whatever the new model was, afterwards it is the saved one: weights, masks, targets, hooks"
+    model,new = kinds()[kind],kinds()[kind]
+    for p in new.parameters(): p.data.add_(1)
+    sparsify_model(model, .6, initial_sparsity=.3)
+    if target=='half': model,new = model.half(),new.half()
+    elif target=='same': sparsify_model(new, .2)
+    elif target=='other layers': sparsify_model(new, .2, exclude=-1 if kind not in ('conv', 'single') else [])
+    hooks = load_sparse_state(new, from_file(model))
+    a,b = snapshot(model),snapshot(new)
+    assert not changed(a, b) and list(model.state_dict())==list(new.state_dict()) and n_hooks(new)==n_hooks(model)==len(hooks.hooks)
+    assert [m.dtype for m in masks(new)]==[torch.bool]*len(masks(model))
+
+def test_masks_that_the_state_does_not_have_go():
+    model,new = mlp(6,8,4),mlp(6,8,4)
+    sparsify_model(model, .6, exclude=0)
+    sparsify_model(new, .5)
+    load_sparse_state(new, model.state_dict())
+    assert len(masks(new))==1 and not hasattr(new[0], 'weight_mask') and torch.equal(new[0].weight, model[0].weight)
+
+def test_a_dense_state_makes_a_dense_model():
+    model = mlp(6,8,4)
+    sparsify_model(model, .5)
+    load_sparse_state(model, mlp(6,8,4).state_dict())
+    assert not masks(model) and not n_hooks(model)
+
+@pytest.mark.parametrize('other,match', [(lambda: mlp(6,9,4), "'0.weight' has shape .8, 6., and the model's .9, 6."), (lambda: mlp(6,8,4,4), "'4.bias' is missing in the state, nor are 1 others"), (lambda: mlp(6,8), "'2.bias' is not in the model")])
+def test_a_state_that_does_not_fit_changes_nothing(other, match):
+    model,new = mlp(6,8,4),other()
+    sparsify_model(model, .6)
+    sparsify_model(new, .5)
+    before,hooks = snapshot(new),n_hooks(new)
+    with pytest.raises(ValueError, match=f'this state does not fit Sequential: {match}'): load_sparse_state(new, model.state_dict())
+    assert not changed(before, snapshot(new)) and n_hooks(new)==hooks
+
+def test_a_mask_of_another_shape_changes_nothing():
+    model,new = mlp(6,8,4),mlp(6,8,4)
+    sparsify_model(model, .6)
+    state = model.state_dict() | {'0.weight_mask': torch.ones(3, 3, dtype=torch.bool)}
+    before = snapshot(new)
+    with pytest.raises(ValueError, match="mask of '0.weight' has shape .3, 3., not .8, 6."): load_sparse_state(new, state)
+    assert not changed(before, snapshot(new))
+
+def test_what_a_method_remembers_comes_along():
+    model,new = mlp(6,8,4),mlp(6,8,4)
+    sparsify_model(model, .5, keep_dense=True)
+    load_sparse_state(new, model.state_dict())
+    assert torch.equal(new[0].weight_dst_store, model[0].weight_dst_store)
