@@ -1,0 +1,536 @@
+"Every preset: the budget it promises, what it does to weights and optimizer, and the same as a plain-Python reference"
+import copy, math, warnings
+from functools import partial
+import pytest, torch
+from hypothesis import given, strategies as st
+from torch import nn
+import reference
+from helpers import *
+from sparsefast import presets
+from sparsefast.allocation import *
+from sparsefast.distributions import uniform_sparsity
+from sparsefast.masks import masked_params, n_active, sparse_params
+from sparsefast.methods import DSTMethod
+from sparsefast.patterns import *
+from sparsefast.presets import *
+from sparsefast.rewire import rewire, sparse_layers
+from sparsefast.schedules import *
+from sparsefast.scores import *
+from sparsefast.sparsify import sparsify_model
+
+CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
+DYNAMIC   = [k for k in CATALOGUE if k!='Static']
+SCHEDULED = ['GMP', 'GraNet', 'GraNet_half', 'ACDC', 'MEST_soft']
+STORED    = ['TopKAST', 'SR_STE']
+FIXED     = [k for k in DYNAMIC if k not in SCHEDULED+['SRigL']]
+NM        = partial(nm_pattern, n=2, m=4)
+
+def preset(name, every=5, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)                                        # of intervals this short
+        return DSTMethod(**{**CATALOGUE[name], 'batches_per_update': every, **kwargs})
+
+def net(seed=0, sizes=(8,24,20,4)):
+    torch.manual_seed(seed)
+    return mlp(*sizes)
+
+def convnet():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (4,2,1)), nn.Conv2d(4, 8, (2,1)), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+
+def started(model, m, sparsity=.5, **kwargs):
+    sparsify_model(model, sparsity, **{**m.start(sparsity), **kwargs})
+    return model
+
+def momentum_sgd(model, **kwargs): return torch.optim.SGD(model.parameters(), **{**dict(lr=.05, momentum=.9, weight_decay=1e-2), **kwargs})
+
+def trained(model, m, total=40, every_step=noop, opt=None):
+    opt = opt or momentum_sgd(model)
+    plain_loop(model, opt, m, total, every_step)
+    return opt
+
+# ------------------------------------------------------------ all of them
+@pytest.mark.parametrize('make', [net, convnet])
+@pytest.mark.parametrize('name', list(CATALOGUE))
+def test_masked_means_zero_after_every_step(name, make):
+    "Weights outside the mask are zero; so is the optimizer's state outside what trains, but for SNFS; patterns hold"
+    m = preset(name)
+    model = started(make(), m)
+    opt,moved = momentum_sgd(model),set()
+    hooks = [h for mod in model.modules() for h in mod._forward_pre_hooks.values()]
+    for mod in model.modules(): mod._forward_pre_hooks.clear()                               # the engine has to do without
+    first = masks(model)
+    def look(step):
+        for l in sparse_layers(model):
+            trains = l.mask if l.recall('trains') is None else l.recall('trains')
+            assert (l.p[~l.mask]==0).all()
+            if name!='SNFS': assert all((t[~trains]==0).all() for t in opt_tensors(opt, l.p).values())
+            if m.pattern_f is not drop_grow: assert follows(l.mask, m.pattern_f)
+        if not same_masks(first, masks(model)): moved.add(step)
+    trained(model, m, every_step=look, opt=opt)
+    assert hooks and bool(moved)==(name!='Static')
+
+@pytest.mark.parametrize('name', FIXED)
+def test_the_number_of_active_weights_never_changes(name):
+    m,seen = preset(name),set()
+    model = started(net(), m)
+    seen.add(sum(nnz(model)))
+    trained(model, m, every_step=lambda step: seen.add(sum(nnz(model))))
+    assert seen=={sum(n_active(p.numel(), .5) for p,*_ in sparse_params(model))}
+
+@pytest.mark.parametrize('name', [k for k in FIXED if k not in ('SNFS', 'DSR', 'RigL_avg')])
+def test_each_layer_keeps_its_number(name):
+    m = preset(name)
+    model = started(net(), m)
+    start = nnz(model)
+    trained(model, m, every_step=lambda step: [pytest.fail(f'step {step}') for _ in [0] if nnz(model)!=start])
+
+@pytest.mark.parametrize('name', DYNAMIC)
+def test_same_seed_same_run(name):
+    runs = []
+    for seed in (3, 3):
+        m = preset(name, seed=seed)
+        model = started(net(), m)
+        opt = trained(model, m)
+        runs.append(snapshot(model, opt))
+    assert not changed(*runs)
+
+@pytest.mark.parametrize('name', ['SET', 'SET_original', 'SET_ITOP', 'DSR', 'MEST', 'MEST_soft'])
+def test_another_seed_grows_elsewhere(name):
+    runs = []
+    for seed in (3, 4):
+        m = preset(name, seed=seed)
+        model = started(net(), m)
+        trained(model, m)
+        runs.append(masks(model))
+    assert not same_masks(*runs)
+
+@pytest.mark.parametrize('sparsity', [.05, .9, .995])
+@pytest.mark.parametrize('name', [k for k in DYNAMIC if k not in ('SRigL', 'SR_STE')])
+def test_extreme_sparsity(name, sparsity):
+    m = preset(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)                                        # of layers without weights
+        model = started(net(), m, sparsity)
+    trained(model, m)
+    want = sum(n_active(p.numel(), sparsity) for p,*_ in sparse_params(model))
+    if m.prune_share_f: want = n_active(n_params(model), sparsity)
+    assert abs(sum(nnz(model))-want)<=(1 if m.prune_share_f else 0) and masked_are_zero(model)
+
+@pytest.mark.parametrize('name', [k for k in DYNAMIC if k not in ('SRigL', 'SR_STE')])
+def test_one_weight_layers_and_equal_scores(name):
+    "All weights and gradients the same, and layers with a single weight"
+    m = preset(name)
+    model = nn.Sequential(nn.Linear(8, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 3, bias=False))
+    for p in model.parameters(): p.data.fill_(.5)
+    started(model, m, .34)
+    trained(model, m)
+    assert masked_are_zero(model) and sum(nnz(model))==n_active(12, .34)==8
+
+@pytest.mark.parametrize('name', [k for k in DYNAMIC if k not in ('SNFS',)])
+def test_adam(name):
+    m = preset(name)
+    model = started(net(), m)
+    opt = trained(model, m, opt=torch.optim.Adam(model.parameters(), lr=1e-2))
+    assert masked_are_zero(model)
+    for l in sparse_layers(model):
+        trains = l.mask if l.recall('trains') is None else l.recall('trains')
+        assert all((t[~trains]==0).all() for t in opt_tensors(opt, l.p).values())
+
+@given(st.sampled_from(DYNAMIC), st.lists(st.integers(1, 6).map(lambda i: 4*i), min_size=1, max_size=3), st.sampled_from([.5, .25, .75]), st.integers(3, 9), st.integers(0, 9))
+def test_generated_models(name, sizes, sparsity, every, seed):
+    "Whatever the model: the model's budget at the end, zeros, and patterns"
+    if name=='SR_STE': sparsity = .5
+    m,model = preset(name, every), net(seed, (8, *sizes, 4))
+    if name=='SRigL' and any(n_active(l.weight.numel(), sparsity)<len(l.weight) for l in model if isinstance(l, nn.Linear)): return
+    started(model, m, sparsity)
+    trained(model, m, 30)
+    assert masked_are_zero(model)
+    got,want = sum(nnz(model)),sum(n_active(p.numel(), sparsity) for p,*_ in sparse_params(model))
+    if name=='SRigL': assert got<=want and all(follows(mask, fan_in_pattern) for mask in masks(model))
+    elif m.prune_share_f: assert got==n_active(n_params(model), sparsity)
+    else: assert got==want
+
+# ------------------------------------------------------------ sparsity over time
+def at_update(name, model, m, total=60):
+    "[(step, number of active weights by layer)] at every update"
+    seen = []
+    trained(model, m, total, lambda step: seen.append((step, nnz(model))) if m.due(step, (step-1)/total) else None)
+    return seen
+
+@pytest.mark.parametrize('name', ['GMP', 'MEST_soft'])
+def test_each_layer_follows_the_schedule(name):
+    m,total,s = preset(name, every=4),60,.8
+    apart = .1 if name=='GMP' else 0.
+    model = started(net(), m, s, sparse_f=lambda params, S: [S, max(S-apart, 0.), 0.])
+    seen,numel = at_update(name, model, m, total),[192,480]
+    def sparsity(s, pct, last):
+        if name=='GMP':
+            pos = 1. if last else min(max((pct-10/32)/(15/32), 0), 1)
+            return s+(0-s)*(1-pos)**3
+        start = 1-1.2*(1-s)
+        return s if pct>=.75 or last else (start+s)/2 if pct>=90/160 else start
+    assert len(seen)==14
+    for j,(step,n) in enumerate(seen):
+        want = [round((1-sparsity(si, (step-1)/total, j==13))*N) for si,N in zip((s, s-apart), numel)]
+        assert n==want, step
+    assert seen[-1][1]==[round(.2*192), round((.2+apart)*480)]
+
+@pytest.mark.parametrize('name,start', [('GraNet', 0.), ('GraNet_half', .5)])
+def test_granet_total_follows_the_cubic_schedule(name, start):
+    m,total,s = preset(name, every=4),60,.8
+    model = started(net(), m, s)
+    N = n_params(model)
+    assert abs(sum(nnz(model))-(1-start)*N)<=3
+    for j,(step,n) in enumerate(at_update(name, model, m, total)):
+        pos = 1. if j==13 else min((step-1)/total/.3, 1)
+        want = n_active(N, s+(start-s)*(1-pos)**3)
+        assert sum(n)==want, step
+    assert len(set(nnz(model)))==3 and sum(nnz(model))==n_active(N, s)
+
+def test_acdc_phases():
+    m,total,s = preset('ACDC', every=1, sparsity_sched_f=partial(alternate, at=(.25,.5,.75))),40,.8
+    model = started(net(), m, s)
+    seen = dict(at_update('ACDC', model, m, total))
+    N = n_params(model)
+    for step,n in seen.items():
+        dense = (step-1)/total<.25 or .5<=(step-1)/total<.75
+        assert sum(n)==(N if dense and step!=39 else n_active(N, s)), step
+    assert sum(nnz(model))==n_active(N, s)
+
+def test_acdc_restores_from_zero():
+    m = preset('ACDC', every=1, sparsity_sched_f=partial(alternate, at=(.25,.5,.75)))
+    model = started(net(), m, .8)
+    opt,before = momentum_sgd(model),{}
+    def look(step):
+        if step==20: before.update({p: mask.clone() for _,_,p,mask in masked_params(model)})
+        if step==21:                                                                     # the dense phase begins after this step
+            for l in sparse_layers(model):
+                assert l.mask.all() and (l.p[~before[l.p]]==0).all() and (opt.state[l.p]['momentum_buffer'][~before[l.p]]==0).all()
+        if step==22: assert any((l.p[~before[l.p]]!=0).any() for l in sparse_layers(model))
+    trained(model, m, 40, look, opt)
+
+def test_global_pruning_takes_the_smallest_of_the_model():
+    m = preset('GraNet', every=4, initial_drop_grow_pct=0., final_drop_grow_pct=0.)
+    model = started(net(), m, .7)
+    def look(step):
+        if step!=8: return
+        kept = torch.cat([p[mask].abs() for _,_,p,mask in masked_params(model)])
+        assert len(kept)==n_active(n_params(model), m.sparsity_at(.7, m.sparsity_pos(8, 7/40)))
+    weights = {}
+    opt = momentum_sgd(model)
+    for step,(x,y) in enumerate(batches(8, n_out=4), 1):
+        backward(model, x, y)
+        if m.before_step(model, opt, step, (step-1)/40):
+            opt.step()
+            if step==8: weights = {p: (p.detach().abs()*mask).clone() for _,_,p,mask in masked_params(model)}
+            m.after_step(model, opt, step, (step-1)/40)
+    look(8)
+    flat,mask = torch.cat([w.flatten() for w in weights.values()]), torch.cat([m.flatten() for m in masks(model)])
+    assert flat[mask].min()>=flat[~mask].max()
+
+def test_schedule_never_regrows():
+    "Masks that are sparser than the schedule stay as they are, with a warning"
+    m = preset('GMP')
+    model = net()
+    sparsify_model(model, .8)
+    before = masks(model)
+    with pytest.warns(UserWarning, match='nothing to prune.*starts at sparsity 0'): trained(model, m)
+    assert same_masks(before, masks(model))
+
+def test_training_too_short_for_an_update_warns():
+    m = preset('GMP', every=50)
+    model = started(net(), m)
+    with pytest.warns(UserWarning, match='no update has brought'): trained(model, m, 20)
+    with pytest.warns(UserWarning, match='no update falls into 20'): m.check(model, momentum_sgd(model), 20)
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_schedules_stay_between_their_ends(a, b, pos):
+    for f in (cosine_anneal, linear_anneal, constant_anneal, inverse_power_anneal, partial(inverse_power_anneal, power=1), step_anneal, alternate):
+        assert min(a, b)-1e-12<=f(a, b, pos)<=max(a, b)+1e-12
+        assert f(a, b, 0.)==pytest.approx(a) and (f is constant_anneal or f(a, b, 1.)==pytest.approx(b))
+
+def test_vectors_of_the_schedules():
+    assert [round(inverse_power_anneal(0, .9, (t-1000)/10_000), 7) for t in (2000,3500,6000,8500,11_000)]==[.2439,.5203125,.7875,.8859375,.9]
+    assert [inverse_power_anneal(.5, .9, q) for q in (.25,.5,.75)]==pytest.approx([.73125,.85,.89375])
+    for t,want in {0: .3, 100: .2926584774, 250: .2560660172, 500: .15, 750: .0439339828, 900: .0073415226, 1000: 0}.items():
+        assert cosine_anneal(.3, 0, t/1000)==pytest.approx(want, abs=1e-10)
+
+# ------------------------------------------------------------ allocation
+scores_lists = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1, max_size=4)
+
+@given(scores_lists, st.floats(0, 1))
+def test_global_share(scores, frac):
+    total = int(frac*sum(map(len, scores)))
+    got,_ = global_share([torch.tensor(s).float() for s in scores], total)
+    order = sorted(((v,-i,-j) for i,s in enumerate(scores) for j,v in enumerate(s)))[:total]    # the lowest; of equals the later ones
+    assert got==[sum(-i==l for _,i,_ in order) for l in range(len(scores))]
+
+@given(scores_lists, st.integers(0, 20), st.floats(.5, 9))
+def test_threshold_share(scores, total, cut):
+    got,nxt = threshold_share([torch.tensor(s).float() for s in scores], total, cut)
+    want = [min(sum(v<cut for v in s), len(s)-1) for s in scores]
+    assert got==want and nxt==(cut/2 if sum(want)>1.1*total else 2*cut if sum(want)<.9*total else cut)
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5))
+def test_survivor_redistribution(layers):
+    numel = [n for n,*_ in layers]
+    nnz   = [int(n*a) for n,a,_ in layers]
+    drop  = [int(a*d) for a,(_,_,d) in zip(nnz, layers)]
+    grow  = survivor_redistribution(None, nnz, numel, drop)
+    assert sum(grow)==sum(drop) and all(0<=g<=n-a+d for g,n,a,d in zip(grow, numel, nnz, drop))
+    alive = [a-d for a,d in zip(nnz, drop)]
+    if sum(alive) and all(sum(drop)*s/sum(alive)+1<=n-a for s,n,a in zip(alive, numel, nnz)):
+        assert all(abs(g-sum(drop)*s/sum(alive))<=len(grow) for g,s in zip(grow, alive))
+
+def test_dsr_update_by_hand():
+    "One update against loops: threshold, survivors' shares, and no weight that was just dropped"
+    m = preset('DSR', drop_share_f=partial(threshold_share, initial=.08))
+    model = started(net(), m, .6)
+    backward(model, *batches(1, n_out=4)[0])
+    before = [(p.detach().clone(), mask.clone()) for _,_,p,mask in masked_params(model)]
+    m.update(model, momentum_sgd(model), 5, .1)
+    drop = [int(((p.abs()<.08)&mask).sum()) for p,mask in before]
+    start = [int(mask.sum()) for _,mask in before]
+    grow = survivor_redistribution(None, start, [p.numel() for p,_ in before], drop)
+    assert sum(drop)>20 and drop!=grow
+    for (w,old),new,d,g,(_,_,p,_) in zip(before, masks(model), drop, grow, masked_params(model)):
+        assert int(new.sum())==int(old.sum())-d+g and not ((w.abs()<.08)&old&new).any() and (p[new&~old]==0).all()
+    target = sum(int(.14*a) for a in start)
+    for l in sparse_layers(model): assert l.recall('shared').item()==pytest.approx(.04 if sum(drop)>1.1*target else .08 if sum(drop)>=.9*target else .16)
+
+# ------------------------------------------------------------ scores, values, penalties
+@given(st.lists(st.floats(-2, 2).map(lambda v: round(v, 2)), min_size=1, max_size=20), st.floats(0, .9))
+def test_per_sign_drop(weights, frac):
+    "Of each sign the share goes, give or take the one weight by which the whole number differs"
+    w = torch.tensor(weights)
+    keep = drop_grow(torch.ones_like(w, dtype=torch.bool), per_sign_magnitude(w), torch.zeros_like(w), int(frac*len(w)), 0)
+    for sign in (w>=0, w<0):
+        n,gone = int(sign.sum()),int((sign&~keep).sum())
+        assert math.floor(frac*n+1e-9)-1<=gone<=math.floor(frac*n+1e-9)+1
+        if 0<gone<n: assert w[sign&~keep].abs().max()<=w[sign&keep].abs().min()
+
+def test_random_values_and_their_state():
+    m = preset('SET_original')
+    model = started(net(), m, .6)
+    opt = momentum_sgd(model)
+    trained(model, m, 4, opt=opt)
+    backward(model, *batches(1, n_out=4)[0])
+    before = {p: (p.detach().clone(), mask.clone(), opt.state[p]['momentum_buffer'].clone()) for _,_,p,mask in masked_params(model)}
+    m.update(model, opt, 5, .1)
+    fresh = []
+    for _,_,p,mask in masked_params(model):
+        w,old,mom = before[p]
+        fresh.append(p[mask&~old])
+        assert torch.equal(p[mask&old], w[mask&old]) and (p[~mask]==0).all()
+        assert (opt.state[p]['momentum_buffer'][mask&~old]==0).all() and torch.equal(opt.state[p]['momentum_buffer'][mask&old], mom[mask&old])
+    fresh = torch.cat(fresh)
+    assert len(fresh)>50 and (fresh!=0).all() and .07<fresh.std()<.13
+
+def test_gradient_values():
+    m = preset('RigL', grow_value_f=partial(gradient_value, scale=.5))
+    model = started(net(), m, .6)
+    backward(model, *batches(1, n_out=4)[0])
+    before = {p: (mask.clone(), p.grad.clone()) for _,_,p,mask in masked_params(model)}
+    assert m.update(model, momentum_sgd(model), 5, .1)
+    for _,_,p,mask in masked_params(model):
+        old,g = before[p]
+        assert (mask&~old).any() and torch.equal(p[mask&~old], -.5*g[mask&~old])
+
+def test_growth_by_averaged_gradients():
+    "Grown is what the mean gradient of the last steps wants, and the sum is gone afterwards"
+    m = preset('RigL', every=5, grad_steps=3)
+    model = started(net(), m, .6)
+    opt,grads = momentum_sgd(model, lr=.3),[]
+    for step,(x,y) in enumerate(batches(5, n_out=4), 1):
+        backward(model, x, y)
+        grads.append([p.grad.clone() for _,_,p,_ in masked_params(model)])
+        if step==5: weights,old = [p.detach().clone() for _,_,p,_ in masked_params(model)],masks(model)
+        m.step(model, opt, step, (step-1)/100)
+    for j,(w,mask,new) in enumerate(zip(weights, old, masks(model))):
+        mean = (grads[2][j]+grads[3][j]+grads[4][j])/3
+        k = int(m.drop_pct(.04)*int(mask.sum()))
+        assert torch.equal(new, drop_grow(mask, w.abs(), mean.abs(), k)) and not torch.equal(new, drop_grow(mask, w.abs(), grads[4][j].abs(), k))
+    assert not any('dst' in k for k in model.state_dict())
+
+def test_averaged_over_the_whole_interval():
+    runs = []
+    for grad_steps in (None, 5, 4):
+        model = started(net(), m := preset('RigL', every=5, grad_steps=grad_steps), .6)
+        trained(model, m)
+        runs.append(masks(model))
+        assert not any('dst' in k for k in model.state_dict())                               # nothing is collected for an update that will not come
+    assert same_masks(runs[0], runs[1]) and not same_masks(runs[0], runs[2])
+
+@pytest.mark.parametrize('value,match', [(0, 'grad_steps must be a whole number'), (1.5, 'grad_steps must be'), (6, 'grad_steps must be at most batches_per_update, 5')])
+def test_wrong_grad_steps(value, match):
+    with pytest.raises(ValueError, match=match): preset('RigL', grad_steps=value)
+
+def test_state_function_is_an_axis():
+    "`reset_state_f` sees every place where a weight came or went"
+    seen = []
+    m = preset('RigL', reset_state_f=lambda p, opt, where: seen.append((p, where.clone())))
+    model = started(net(), m, .6)
+    backward(model, *batches(1, n_out=4)[0])
+    old = masks(model)
+    m.update(model, momentum_sgd(model), 5, .1)
+    assert all(torch.equal(w, ~(a&b)) for (_,w),a,b in zip(seen, old, masks(model))) and len(seen)==3
+
+# ------------------------------------------------------------ weights that train without being used
+def topkast_reference(theta, n_used, n_trains, grads_of, steps, lr, mom, wd, penalty, every=1):
+    "Lists: theta whole, the used part A, the part B that trains; returns theta and A after each step"
+    N,v = len(theta),[0.]*len(theta)
+    A = reference.top_k([abs(t) for t in theta], n_used)
+    B = reference.top_k([abs(t) for t in theta], n_trains)
+    B = A|set(sorted(B-A, key=lambda i: (-abs(theta[i]), i))[:n_trains-n_used])
+    out = []
+    for step in range(1, steps+1):
+        g = grads_of(step, [t if i in A else 0. for i,t in enumerate(theta)])
+        for i in B:
+            gi = g[i]+penalty(theta[i], i in A, n_used/N)+wd*theta[i]
+            v[i] = mom*v[i]+gi
+            theta[i] -= lr*v[i]
+        if step%every==0 and step<steps:
+            A = reference.top_k([abs(t) for t in theta], n_used)
+            B = reference.top_k([abs(t) for t in theta], n_trains)
+            v = [x if i in B else 0. for i,x in enumerate(v)]
+        out.append((list(theta), set(A)))
+    return out
+
+@pytest.mark.parametrize('every', [1, 3])
+@pytest.mark.parametrize('name', ['TopKAST', 'SR_STE'])
+def test_second_mask_equals_reference(name, every):
+    torch.manual_seed(0)
+    model,total = nn.Linear(8, 4, bias=False).double(),24
+    scale = .05
+    m = preset(name, every, **(dict(penalty_f=partial(exploration_penalty, scale=scale), explore_pct=.25) if name=='TopKAST'
+                               else dict(penalty_f=partial(sr_ste_penalty, scale=scale), pattern_f=drop_grow)))
+    theta = model.weight.detach().flatten().tolist()
+    started(model, m, .5)
+    data = [(torch.randn(5, 8).double(), torch.randn(5, 4).double()) for _ in range(total)]
+    def grads_of(step, w):
+        W = torch.tensor(w, dtype=torch.float64).view(4,8).requires_grad_()
+        x,y = data[step-1]
+        return torch.autograd.grad(((x@W.t()-y)**2).mean(), W)[0].flatten().tolist()
+    penalty = (lambda t, used, D: scale*t*(1 if used else 1/D)) if name=='TopKAST' else lambda t, used, D: 0 if used else scale*t
+    want = topkast_reference(theta, 16, 24 if name=='TopKAST' else 32, grads_of, total, .1, .9, 1e-2, penalty, every)
+    opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=1e-2)
+    for step,(x,y) in enumerate(data, 1):
+        opt.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        m.step(model, opt, step, (step-1)/total)
+        th,A = want[step-1]
+        assert {i for i,b in enumerate(model.weight_mask.flatten().tolist()) if b}==A, step
+        torch.testing.assert_close((model.weight+model.weight_dst_store).flatten(), torch.tensor(th, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert (model.weight[~model.weight_mask]==0).all() and (model.weight_dst_store[model.weight_mask]==0).all()
+    assert want[-1][1]!=want[0][1]
+
+def test_second_mask_needs_the_dense_values():
+    m,model = preset('TopKAST'),net()
+    sparsify_model(model, .5)
+    with pytest.raises(ValueError, match='keep_dense=True'): trained(model, m)
+
+def test_second_mask_and_overflow():
+    "A gradient that is not finite at an update: nothing is lost, nothing moves"
+    m,model = preset('TopKAST', 2),net()
+    started(model, m, .5)
+    opt = trained(model, m, 5)
+    before = snapshot(model, opt)
+    backward(model, *batches(1, n_out=4)[0])
+    model[0].weight.grad[0,0] = float('inf')
+    with pytest.warns(UserWarning, match='not finite'): m.step(model, opt, 6, .1)
+    assert not changed(before, snapshot(model, opt))
+
+def test_score_that_raises_keeps_the_store():
+    def bad(p, **kw): raise RuntimeError('no')
+    m = preset('TopKAST', 2, grow_score_f=bad)
+    model = started(net(), m, .5)
+    opt,before = momentum_sgd(model),None
+    backward(model, *batches(1, n_out=4)[0])
+    before = snapshot(model)
+    with pytest.raises(RuntimeError): m.update(model, opt, 2, .1)
+    assert not changed(before, snapshot(model))
+
+# ------------------------------------------------------------ memory
+@pytest.mark.parametrize('name', ['DSR', 'TopKAST', 'RigL'])
+def test_memory_travels_with_the_model(name):
+    "Stopped after step 17, saved, loaded into a new model, and continued: the same as never stopped"
+    extra = dict(grad_steps=4) if name=='RigL' else {}
+    m,total,data = preset(name, 5, **extra),40,batches(40, n_out=4)
+    def run(model, opt, steps):
+        for step in steps:
+            backward(model, *data[step-1])
+            m.step(model, opt, step, (step-1)/total)
+    whole = started(net(), m, .6)
+    opt = momentum_sgd(whole)
+    run(whole, opt, range(1, 18))
+    saved,opt_saved = copy.deepcopy(whole.state_dict()),copy.deepcopy(opt.state_dict())
+    run(whole, opt, range(18, 41))
+    again = started(net(1), m, .6)
+    opt = momentum_sgd(again)
+    assert any('_dst_' in k for k in saved)
+    again.load_state_dict(saved)
+    opt.load_state_dict(opt_saved)
+    run(again, opt, range(18, 41))
+    assert not changed(snapshot(whole), snapshot(again))
+
+# ------------------------------------------------------------ patterns, by every dynamic method
+PATTERNS = {'2:4': (NM, .5), '1x4 blocks': (partial(block_pattern, size=(1,4)), .5), 'constant fan-in': (fan_in_pattern, .5), '1:4': (partial(nm_pattern, n=1, m=4), .75)}
+
+@pytest.mark.parametrize('pattern', list(PATTERNS))
+@pytest.mark.parametrize('name', [k for k in DYNAMIC if k not in ('SRigL', 'SR_STE')])
+def test_any_method_in_any_pattern(name, pattern):
+    pattern_f,s = PATTERNS[pattern]
+    if name in SCHEDULED and ':' in pattern: pattern_f = partial(pattern_f, gradual=True)
+    m = preset(name, pattern_f=pattern_f)
+    model = started(net(), m, s)
+    seen = []
+    def look(step):
+        assert all(follows(mask, pattern_f) for mask in masks(model)), step
+        seen.append(sum(nnz(model)))
+    start = masks(model)
+    trained(model, m, every_step=look)
+    assert masked_are_zero(model) and not same_masks(start, masks(model))
+    assert all(follows(mask, PATTERNS[pattern][0]) for mask in masks(model))
+    want = n_active(n_params(model), s)
+    if pattern=='constant fan-in' or m.redistribute_f or m.prune_share_f: assert .8*want<=seen[-1]<=want
+    else: assert seen[-1]==want
+
+def test_final_sparsity_must_fit_the_pattern():
+    "Four classes cannot share the two weights that are left in the end"
+    m,model = preset('GMP', pattern_f=fan_in_pattern),net()
+    started(model, m, .98, sparse_f=uniform_sparsity)
+    before = masks(model)
+    with pytest.raises(ValueError, match=r'final sparsity of Linear.*0.98, does not fit fan_in_pattern: 2 weights are fewer than one for each of the 4 rows'):
+        m.check(model, momentum_sgd(model))
+    assert same_masks(before, masks(model))
+    m.check(started(net(), m, .9, sparse_f=uniform_sparsity), None)
+
+def test_pattern_of_the_masks_is_checked():
+    m,model = preset('RigL', pattern_f=NM),net()
+    sparsify_model(model, .5)
+    with pytest.raises(ValueError, match=r'does not follow nm_pattern\(n=2, m=4\).*sparsify_model'): trained(model, m)
+
+# ------------------------------------------------------------ from a dense checkpoint
+@pytest.mark.parametrize('name', list(CATALOGUE))
+def test_from_a_dense_checkpoint(name):
+    "The largest weights stay as they are, momentum goes on with them, and any method trains what is left"
+    dense,m = net(),preset(name)
+    opt = momentum_sgd(dense)
+    plain_loop(dense, opt, None, 20)
+    checkpoint,model = copy.deepcopy((dense.state_dict(), opt.state_dict())),net(1)
+    opt = momentum_sgd(model)
+    model.load_state_dict(checkpoint[0]); opt.load_state_dict(checkpoint[1])
+    started(model, m, .75, score_f=weight_magnitude, **(dict(pattern_f=partial(nm_pattern, n=1, m=4)) if name=='SR_STE' else {}))
+    if name=='SR_STE': m = preset(name, pattern_f=partial(nm_pattern, n=1, m=4))
+    for p,mask,_ in sparse_params(model):
+        old = dict(dense.named_parameters())[next(k for k,v in model.named_parameters() if v is p)]
+        assert torch.equal(p[mask], old[mask])
+        if m.pattern_f is drop_grow and not mask.all(): assert old[mask].abs().min()>=old[~mask].abs().max()
+    def look(step):
+        for l in sparse_layers(model):
+            trains = l.mask if l.recall('trains') is None else l.recall('trains')
+            assert (l.p[~l.mask]==0).all()
+            if name!='SNFS': assert all((t[~trains]==0).all() for t in opt_tensors(opt, l.p).values())
+    plain_loop(model, opt, m, 40, look)
+    assert sum(nnz(model))<=round(.25*n_params(model))
