@@ -1,0 +1,109 @@
+"What each of two processes runs: `python ranks_worker.py CASE RANK FOLDER`; results go to files"
+import contextlib, random, sys, warnings
+warnings.filterwarnings('ignore')
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from helpers import *
+from sparsefast.core import *
+
+WORLD = 2
+def data(n, bs, dtype=torch.float32, seed=1):
+    gen = torch.Generator().manual_seed(seed)
+    return [(torch.randn(bs, 8, generator=gen, dtype=torch.float64).to(dtype), torch.randint(3, (bs,), generator=gen)) for _ in range(n)]
+
+def half(t, rank): return t.chunk(WORLD)[rank]
+
+def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 4, 'replaces_step': preset=='RigL', **kw})
+
+def train(model, m, rank=0, parts=1, total=24, accumulate=1, opt_f=None, dtype=torch.float32, look=noop):
+    "One process of `parts`, or the whole on joined batches"
+    opt = (opt_f or (lambda ps: torch.optim.SGD(ps, lr=.05, momentum=.9, weight_decay=1e-2)))(model.parameters())
+    for step in range(1, total+1):
+        micro = data(accumulate, 8, dtype, seed=step)
+        for i,(x,y) in enumerate(micro):
+            if parts>1: x,y = half(x, rank),half(y, rank)
+            last = i==accumulate-1
+            with contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync():
+                (F.cross_entropy(model(x), y)/accumulate).backward()
+        m.step(model, opt, step, (step-1)/total)
+        opt.zero_grad()
+        look(step)
+    return opt
+
+def net(seed=0, dtype=torch.float32, enforce=True):
+    torch.manual_seed(seed)
+    model = mlp(8, 24, 20, 3, dtype=dtype)
+    sparsify_model(model, .6, enforce_mask=enforce)
+    return model
+
+def local_score(p, **kwargs): return torch.rand(p.shape, generator=torch.Generator().manual_seed(dist.get_rank()+1))
+local_score.needs_grad = False
+
+def plain(rank, preset, seeds=(0, 0), accumulate=1, dtype=torch.float32, opt_f=None, **kw):
+    model = net(seeds[rank], dtype)
+    ddp,log = DDP(sync_masks(model)),[]
+    opt = train(ddp, method_of(preset, **kw), rank, WORLD, accumulate=accumulate, dtype=dtype, opt_f=opt_f, look=lambda s: log.append([m.clone() for m in masks(model)]))
+    assert masked_are_zero(model) and sum(nnz(model))==sum(int(m.sum()) for m in log[0]) and not all(torch.equal(a, b) for a,b in zip(log[0], log[-1]))
+    return dict(state=snapshot(model, opt), log=log)
+
+def messages(rank):
+    "How many collectives there are beside the averaging of gradients"
+    seen,real = [],dist.broadcast
+    model = net()
+    sync_masks(model)
+    ddp = DDP(model)
+    dist.broadcast = lambda t, *args, **kw: (seen.append(t.numel()), real(t, *args, **kw))[1]
+    train(ddp, method_of('RigL'), rank, WORLD)
+    dist.broadcast = real
+    left = [n for n,b in model.named_buffers() if any(b is x for x in ddp.modules_buffers)]
+    return dict(seen=seen, rebroadcast=left)
+
+def late(rank):
+    "One rank makes its model seconds after the other, with other masks"
+    if rank: import time; time.sleep(1.5)
+    return plain(rank, 'SET', seeds=(0, 5))
+
+def other_layers(rank):
+    torch.manual_seed(0)
+    model = mlp(8, 24, 20, 3)
+    sparsify_model(model, .6, exclude=0 if rank else [])
+    try: sync_masks(model)
+    except ValueError as e: return dict(error=str(e))
+
+def whole(dtype=torch.float64, accumulate=1):
+    "One process, on the joined batches"
+    model,log = net(0, dtype),[]
+    train(model, method_of('RigL'), accumulate=accumulate, dtype=dtype, look=lambda s: log.append([m.clone() for m in masks(model)]))
+    return log
+
+def in_fastai(rank, folder):
+    "distrib_ctx, with the one place patched where stock fastai needs CUDA"
+    from fastai import distributed as fd
+    from fastai.callback.core import Callback
+    fd.DistributedDL._broadcast = lambda self, t, rank: (dist.broadcast(t := torch.LongTensor(t), rank), t.tolist())[1]
+    torch.manual_seed(rank)                                                                   # other weights and masks on each rank, until DDP and the callback put it right
+    random.seed(0)
+    model = mlp(8, 24, 20, 3)
+    learn = learner(model, n_iter=8, tmp=folder).sparsify(.6)
+    learn.model.to('cpu')
+    log = []
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        learn.fit(4, cbs=[DynamicSparseTrainingCallback(**{**RigL_presets, 'batches_per_update': 4, 'replaces_step': False}), Watch('after_step', lambda l: log.append([m.clone() for m in masks(model)]))])
+        wrapped = not isinstance(learn.model, DDP)
+    assert masked_are_zero(model) and wrapped
+    return dict(state=snapshot(model), log=log)
+
+adamw = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=.1)
+CASES = {f'{p}{"" if a==1 else "_accumulated"}': (lambda r, p=p, a=a: plain(r, p, accumulate=a)) for p in PRESETS for a in (1, 2)}
+CASES |= dict(seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
+              float64_accumulated=lambda r: plain(r, 'RigL', dtype=torch.float64, accumulate=2), messages=messages, other_layers=other_layers, local=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score),
+              averaged=lambda r: plain(r, 'RigL', grad_steps=3, replaces_step=False))
+
+if __name__=='__main__':
+    folder,rank = sys.argv[1],int(__import__('os').environ['RANK'])
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo')
+    for name in sys.argv[2:]: torch.save(in_fastai(rank, folder) if name=='fastai' else CASES[name](rank), f'{folder}/{name}_{rank}')
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"Loops that own the call of the optimizer's step"
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from helpers import *
+from sparsefast.core import *
+from sparsefast.methods import DSTMethod
+
+def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('opt', ['momentum', 'nesterov', 'adam', 'adamw', 'rmsprop'])
+def test_equals_the_plain_loop(preset, opt):
+    model,twin = sparse_mlp(),sparse_mlp()
+    opts = [TORCH_OPTS[opt](m.parameters()) for m in (model, twin)]
+    m = method_of(preset)
+    plain_loop(twin, opts[1], m, 40)
+    attached = attach(m, model, opts[0], 40)
+    for x,y in batches(40):
+        backward(model, x, y)
+        opts[0].step()
+        assert masked_are_zero(model) and all(p.grad is not None for p in model.parameters())
+    assert not changed(snapshot(model, opts[0]), snapshot(twin, opts[1])) and attached.step==40
+
+def test_grad_scaler():
+    "The scaler steps, or does not: an overflow is no optimizer step"
+    model,twin = sparse_mlp(),sparse_mlp()
+    opt,other = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9) for m in (model, twin))
+    attached,scaler = attach(method_of('RigL'), model, opt, 40),torch.amp.GradScaler('cpu', init_scale=8.)
+    data = batches(40)
+    for i,(x,y) in enumerate(data[:20]*1):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)*(float('inf') if i==5 else 1.)
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert masked_are_zero(model)
+    assert attached.step==19
+    plain_loop_steps = [d for i,d in enumerate(data[:20]) if i!=5]
+    for step,(x,y) in enumerate(plain_loop_steps, 1):
+        backward(twin, x, y)
+        method_of('RigL').step(twin, other, step, (step-1)/40)
+    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(model.state_dict().values(), twin.state_dict().values())) and same_masks(masks(model), masks(twin))
+
+def test_removed():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    attached = attach(method_of('SET', batches_per_update=1), model, opt, 10)
+    attached.remove()
+    before = masks(model)
+    for x,y in batches(3): backward(model, x, y); opt.step()
+    assert same_masks(before, masks(model)) and attached.step==0
+
+def test_resumed():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+    attached = attach(method_of('SET'), model, opt, 40)
+    for x,y in batches(40)[:20]: backward(model, x, y); opt.step()
+    attached.remove()
+    attached = attach(method_of('SET'), model, opt, 40, step=attached.step)
+    for x,y in batches(40)[20:]: backward(model, x, y); opt.step()
+    twin = sparse_mlp()
+    plain_loop(twin, other := torch.optim.SGD(twin.parameters(), lr=.05, momentum=.9), method_of('SET'), 40)
+    assert not changed(snapshot(model, opt), snapshot(twin, other))
+
+@pytest.mark.parametrize('total', [0, -3, 2.5, None])
+def test_bad_total(total):
+    model = sparse_mlp()
+    with pytest.raises(ValueError, match='total must be the number of optimizer steps'): attach(method_of('SET'), model, torch.optim.SGD(model.parameters(), lr=.1), total)
+
+def test_fastai_optimizer():
+    from fastai.optimizer import SGD
+    model = sparse_mlp()
+    with pytest.raises(ValueError, match='no step hooks.*DynamicSparseTrainingCallback'): attach(method_of('SET'), model, SGD(list(model.parameters()), lr=.1), 10)
+
+def test_dense_model():
+    model = mlp(4, 4)
+    with pytest.raises(ValueError, match='no mask'): attach(method_of('SET'), model, torch.optim.SGD(model.parameters(), lr=.1), 10)
+
+# ------------------------------------------------------------ the recipes of the notebook
+@pytest.mark.filterwarnings('ignore')
+def test_hugging_face_trainer(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.net = mlp(8, 24, 20, 3)
+        def forward(self, x, labels): out = self.net(x); return dict(loss=F.cross_entropy(out, labels), logits=out)
+    ds = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)]
+    model = Net()
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=30, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', gradient_accumulation_steps=2)
+    sparsify_model(model, .6)
+    before,first = nnz(model),masks(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    attached = attach(method_of('RigL'), model, opt, total=args.max_steps)
+    transformers.Trainer(model, args, train_dataset=ds, optimizers=(opt, None)).train()
+    assert attached.step==30 and nnz(model)==before and masked_are_zero(model) and not any(torch.equal(a, b) for a,b in zip(first, masks(model)))
+
+@pytest.mark.filterwarnings('ignore')
+def test_lightning(tmp_path):
+    L = pytest.importorskip('lightning')
+    class Classifier(L.LightningModule):
+        def __init__(self): super().__init__(); self.model = sparse_mlp()
+        def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
+        def configure_optimizers(self):
+            opt = torch.optim.AdamW(self.parameters(), lr=5e-3)
+            self.attached = attach(method_of('RigL'), self.model, opt, total=int(self.trainer.estimated_stepping_batches))
+            return opt
+    module = Classifier()
+    before,first = nnz(module.model),masks(module.model)
+    x,y = map(torch.cat, zip(*batches(10)))
+    trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    trainer.fit(module, torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8))
+    assert module.attached.total==module.attached.step==30 and nnz(module.model)==before and masked_are_zero(module.model) and not any(torch.equal(a, b) for a,b in zip(first, masks(module.model)))

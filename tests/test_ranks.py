@@ -1,0 +1,53 @@
+"Two processes on gloo: the same masks, weights and optimizer state on both, bit for bit, after every update"
+import os, subprocess, sys
+import pytest, torch
+from helpers import *
+import ranks_worker as worker
+from sparsefast.core import *
+from sparsefast.ranks import agree, group_of
+
+HERE = os.path.dirname(__file__)
+def launch(folder, *cases):
+    "As a user would: torch.distributed.run with two processes"
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', f'{HERE}/ranks_worker.py', str(folder), *cases],
+                       capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(sys.path)})
+    assert p.returncode==0, p.stderr[-3000:]
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    launch(folder, *worker.CASES)
+    return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(2)]
+
+EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers')]
+@pytest.mark.parametrize('name', EQUAL)
+def test_equal_on_both(name, results):
+    a,b = results(name)
+    assert not changed(a['state'], b['state']) and any(k.startswith('opt.') for k in a['state'])
+    assert len(a['log'])==24 and all(same_masks(i, j) for i,j in zip(a['log'], b['log'])) and not same_masks(a['log'][0], a['log'][-1])
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_equal_to_one_process_on_the_joined_batch(accumulate, results):
+    "In float64, where the order of a sum decides nothing"
+    a,_ = results('float64' if accumulate==1 else 'float64_accumulated')
+    assert all(same_masks(i, j) for i,j in zip(a['log'], worker.whole(accumulate=accumulate)))
+
+def test_no_message_beyond_what_an_update_needs(results):
+    a,_ = results('messages')
+    weights = sum(p.numel() for p,*_ in sparse_params(worker.net()))
+    updates = sum(worker.method_of('RigL').due(step, (step-1)/24) for step in range(1, 25))
+    assert a['seen']==[weights]*updates and updates>=4 and a['rebroadcast']==[]
+
+def test_other_layers_are_refused(results):
+    for r in results('other_layers'): assert 'rank 1 has masks for 4 buffers where rank 0 has 6' in r['error']
+
+def test_in_fastai(tmp_path):
+    pytest.importorskip('accelerate')
+    launch(tmp_path, 'fastai')
+    a,b = [torch.load(tmp_path/f'fastai_{r}', weights_only=True) for r in range(2)]
+    assert not changed(a['state'], b['state']) and all(same_masks(i, j) for i,j in zip(a['log'], b['log'])) and not same_masks(a['log'][0], a['log'][-1])
+
+def test_one_process_needs_nothing():
+    model = worker.net()
+    assert sync_masks(model) is model and group_of(model) is None and group_of([model]) is None
+    agree([])
