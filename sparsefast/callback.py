@@ -13,8 +13,10 @@ from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
+from fastai.torch_core import get_model
 from .distributions import uniform_sparsity
 from .methods import DSTMethod
+from .ranks import sync_masks
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model
 
@@ -25,7 +27,7 @@ class DynamicSparseTrainingCallback(Callback):
     order,run_valid = MixedPrecision.order+0.5,False
     def __init__(self,
         sparse_modules=None, # Modules to rewire; by default all of the learner's model that have masks
-        batches_per_update:int=None, # Optimizer steps between updates; by default one update each epoch
+        batches_per_update:int=None, # Optimizer steps between updates, or below 1 a share of training; by default one update each epoch
         initial_drop_grow_pct:float=0.3, # Share of the active weights replaced at the start, in [0,1]
         stop_pct:float=0.75, # Share of training after which masks stand still
         keep_score_f=weight_magnitude, # Drop criterion
@@ -43,6 +45,7 @@ def _modules(self:DynamicSparseTrainingCallback): return self.learn.model if sel
 @patch
 def before_fit(self:DynamicSparseTrainingCallback):
     self.n_step,self.stepping = None,False
+    if hasattr(self.learn, 'distributed_trainer'): sync_masks(get_model(self.learn.model))
     self.method.enforce(self._modules(), self.learn.opt)
 
 @patch
@@ -51,11 +54,15 @@ def before_train(self:DynamicSparseTrainingCallback):
     if self.n_step is not None: return
     if hasattr(self.learn, 'non_native_mixed_precision'):
         raise ValueError("NonNativeMixedPrecision trains copies of the parameters, which have no masks: use `to_fp16()` or `to_bf16()`")
-    self.method.check(self._modules(), self.learn.opt)
     per_step = math.ceil(self.gradient_accumulation.n_acc/self.dls.train.bs) if hasattr(self.learn, 'gradient_accumulation') else 1
     n_iter = len(self.dls.train)
     self.n_total,self.n_step = max(1, self.n_epoch*n_iter//per_step), self.epoch*n_iter//per_step
-    self.timed = self.method if self.method.batches_per_update else replace(self.method, batches_per_update=max(1, n_iter//per_step))
+    every = self.method.batches_per_update
+    if every is None: every = n_iter//per_step
+    if isinstance(every, float): every = round(every*self.n_total)
+    every = max(1, every)
+    self.timed = self.method if every==self.method.batches_per_update else replace(self.method, batches_per_update=every)
+    if not hasattr(self.learn, 'lr_finder'): self.timed.check(self._modules(), self.learn.opt, self.n_total)
 
 # %% ../nbs/06_callback.ipynb #1a993be0
 @patch
@@ -80,10 +87,12 @@ def after_step(self:DynamicSparseTrainingCallback):
 @delegates(sparsify_model, but='model')
 def sparsify(self:Learner,
     model_sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
+    preset:dict=None, # Of the method that is to train it, if that wants more than random masks at this sparsity
     **kwargs
 ):
-    "`sparsify_model` on the learner's model; returns the learner"
-    sparsify_model(self, model_sparsity, **kwargs)
+    "`sparsify_model` on the learner's model, as a method wants it; returns the learner"
+    start = DSTMethod(**{**preset, 'batches_per_update': None}).start(model_sparsity) if preset else {}
+    sparsify_model(self, model_sparsity, **{**start, **kwargs})
     return self
 
 @patch

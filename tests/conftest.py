@@ -11,3 +11,10 @@ settings.load_profile('contract')
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
+
+@pytest.fixture
+def cpu_amp(monkeypatch):
+    "Mixed precision with a scaler that works on the CPU, where fastai's switches itself off"
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'autocast', lambda _, **kw: torch.amp.autocast('cpu', **kw))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda _, **kw: torch.amp.GradScaler('cpu', **kw))

@@ -12,7 +12,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sparsefast.masks import masked_params
-from sparsefast.methods import RigL_presets, SET_presets, SNFS_presets, Static_presets
+from sparsefast.presets import RigL_presets, SET_presets, SNFS_presets, Static_presets
 from sparsefast.scores import inner_opt
 from sparsefast.sparsify import sparsify_model
 
@@ -58,10 +58,11 @@ def backward(model, x, y):
     F.cross_entropy(model(x), y).backward()
 
 def plain_loop(model, opt, method, total=40, every_step=noop, dtype=None):
-    "`total` optimizer steps; `every_step(step)` runs after each, before any forward"
+    "`total` optimizer steps, dense ones without a method; `every_step(step)` runs after each, before any forward"
     for step,(x,y) in enumerate(batches(total, dtype=dtype), 1):
         backward(model, x, y)
-        method.step(model, opt, step, (step-1)/total)
+        if method: method.step(model, opt, step, (step-1)/total)
+        else: opt.step()
         every_step(step)
 
 SGD,Adam = torch.optim.SGD,torch.optim.Adam

@@ -11,7 +11,9 @@ from fastai.learner import Learner, load_learner
 from helpers import *
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.masks import masked_params
-from sparsefast.methods import DSTMethod, Static_presets
+from sparsefast.methods import DSTMethod
+from sparsefast import presets
+from sparsefast.presets import Static_presets
 from sparsefast.scores import *
 
 DST = DynamicSparseTrainingCallback
@@ -240,12 +242,7 @@ def test_accumulated_gradient_decides_what_grows():
     assert same_masks(*map(masks, runs)) and not same_masks(masks(runs[0]), masks(sparse_mlp()))
     for a,b in zip(*(m.parameters() for m in runs)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
-# ------------------------------------------------------------ mixed precision, with a scaler that works on the CPU
-@pytest.fixture
-def cpu_amp(monkeypatch):
-    monkeypatch.setattr(fp16, 'autocast', lambda _, **kw: torch.amp.autocast('cpu', **kw))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda _, **kw: torch.amp.GradScaler('cpu', **kw))
-
+# ------------------------------------------------------------ mixed precision, with a scaler that works on the CPU (`cpu_amp`)
 @pytest.mark.parametrize('preset', PRESETS)
 def test_fp16(preset, cpu_amp):
     learn,log = learner(opt_func=FASTAI_OPTS['momentum'], cbs=dst(preset)).to_fp16(init_scale=1024.),[]
@@ -424,3 +421,29 @@ def test_convnet_with_batchnorm():
     before,start = nnz(model),masks(model)
     learn.fit_one_cycle(4, 1e-2)
     assert nnz(model)==before and masked_are_zero(model) and not any(torch.equal(a, b) for a,b in zip(start, masks(model)))
+
+# ------------------------------------------------------------ intervals, and masks as a preset wants them
+def test_interval_as_a_share_of_training():
+    "A twentieth of forty steps is each two"
+    model,seen = sparse_mlp(),[]
+    cb = DynamicSparseTrainingCallback(batches_per_update=.05, replaces_step=False, stop_pct=1.)
+    learn = learner(model, cbs=cb)
+    learn.fit(4, cbs=Watch('after_step', lambda l: seen.append(masks(l.model))))
+    moved = [i+1 for i,(a,b) in enumerate(zip([masks(sparse_mlp()), *seen], seen)) if not same_masks(a, b)]
+    assert cb.timed.batches_per_update==2 and all(i%2==0 for i in moved) and len(moved)>10
+
+def test_share_of_training_needs_the_callback():
+    with pytest.raises(ValueError, match='a share of training.*give a number'): DSTMethod(batches_per_update=.1).due(1, 0.)
+
+@pytest.mark.parametrize('name,start', [('GMP', 1.), ('GraNet_half', .5), ('RigL', .2)])
+def test_sparsify_as_a_preset_wants_it(name, start):
+    learn = learner(mlp(8, 24, 20, 3))
+    preset = getattr(presets, f'{name}_presets')
+    assert learn.sparsify(.8, preset=preset) is learn and sum(nnz(learn.model))==pytest.approx(start*n_params(learn.model), abs=2)
+    learn.fit(4, cbs=DynamicSparseTrainingCallback(**{**preset, 'batches_per_update': 5, 'replaces_step': False}))
+    assert sum(nnz(learn.model))==round(.2*n_params(learn.model)) and masked_are_zero(learn.model)
+
+def test_too_short_a_training_warns_before_it_starts():
+    learn = learner(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    learn.sparsify(.5, preset=presets.GMP_presets)
+    with pytest.warns(UserWarning, match='no update falls into 10 optimizer steps'): learn.fit(1, cbs=DynamicSparseTrainingCallback(**presets.GMP_presets))

@@ -1,0 +1,206 @@
+"A training that is stopped goes on as if nothing had happened: bit for bit, for each preset, whatever runs beside it"
+import os, signal, subprocess, sys, warnings
+from functools import partial
+import pytest, torch
+from torch import nn
+from fastai import optimizer as fo
+from fastai.callback import fp16, schedule, training
+from fastai.callback.core import Callback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from helpers import *
+from sparsefast import presets
+from sparsefast.callback import DynamicSparseTrainingCallback
+from sparsefast.checkpoint import *
+from sparsefast.methods import DSTMethod
+from sparsefast.patterns import nm_pattern
+
+CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
+EPOCHS,N_ITER = 5,6
+
+def preset_of(name):
+    every = {} if name=='RigL_avg' else dict(batches_per_update=4 if name not in ('TopKAST', 'SR_STE', 'Static') else 1)
+    return {**CATALOGUE[name], **every, 'replaces_step': False}
+
+def fresh(tmp, name='SET', seed=0, opt=None, cbs=(), bs=8, **kw):
+    "A learner as a new process would make it: shuffled batches, dropout, other random masks; `seed` alone differs"
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8,24), nn.ReLU(), nn.Dropout(.2), nn.Linear(24,20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20,4))
+    preset = preset_of(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        sparsify_model(model, .5, **DSTMethod(**preset).start(.5))
+        dst = DynamicSparseTrainingCallback(**preset)
+    x,y = map(torch.cat, zip(*batches(N_ITER)))
+    dls = DataLoaders(DataLoader(TensorDataset(x, y), bs=bs, shuffle=True, num_workers=0), DataLoader(TensorDataset(x[:16], y[:16]), bs=8, num_workers=0), device='cpu')
+    learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt or partial(fo.SGD, mom=.9, wd=.01), lr=.05, path=tmp, cbs=[dst, *cbs], **kw)
+    learn.logger = noop
+    return learn.remove_cb(ProgressCallback)
+
+class Stop(Exception): pass
+class PowerCut(Callback):
+    "Stops everything at a batch of training"
+    order = 65
+    def __init__(self, epoch, batch=3): self.at = (epoch, batch)
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter)==self.at: raise Stop('cut')
+
+def one_cycle(learn, *cbs): learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[CheckpointCallback('run'), *cbs])
+def flat_cos(learn, *cbs): learn.fit_flat_cos(EPOCHS, 1e-2, cbs=[CheckpointCallback('run'), *cbs])
+def tune(learn, *cbs): learn.fine_tune(3, 1e-2, freeze_epochs=2, cbs=[CheckpointCallback('run'), *cbs])
+
+def stopped(make, fit, tmp, cut):
+    with pytest.raises(Stop): fit(make(tmp), cut)
+    fit(learn := make(tmp, seed=7))
+    return learn
+
+def everything(learn): return snapshot(learn.model, learn.opt)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('epoch', [0, 3])
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_each_preset(name, epoch, tmp_path):
+    whole = fresh(tmp_path/'a', name)
+    one_cycle(whole)
+    learn = stopped(partial(fresh, name=name), one_cycle, tmp_path/'b', PowerCut(epoch))
+    assert not changed(everything(whole), everything(learn)) and masked_are_zero(learn.model)
+
+@pytest.mark.parametrize('opt', dict(adam=fo.Adam, ranger=fo.ranger, adamw=wrapped(TORCH_OPTS['adamw']), nesterov=wrapped(TORCH_OPTS['nesterov'])).items(), ids=lambda o: o[0])
+def test_each_optimizer(opt, tmp_path):
+    make = partial(fresh, name='RigL', opt=opt[1])
+    one_cycle(whole := make(tmp_path/'a'))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(2))
+    assert not changed(everything(whole), everything(learn))
+
+@pytest.mark.parametrize('fit', [flat_cos, tune])
+@pytest.mark.parametrize('epoch', [0, 1, 2])
+def test_each_fit(fit, epoch, tmp_path):
+    "fastai's own start_epoch is not known to fit_flat_cos, and fine_tune is two trainings"
+    make = partial(fresh, splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
+    fit(whole := make(tmp_path/'a'))
+    learn = stopped(make, fit, tmp_path/'b', PowerCut(epoch))
+    assert not changed(everything(whole), everything(learn))
+
+def test_in_the_second_phase_of_fine_tune(tmp_path):
+    "Stopped in the third epoch of the second training, which the first does not have"
+    make = partial(fresh, splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
+    tune(whole := make(tmp_path/'a'))
+    learn = stopped(make, tune, tmp_path/'b', PowerCut(2, 1))
+    assert not changed(everything(whole), everything(learn)) and learn.opt.frozen_idx==0
+
+def test_with_start_epoch(tmp_path):
+    one_cycle(whole := fresh(tmp_path/'a'))
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path/'b'), PowerCut(2))
+    learn = fresh(tmp_path/'b', seed=3)
+    learn.fit_one_cycle(EPOCHS, 1e-2, start_epoch=2, cbs=CheckpointCallback('run'))
+    assert not changed(everything(whole), everything(learn))
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('epoch', [1, 3, 4])
+def test_beside_trackers(epoch, tmp_path, capsys):
+    "SaveModelCallback fails with fastai's start_epoch; here it, early stopping and the recorder go on where they were"
+    make = lambda tmp, seed=0: fresh(tmp, seed=seed, cbs=[SaveModelCallback(fname='best'), EarlyStoppingCallback(patience=9), ReduceLROnPlateau(patience=1, factor=2.)])
+    fit = lambda learn, *cbs: learn.fit(EPOCHS, .05, cbs=[CheckpointCallback('run'), *cbs])
+    fit(whole := make(tmp_path/'a'))
+    learn = stopped(make, fit, tmp_path/'b', PowerCut(epoch))
+    assert not changed(everything(whole), everything(learn))
+    a,b = whole.recorder,learn.recorder
+    assert [list(v) for v in a.values]==[list(v) for v in b.values] and len(a.losses)==len(b.losses)==EPOCHS*N_ITER and torch.equal(torch.stack(list(a.losses)), torch.stack(list(b.losses)))
+    for n in ('save_model', 'early_stopping', 'reduce_lr_on_plateau'): assert getattr(whole, n).best==getattr(learn, n).best
+    assert learn.early_stopping.wait==whole.early_stopping.wait and all(cb.run for cb in learn.cbs)
+
+@pytest.mark.parametrize('bs', [8, 10])
+def test_half_an_accumulation(bs, tmp_path):
+    "Six batches an epoch, a step at each fourth: one is half done when the epoch ends"
+    make = partial(fresh, cbs=[training.GradientAccumulation(4*8)], bs=bs)
+    one_cycle(whole := make(tmp_path/'a'))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(1))
+    assert not changed(everything(whole), everything(learn))
+
+def test_mixed_precision(cpu_amp, tmp_path):
+    make = lambda tmp, seed=0: fresh(tmp, seed=seed).to_fp16(init_scale=2.**14, growth_interval=5)
+    scales = []
+    one_cycle(whole := make(tmp_path/'a'), Watch('after_batch', lambda l: scales.append(l.scaler.get_scale())))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(2))
+    assert not changed(everything(whole), everything(learn)) and len(set(scales))>2
+
+def test_finished(tmp_path):
+    one_cycle(whole := fresh(tmp_path))
+    with pytest.warns(UserWarning, match='run.pth is of a training that is finished.*resume=False'): one_cycle(learn := fresh(tmp_path, seed=4))
+    assert not changed(everything(whole), everything(learn)) and all(cb.run for cb in learn.cbs)
+    learn.fit_one_cycle(1, 1e-2, cbs=CheckpointCallback('run', resume=False))
+    assert changed(everything(whole), everything(learn))
+
+def test_other_length_warns(tmp_path):
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path), PowerCut(2))
+    with pytest.warns(UserWarning, match='of a training of 5 epochs, and this one has 7'): fresh(tmp_path).fit_one_cycle(7, 1e-2, cbs=CheckpointCallback('run'))
+
+def test_every_second_epoch_and_the_last(tmp_path):
+    seen = []
+    learn = fresh(tmp_path)
+    cb = CheckpointCallback('run', every=2)
+    learn.fit(EPOCHS, cbs=[cb, Watch('after_epoch', lambda l: seen.append(torch.load(tmp_path/'models'/'run.pth')['epoch'] if (tmp_path/'models'/'run.pth').exists() else None), 2000)])
+    assert seen==[0, 2, 2, 4, 5]
+
+@pytest.mark.parametrize('every', [0, 1.5, -1, 'x'])
+def test_bad_interval(every):
+    with pytest.raises(ValueError, match='every must be a whole number of epochs, 1 or more'): CheckpointCallback(every=every)
+
+def test_only_training_reads_and_writes(tmp_path):
+    "A callback that stays with the learner leaves validation, prediction and lr_find alone"
+    learn = fresh(tmp_path, cbs=[CheckpointCallback('run')])
+    learn.fit(2)
+    file = learn.checkpoint.file
+    when,before = file.stat().st_mtime_ns,everything(learn)
+    other = fresh(tmp_path, seed=5, cbs=[CheckpointCallback('run')])
+    weights = snapshot(other.model)
+    other.validate(); other.get_preds()
+    other.lr_find(num_it=5, show_plot=False)
+    assert not changed(weights, snapshot(other.model)) and file.stat().st_mtime_ns==when and not changed(before, everything(learn))
+
+def test_chance_is_left_alone_without_a_seed(tmp_path):
+    torch.manual_seed(3)
+    learn = fresh(tmp_path)
+    torch.manual_seed(5)
+    learn.fit(1, cbs=CheckpointCallback('run', seed=None))
+    other = fresh(tmp_path/'b')
+    torch.manual_seed(6)
+    other.fit(1, cbs=CheckpointCallback('run', seed=None))
+    assert changed(snapshot(learn.model), snapshot(other.model))
+
+def test_the_file_holds_no_code(tmp_path):
+    one_cycle(learn := fresh(tmp_path, opt=wrapped(TORCH_OPTS['adamw'])))
+    state = torch.load(tmp_path/'models'/'run.pth', weights_only=True)
+    assert state['epoch']==EPOCHS and torch.equal(state['model']['0.weight_mask'], learn.model[0].weight_mask)
+
+# ------------------------------------------------------------ a file that is always whole
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    atomic_save(dict(a=1), tmp_path/'f')
+    with pytest.raises(Exception): atomic_save(dict(a=lambda: 0), tmp_path/'f')
+    assert torch.load(tmp_path/'f')==dict(a=1)
+
+SCRIPT = '''
+import sys, warnings; warnings.filterwarnings('ignore')
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import *
+learn = fresh(sys.argv[2], seed=int(sys.argv[3]))
+print('ready', flush=True)
+learn.fit_one_cycle(60, 1e-2, cbs=CheckpointCallback('run'))
+torch.save(learn.model.state_dict(), sys.argv[2]+'/done')
+'''
+def test_killed_while_saving(tmp_path):
+    "Killed by SIGKILL at moments of no choice, again and again, in new processes: the file is whole each time, and the end is the same"
+    whole,file = fresh(tmp_path/'a'),tmp_path/'b'/'models'/'run.pth'
+    whole.fit_one_cycle(60, 1e-2, cbs=CheckpointCallback('run'))
+    epochs = []
+    for i in range(8):
+        p = subprocess.Popen([sys.executable, '-c', SCRIPT, os.path.dirname(__file__), str(tmp_path/'b'), str(i)], stdout=subprocess.PIPE, text=True)
+        p.stdout.readline()
+        if i<3:
+            was = epochs[-1] if epochs else 0
+            while p.poll() is None and (not file.exists() or torch.load(file)['epoch']<was+4): pass
+            p.send_signal(signal.SIGKILL)
+        p.wait()
+        epochs.append(torch.load(file)['epoch'])
+        if (tmp_path/'b'/'done').exists(): break
+    assert sum(e<60 for e in epochs)>=2 and epochs==sorted(epochs)
+    assert not changed(snapshot(whole.model), {f'model.{k}': v for k,v in torch.load(tmp_path/'b'/'done').items()})
