@@ -1,0 +1,300 @@
+"FLOPs: torch's counter and hand-written formulas agree, masks weigh in exactly, published tables come out, nothing is disturbed"
+import copy
+from functools import partial
+from statistics import mean
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from helpers import *
+from sparsefast.core import *
+from sparsefast.core import __all__ as names
+from sparsefast.flops import LayerFlops
+
+def uses(model, x, layers=None):
+    "Independent: how often each weight is multiplied, from the shapes that come out (for transposed convolutions, that go in)"
+    seen,hooks = {},[]
+    for n,m in model.named_modules():
+        if not hasattr(m, 'weight'): continue
+        def look(m, i, o, n=n):
+            t,ch = (i[0], -2) if not isinstance(m, nn.Linear) else (o, -1)
+            if isinstance(m, nn.Linear): k = o.numel()//o.shape[-1]
+            elif 'Transpose' in type(m).__name__: k = i[0].numel()//m.in_channels
+            else: k = o.numel()//m.out_channels
+            seen[f'{n}.weight'.lstrip('.')] = seen.get(f'{n}.weight'.lstrip('.'), 0)+k
+        hooks.append(m.register_forward_hook(look))
+    with torch.no_grad(): model(x)
+    for h in hooks: h.remove()
+    return seen
+
+CONVS = [(cls, dict(kernel_size=k, stride=s, padding=p, dilation=d, groups=g)) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+         for k,s,p,d,g in ((3,1,0,1,1), (3,2,1,1,1), (2,1,0,2,1), (3,1,1,1,2), (1,1,0,1,1))]
+@pytest.mark.parametrize('cls,kw', CONVS, ids=lambda v: v.__name__ if isinstance(v, type) else ''.join(f'{k[0]}{x}' for k,x in v.items()))
+def test_convolutions(cls, kw):
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(4, 6, **kw))
+    sparsify_model(model, .7)
+    x = torch.randn(2, 4, *[9]*int(cls.__name__[-2]))
+    l,k = count_flops(model, x).layers['0.weight'], uses(model, x)['0.weight']
+    assert l.macs==k*model[0].weight.numel() and l.active_macs==round(k*int(model[0].weight_mask.sum()))
+
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=4), st.lists(st.integers(1, 4), max_size=3), st.floats(0, 1))
+@settings(max_examples=30)
+def test_linear(sizes, batch, sparsity):
+    model = mlp(*sizes)
+    sparsify_model(model, sparsity)
+    x = torch.randn(*batch, sizes[0])
+    count,k = count_flops(model, x), uses(model, x)
+    assert {n: (l.macs, l.active_macs) for n,l in count.layers.items()}=={f'{n}.weight': (k[f'{n}.weight']*m.weight.numel(), k[f'{n}.weight']*int(m.weight_mask.sum())) for n,m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert count.flops==2*count.macs and count.active_flops==2*sum(l.active_macs for l in count.layers.values())
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v2', 'densenet121', 'vit_b_32'])
+def test_as_torch_counts(name):
+    import torchvision
+    model,x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as torchs, torch.no_grad(), sdpa_kernel(SDPBackend.MATH): model(x)
+    finally: torch.backends.mha.set_fastpath_enabled(True)
+    assert count_flops(model, x).flops==torchs.get_total_flops()
+
+@pytest.mark.parametrize('packed', [True, False], ids=['in_proj', 'qkv'])
+@pytest.mark.parametrize('cross', [False, True], ids=['self', 'cross'])
+def test_attention(packed, cross):
+    "Parts of `in_proj_weight` are views: each is weighed by its own part of the mask"
+    torch.manual_seed(0)
+    attn = nn.MultiheadAttention(12, 3, **({} if packed else dict(kdim=8, vdim=10)))
+    sparsify_model(attn, .5)
+    if packed: attn.in_proj_weight_mask[:12], attn.in_proj_weight_mask[12:] = True, False
+    q,k,v = torch.randn(5, 2, 12), torch.randn(7, 2, 12 if packed else 8), torch.randn(7, 2, 12 if packed else 10)
+    if not cross and packed: k = v = q
+    Q,K = 5*2, len(k)*2
+    layers = count_flops(attn, q, k, v).layers
+    at = lambda m: int(m.sum())
+    if packed:
+        m = attn.in_proj_weight_mask
+        assert layers['in_proj_weight'].active_macs==Q*at(m[:12])+K*at(m[12:]) if cross else layers['in_proj_weight'].active_macs==Q*at(m)
+        assert layers['in_proj_weight'].macs==12*12*(Q+2*K)
+    else: assert [layers[f'{n}_proj_weight'].active_macs for n in 'qkv']==[r*at(getattr(attn, f'{n}_proj_weight_mask')) for n,r in zip('qkv', (Q, K, K))]
+    assert layers['out_proj.weight'].active_macs==Q*at(attn.out_proj.weight_mask)
+    products = next(l for n,l in layers.items() if 'weight' not in n)
+    assert products==LayerFlops(2*2*5*len(k)*12, 2*2*5*len(k)*12, 0)
+
+@pytest.mark.parametrize('cls,gates', [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_recurrent(cls, gates, bidirectional):
+    rnn = cls(6, 5, num_layers=2, bidirectional=bidirectional)
+    sparsify_model(rnn, .6)
+    layers = count_flops(rnn, torch.randn(7, 3, 6)).layers
+    assert len(layers)==2*2*(1+bidirectional)
+    for n,l in layers.items():
+        p = dict(rnn.named_parameters())[n]
+        assert l.macs==7*3*p.numel() and l.active_macs==7*3*int(getattr(rnn, f'{n}_mask').sum())
+
+@pytest.mark.parametrize('cls,gates', [(nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)])
+def test_cells(cls, gates): assert count_flops(cls(6, 5), torch.randn(3, 6)).macs==3*gates*5*(6+5)
+
+def test_bilinear():
+    sparsify_model(b := nn.Bilinear(4, 5, 3), .5)
+    l = count_flops(b, torch.randn(2, 4), torch.randn(2, 5)).layers['weight']
+    assert l.macs==2*60 and l.active_macs==2*int(b.weight_mask.sum())
+
+def test_tied_weights_and_a_module_used_twice():
+    model = nn.Module()
+    model.a,model.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    model.b.weight = model.a.weight
+    model.forward = lambda x: model.b(model.a(model.a(x)))
+    sparsify_model(model, .5)
+    l = count_flops(model, torch.randn(1, 6)).layers
+    assert list(l)==['a.weight'] and l['a.weight'].macs==3*36 and l['a.weight'].active_macs==3*int(model.a.weight_mask.sum())
+
+def test_channels_last_and_permuted():
+    "Views of weights that do not lie row by row"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 2))
+    sparsify_model(model, .7)
+    x = torch.randn(1, 4, 8, 8)
+    before = count_flops(model, x).layers
+    assert count_flops(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)).layers==before
+
+def test_a_weight_that_is_changed_before_use_counts_as_dense():
+    "Standardised weights are dense whatever the mask"
+    class Standardised(nn.Linear):
+        def forward(self, x): return F.linear(x, self.weight-self.weight.mean(1, keepdim=True))
+    model = nn.Sequential(Standardised(6, 4))
+    sparsify_model(model, .5)
+    assert count_flops(model, torch.randn(1, 6)).share==1
+
+def test_hugging_face():
+    t = pytest.importorskip('transformers')
+    model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    sparsify_model(model, .9)
+    count = count_flops(model, input_ids=torch.arange(12)[None])
+    l = count.layers['transformer.h.0.attn.c_attn.weight']
+    assert l.macs==12*32*96 and l.active_macs==12*int(model.transformer.h[0].attn.c_attn.weight_mask.sum())
+
+def test_compiled_model():
+    model = mlp(6, 5, 3)
+    assert count_flops(torch.compile(model), torch.randn(1, 6)).macs==6*5+5*3
+
+# ------------------------------------------------------------ nothing is disturbed
+def test_nothing_changes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    sparsify_model(model, .5)
+    model.train()
+    model[1].eval()                                                             # a frozen batch norm stays so
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    seen = []
+    model[0].register_forward_hook(lambda *a: seen.append(1))
+    before,grads,rng,modes = snapshot(model), [p.grad.clone() for p in model.parameters()], torch.get_rng_state(), [m.training for m in model.modules()]
+    hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    count_flops(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert not changed(before, snapshot(model)) and all(torch.equal(a, p.grad) for a,p in zip(grads, model.parameters()))
+    assert torch.equal(rng, torch.get_rng_state()) and modes==[m.training for m in model.modules()] and seen==[1]
+    assert hooks==[(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] and torch.is_grad_enabled()
+
+def test_state_outside_buffers_comes_back_even_after_an_error():
+    "Hidden states of a language model, counters, a new buffer"
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.calls,self.hidden = nn.Linear(3, 3), 0, None
+            self.register_buffer('running', torch.zeros(3))
+        def forward(self, x):
+            self.calls += 1
+            self.hidden = x
+            self.running += 1
+            self.register_buffer('new', x)
+            out = self.lin(x)
+            if len(x)==7: raise RuntimeError('seven')
+            return out+torch.rand(3)
+    model = Odd()
+    rng = torch.get_rng_state()
+    count_flops(model, torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match='seven'): count_flops(model, torch.ones(7, 3))
+    assert model.calls==0 and model.hidden is None and not model.running.any() and not hasattr(model, 'new') and torch.equal(rng, torch.get_rng_state())
+    assert torch.backends.mha.get_fastpath_enabled() and model.training
+
+def test_awd_lstm():
+    from fastai.text.models.awdlstm import AWD_LSTM
+    model = AWD_LSTM(20, 8, 10, 2, hidden_p=0.)
+    model.reset()
+    sparsify_model(model, .5)
+    x = torch.randint(20, (1, 5))
+    a,b = count_flops(model, x), count_flops(model, x)
+    assert a.layers==b.layers and 0.4<a.share<0.6
+
+# ------------------------------------------------------------ published figures
+@pytest.fixture(scope='module')
+def resnet50():
+    from torchvision.models import resnet50
+    return resnet50(), torch.zeros(1, 3, 224, 224)
+
+def official(count, quirk=True, active=True):
+    "Google's counter sees 115 by 115 outputs of the first convolution, where torchvision has 112 by 112"
+    first = count.layers['conv1.weight']
+    return official_flops(count, active)+(115**2/112**2-1)*(2*(first.active_macs if active else first.macs)+first.outputs)*quirk
+
+def factor(model, x, sparsity, **kw):
+    sparsify_model(model, sparsity, **kw)
+    count = count_flops(model, x)
+    unsparsify_model(model)
+    return official(count)/official(count, active=False), official(count, False)/official(count, False, active=False), count.share
+
+def test_resnet50_dense(resnet50):
+    count = count_flops(*resnet50)
+    assert official(count)==pytest.approx(8.202341e9, rel=1e-6) and official(count, False)==pytest.approx(8.189483e9, rel=1e-6) and count.macs==4_089_184_256
+
+@pytest.mark.parametrize('sparsity,plain,exact,macs,readme', [(.8, .4153, .4146, .4138, .42), (.9, .2431, .2429, .2418, .24)])
+def test_resnet50_erk(sparsity, plain, exact, macs, readme, resnet50):
+    "Evci et al. 2020, figure 2 and README; with our own convention in the last place"
+    f = factor(*resnet50, sparsity, sparse_f=erdos_renyi_sparsity)
+    assert f==pytest.approx((plain, exact, macs), abs=6e-5) and round(f[0], 2)==readme
+
+@pytest.mark.parametrize('sparsity,first_dense,all_sparse,readme', [(.8, .2254, .2011, .23), (.9, .1285, .1012, .13)])
+def test_resnet50_uniform(sparsity, first_dense, all_sparse, readme, resnet50):
+    f = factor(*resnet50, sparsity, sparse_f=first_layer_dense_uniform)[0]
+    assert f==pytest.approx(first_dense, abs=6e-5) and round(f, 2)==readme
+    assert factor(*resnet50, sparsity)[0]==pytest.approx(all_sparse, abs=6e-5)
+
+def share_of_training(preset, f, total=32_000, every=100, **kw):
+    "Cost of a training relative to a dense one, with a density `f` throughout"
+    count,method = FlopCount({'w': LayerFlops(1000, 0, 1)}), DSTMethod(**{**preset, 'batches_per_update': every, **kw})
+    return training_flops(count, method, total, [(1, {'w': f})])/training_flops(count, None, total)
+
+@pytest.mark.parametrize('f,rigl5,readme5,snfs,paper', [(.4153, 2.09, 2.09, .6102, .61), (.2431, 1.23, 1.23, .4954, .50)])
+def test_training_factors(f, rigl5, readme5, snfs, paper):
+    "RigL's official figures neglect its updates at 1x and count them at 5x"
+    assert share_of_training(RigL_presets, f, stop_pct=1.)==pytest.approx((299*f+1)/300, abs=3e-5)
+    assert round(5*share_of_training(RigL_presets, f, stop_pct=1.), 2)==pytest.approx(rigl5, abs=.011) and rigl5==readme5
+    assert share_of_training(SNFS_presets, f)==pytest.approx(snfs, abs=6e-5) and round(snfs, 2)==paper
+    for preset in (Static_presets, SET_presets, SET_ITOP_presets, MEST_presets, DSR_presets): assert share_of_training(preset, f)==pytest.approx(f)
+
+@pytest.mark.parametrize('sparsity,paper', [(.8, .56), (.9, .51)])
+def test_pruning_factor(sparsity, paper):
+    "Zhu and Gupta's schedule, with the share of ResNet-50's first layer dense: the paper's .56 and .51"
+    first = .02986                                                              # (factor(1)-first)/(1-first) solves for both uniform columns of the table
+    method = DSTMethod(**GMP_presets)
+    total,ds = 32_000,[]
+    for step in range(100, total, 100):
+        pct = (step-1)/total
+        if method.due(step, pct): ds.append((step+1, {'w': 1-method.sparsity_at(sparsity, method.sparsity_pos(step, pct))}))
+    count = FlopCount({'first': LayerFlops(round(first*1e6), 0, 1), 'w': LayerFlops(round((1-first)*1e6), 0, 1)})
+    assert training_flops(count, method, total, ds)/training_flops(count, None, total)==pytest.approx(paper, abs=.006)
+
+# ------------------------------------------------------------ a real training, step by step
+ALL = {n: globals()[n] for n in names if n.endswith('_presets') and n!='SR_STE_presets'}
+@pytest.mark.parametrize('name', ALL)
+def test_training_of_every_preset(name):
+    "The ledger against a count of what was active, what trained and what the engine left dense, at every step"
+    every,total = (1 if 'TopKAST' in name else 5), 40
+    method = DSTMethod(**{**ALL[name], 'batches_per_update': every, **(dict(replaces_step=False) if ALL[name].get('replaces_step') else {})})
+    torch.manual_seed(0)
+    model = mlp(8, 24, 20, 3)
+    sparsify_model(model, .6, **method.start(.6))
+    count = count_flops(model, torch.randn(1, 8))
+    opt,names_ = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9), {p: n for n,p in model.named_parameters()}
+    history,cost,last = [],0,None
+    for step in range(1, total+1):
+        pct = (step-1)/total
+        trains = {p: b for m in model.modules() for n,p in m._parameters.items() if p is not None and (b := m._buffers.get(f'{n}_dst_trains')) is not None}
+        now = {names_[p]: (mask.float().mean().item(), trains.get(p, mask).float().mean().item()) for p,mask,_ in sparse_params(model)}
+        if now!=last: history.append((step, last := now))
+        x,y = torch.randn(16, 8), torch.randint(3, (16,))
+        F.cross_entropy(model(x), y).backward()
+        looks = method.looks(step, pct)
+        grads = [p.grad.clone() for p,*_ in sparse_params(model)]
+        for l in count.layers:
+            used,train = now.get(l, (1., 1.))
+            cost += 2*count.layers[l].macs*(2*used+(1. if looks else train))
+        method.step(model, opt, step, pct)
+        opt.zero_grad()
+    if 'TopKAST' not in name: assert training_flops(count, method, total, history)==pytest.approx(cost, rel=1e-6)
+    if method.initial_drop_grow_pct and 'Static' not in name: assert len(history)>1
+    halves = training_flops(count, method, total, history, steps=total//2), training_flops(count, method, total, history)
+    assert 0<halves[0]<halves[1]
+
+@pytest.mark.parametrize('name', ALL)
+def test_looks_where_the_engine_needs_it(name):
+    "Gradients of inactive weights that are zero where the method says it does not look change nothing"
+    every,total = (1 if 'TopKAST' in name else 5), 30
+    method = DSTMethod(**{**ALL[name], 'batches_per_update': every, **(dict(replaces_step=False) if ALL[name].get('replaces_step') else {})})
+    def run(hide):
+        torch.manual_seed(0)
+        model = mlp(8, 24, 20, 3)
+        sparsify_model(model, .6, **method.start(.6))
+        opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+        for step in range(1, total+1):
+            pct = (step-1)/total
+            F.cross_entropy(model(torch.randn(16, 8)), torch.randint(3, (16,))).backward()
+            for m in model.modules():
+                if hide and hasattr(m, 'weight_mask') and not method.looks(step, pct):
+                    trains = m._buffers.get('weight_dst_trains')
+                    m.weight.grad.mul_(m.weight_mask if trains is None else trains)
+            method.step(model, opt, step, pct)
+            opt.zero_grad()
+        return snapshot(model)
+    if method.explore_pct: pytest.skip('what trains is decided anew at every step')
+    assert not changed(run(False), run(True))
