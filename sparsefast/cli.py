@@ -39,12 +39,13 @@ from fastai.torch_core import TensorImage, set_seed
 # %% ../nbs/20_cli.ipynb #10e71dea
 from .callback import DynamicSparseTrainingCallback
 from .distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
-from .masks import is_sparseable_module, sparse_params
-from .methods import RigL_presets, SET_presets, SNFS_presets, Static_presets
+from .masks import sparse_params
+from .presets import GMP_presets, GraNet_presets, RigL_avg_presets, RigL_presets, SET_presets, SNFS_presets, Static_presets
+from .select import weight_names
 from .sparsify import sparsify_model
 
 # %% ../nbs/20_cli.ipynb #7e7444e8
-methods = dict(dense=None, static=Static_presets, set=SET_presets, snfs=SNFS_presets, rigl=RigL_presets)
+methods = dict(dense=None, static=Static_presets, set=SET_presets, snfs=SNFS_presets, rigl=RigL_presets, rigl_avg=RigL_avg_presets, gmp=GMP_presets, granet=GraNet_presets)
 dists   = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, erk=erdos_renyi_sparsity)
 
 # %% ../nbs/20_cli.ipynb #eade241b
@@ -289,8 +290,9 @@ def make_sparse(
     **kwargs # Settings of `DSTMethod` that replace the preset's
 )->list: # The callbacks that training needs; none if nothing is masked
     "Mask the model; what trains it is the callback"
-    sparsify_model(model, sparsity, dists[dist])
-    return [DynamicSparseTrainingCallback(**{**methods[method], **kwargs})] if sparse_params(model) else []
+    cb = DynamicSparseTrainingCallback(**{**methods[method], **kwargs})
+    sparsify_model(model, sparsity, dists[dist], **cb.method.start(sparsity))
+    return [cb] if sparse_params(model) else []
 
 # %% ../nbs/20_cli.ipynb #cce0271f
 def get_learner(
@@ -319,9 +321,8 @@ def layer_rows(
 )->list: # Of (name, shape, weights, active weights, target sparsity), one for each layer, each weight once
     "What the masks of a model's layers say"
     masks,seen,rows = {p: (int(mask.sum()), s) for p,mask,s in sparse_params(model)}, set(), []
-    for name,m in model.named_modules():
-        p = getattr(m, 'weight', None)
-        if not is_sparseable_module(m) or p in seen: continue
+    for w,name in weight_names(model).items():
+        if (p := w.p) in seen: continue
         seen.add(p)
         rows.append((name, 'x'.join(map(str, p.shape)), p.numel(), *masks.get(p, (p.numel(), 0.))))
     return rows
@@ -380,6 +381,7 @@ def describe(
     "Two lines about a run"
     n_steps = epochs*len(dls.train)
     every = cbs[0].method.batches_per_update or len(dls.train) if cbs and method!='static' else None
+    if isinstance(every, float): every = max(1, round(every*n_steps))
     sparse = f', sparsity {sparsity:g} ({dist})' if method!='dense' else ''
     change = f'; masks change every {every} steps' if every else ''
     return (f'{data}: {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} to validate on, {size}x{size}, {dls.c} classes\n'
@@ -428,7 +430,7 @@ def _console():
 def sparsefast_train(
     data:str='digits', # digits, fashion, mnist, or a folder with a folder of images for each class
     arch:str='convnet', # convnet, mlp, or any classification model of torchvision or timm
-    method:str='rigl', # dense, static, set, snfs or rigl
+    method:str='rigl', # dense, static, set, snfs, rigl, rigl_avg, gmp or granet
     sparsity:number=0.9, # Fraction of zeros in the weights, from 0 to 1
     dist:str='erk', # How layers share the sparsity: uniform, first_dense or erk
     epochs:number=None, # Passes over the data; by default 15 for digits, else 5

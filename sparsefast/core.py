@@ -4,21 +4,52 @@
 
 # %% auto #0
 __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'sparse_params', 'apply_masks', 'is_sparseable_module',
-           'sparseable_modules', 'uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'add_mask',
-           'enforce_masks', 'sparsify_model', 'unsparsify_model', 'random_score', 'weight_magnitude',
-           'gradient_magnitude', 'gradient_momentum', 'DSTMethod', 'cosine_anneal', 'importance_redistribution',
-           'DynamicSparseTrainingCallback', 'Static_presets', 'SET_presets', 'SNFS_presets', 'RigL_presets']
+           'sparseable_modules', 'drop_grow', 'nm_pattern', 'block_pattern', 'fan_in_pattern', 'pattern_mask',
+           'follows', 'weight_names', 'select_weights', 'uniform_sparsity', 'first_layer_dense_uniform',
+           'erdos_renyi_sparsity', 'global_sparsity', 'add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model',
+           'load_sparse_state', 'sparse_kaiming_normal_', 'random_score', 'weight_magnitude', 'per_sign_magnitude',
+           'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'random_value',
+           'gradient_value', 'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score', 'grasp_score',
+           'synflow_score', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal',
+           'alternate', 'denser', 'global_share', 'threshold_share', 'importance_redistribution',
+           'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach',
+           'sync_masks', 'FlopCount', 'count_flops', 'official_flops', 'training_flops', 'Static_presets',
+           'SET_presets', 'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets',
+           'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets',
+           'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets',
+           'RigL_avg_presets']
 
-# %% ../nbs/00_core.ipynb #00aaa8ab
+# %% ../nbs/00_core.ipynb #f2db49e4
 from .masks import *
+from .patterns import *
+from .select import *
 from .distributions import *
-from .sparsify import *
 from .scores import *
+from .saliency import *
+from .schedules import *
+from .allocation import *
+from .sparsify import *
 from .methods import *
+from .presets import *
 from .callback import *
+from .attach import *
+from .checkpoint import *
+from .ranks import *
+from .flops import *
 
 # %% ../nbs/00_core.ipynb #99af41d4
 _all_ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'sparse_params', 'apply_masks', 'is_sparseable_module', 'sparseable_modules',
-         'uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model',
-         'random_score', 'weight_magnitude', 'gradient_magnitude', 'gradient_momentum', 'DSTMethod', 'cosine_anneal', 'importance_redistribution',
-         'DynamicSparseTrainingCallback', 'Static_presets', 'SET_presets', 'SNFS_presets', 'RigL_presets']
+         'drop_grow', 'nm_pattern', 'block_pattern', 'fan_in_pattern', 'pattern_mask', 'follows', 'weight_names', 'select_weights',
+         'uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'global_sparsity',
+         'add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model', 'load_sparse_state', 'sparse_kaiming_normal_']
+
+# %% ../nbs/00_core.ipynb #aca9e2d2
+_all_ = ['random_score', 'weight_magnitude', 'per_sign_magnitude', 'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'random_value', 'gradient_value',
+         'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score', 'grasp_score', 'synflow_score',
+         'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal', 'alternate', 'denser',
+         'global_share', 'threshold_share', 'importance_redistribution', 'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach', 'sync_masks',
+         'FlopCount', 'count_flops', 'official_flops', 'training_flops']
+
+# %% ../nbs/00_core.ipynb #4b9b4b0b
+_all_ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets', 'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets',
+         'TopKAST_presets', 'GMP_presets', 'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets', 'RigL_avg_presets']

@@ -97,7 +97,7 @@ def test_nothing_is_pickled_by_value(command, here):
     with zipfile.ZipFile('sparsefast_digits.pkl') as z: pickled = z.read(next(n for n in z.namelist() if n.endswith('data.pkl')))
     assert b'sparsefast.masks' in pickled and b'_make_function' not in pickled
 
-@pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl'])
+@pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl', 'rigl_avg', 'gmp', 'granet'])
 def test_methods(command, load, method):
     code,out,err = command(f'--arch mlp --method {method} --epochs 2 --bs 128 --out m.pkl')
     assert (code,err)==(0, '') and f'sparse ({method})' in out and table(out)['total'][3]==0.9
@@ -107,7 +107,9 @@ def test_methods(command, load, method):
     assert before.keys()==after.keys() and len(before)==3
     assert all(torch.equal(before[k], after[k]) for k in before)==(method=='static')
     same_counts = all(before[k].sum()==after[k].sum() for k in before)
-    assert same_counts or method=='snfs'
+    assert same_counts or method in ('snfs', 'rigl_avg', 'gmp', 'granet')
+    dense = all(m.all() for m in before.values())
+    assert dense==(method in ('gmp', 'granet'))
 
 def test_dense_has_no_twin_and_no_table(command, load):
     code,out,err = command('--arch mlp --method dense --epochs 1')
@@ -232,7 +234,7 @@ def test_wrong_value_in_a_shell(here):
     assert (p.returncode,p.stdout)==(2, '') and p.stderr=="sparsefast_train: epochs must be a whole number, 1 or more, not 'abc'\n" and not list(here.iterdir())
 
 def test_wrong_value_in_python(here):
-    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, not 'rigel'"): cli.sparsefast_train(method='rigel')
+    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, rigl_avg, gmp, granet, not 'rigel'"): cli.sparsefast_train(method='rigel')
     assert not list(here.iterdir())
 
 def test_wrong_value_within_another_command(here, monkeypatch):

@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted(p.stem for p in HERE.glob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','distributions','scores','methods']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -20,7 +20,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 '''
 
-def test_all_rooms_are_there(): assert {'masks','distributions','scores','sparsify','methods','callback'} <= set(MODULES)
+def test_all_rooms_are_there(): assert {*PURE,'sparsify','callback','core','cli'} <= set(MODULES)
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_alone_and_prints_nothing(module):
@@ -36,7 +36,8 @@ def test_plain_loop_without_fastai():
     done = python(f'''{BLOCK}
 import torch, warnings
 from sparsefast.masks import sparse_mask_like, sparse_params
-from sparsefast.methods import DSTMethod, RigL_presets
+from sparsefast.methods import DSTMethod
+from sparsefast.presets import RigL_presets
 model = torch.nn.Linear(10, 5)
 model.register_buffer('weight_mask', sparse_mask_like(model.weight, .5))
 opt,method = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9),DSTMethod(**{{**RigL_presets, 'batches_per_update': 8}})
@@ -52,8 +53,10 @@ assert model.weight_mask.sum()==25 and not model.weight_mask.equal(start) and (m
 def test_no_module_wants_everything(module):
     assert not re.search(r'fastai\.vision\.all', (HERE/f'{module}.py').read_text())
 
-MAY_IMPORT = dict(masks=[], distributions=['masks'], scores=[], sparsify=['masks','distributions'], methods=['masks','scores'],
-                  callback=['masks','distributions','scores','sparsify','methods'])
+MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
+                  ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
+                  methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
     rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ['PYTHONWARNINGS'] = 'ignore'
 import nbformat
 from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
 
 def _is_bar(o): return '<progress' in (h := o.get('data', {}).get('text/html', '')) or 'progress-bar' in h
 
@@ -29,6 +30,7 @@ def execute(fn):
     for c in nb.cells:
         if c.cell_type=='code': c.outputs = clean(c.outputs)
     nbformat.write(nb, fn)
+    nbdev_clean(str(fn))
 
 if __name__=='__main__':
     nbs = Path(__file__).resolve().parents[1]
