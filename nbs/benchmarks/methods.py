@@ -22,7 +22,7 @@ from sparsefast.cli import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')
 sparsities, seeds = (0.9, 0.95, 0.98, 0.99), (0, 1, 2)
-recipe = dict(bs=128, lr=0.1, momentum=0.9, weight_decay=5e-4, warmup_epochs=1)
+recipe = dict(bs=128, lr=0.1, momentum=0.9, weight_decay=5e-4, warmup_epochs=1, update_bn=False)   # `update_bn`: batch norms' statistics once more, over the training images, in the end
 epochs = {'LeNet-300-100': 12, 'convnet': 6, 'resnet': 3}
 
 # ------------------------------------------------------------ networks; `w` scales their width
@@ -96,14 +96,28 @@ methods = {
 }
 def without(**changes): return {**RigL_avg_presets, **changes}
 
-ablation = {                                                             # 'RigL, averaged', with one of its ingredients changed
+def strongest_stays(p, mask, **kwargs):
+    "Magnitude, but the largest weight of a row is never dropped, so that no row loses all of its weights"
+    rows = (p.detach().abs()*mask).flatten(1)
+    return weight_magnitude(p).masked_fill((rows==rows.amax(1, keepdim=True)).view(p.shape) & mask, math.inf)
+
+strongest_stays.needs_grad = False
+
+def use(**kw): return lambda *args: kw
+
+ablation = {                                                             # 'RigL, averaged', with one of its ingredients changed: a method as above, and changes of the recipe
     'one gradient':         (without(grad_steps=1), 1/12, None),
     'no redistribution':    (without(redistribute_f=None), 1/12, None),
     'fraction 0.3':         (without(initial_drop_grow_pct=0.3), 1/12, None),
     'until 75 %':           (without(stop_pct=0.75), 1/12, None),
     'each 100 steps':       (without(batches_per_update=100), None, None),
     'in the step\'s place': (without(replaces_step=True), 1/12, None),
-    'sparse-aware init':    (RigL_avg_presets, 1/12, lambda *args: dict(init_f=sparse_kaiming_normal_)),
+    'sparse-aware init':    (RigL_avg_presets, 1/12, use(init_f=sparse_kaiming_normal_)),
+    'no row empties':       (without(keep_score_f=strongest_stays), 1/12, None),
+    'uniform':              (RigL_avg_presets, 1/12, use(sparse_f=uniform_sparsity)),
+    'no warm-up':           (RigL_avg_presets, 1/12, None, dict(warmup_epochs=0)),
+    'half the rate':        (RigL_avg_presets, 1/12, None, dict(lr=0.05)),
+    'norms re-estimated':   (RigL_avg_presets, 1/12, None, dict(update_bn=True)),
 }
 denser   = ('MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
 leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'GMP', 'GraNet')   # those the residual network sees, at 95 and 98 %
@@ -145,7 +159,7 @@ def lr_at(step, total, warm, lr):
 def started(model, method, sparsity, total, seed, dsets):
     "The method of a run, its masks made"
     (x,y),_ = dsets
-    preset,share,masks = (methods|ablation)[method]
+    preset,share,masks = (methods|ablation)[method][:3]
     every = round(share*total) if share else preset['batches_per_update'] or len(x)//recipe['bs']              # as the callback fills it in
     dst = DSTMethod(**{**preset, 'batches_per_update': max(1, every), 'seed': seed})
     kw = masks(model, x, y, sparsity) if masks else {}
@@ -161,7 +175,8 @@ def width(net, sparsity):
 def train(net, method, sparsity, seed, dsets, n_epochs=None, look=noop, **changes):
     "One run from start to end; returns its record. `look(model)` sees what came out"
     (x,y),(xt,yt) = dsets
-    n_epochs,opts,start = n_epochs or epochs[net], {**recipe, **changes}, time.perf_counter()
+    own = dict(*(methods|ablation).get(method, ())[3:])
+    n_epochs,opts,start = n_epochs or epochs[net], {**recipe, **own, **changes}, time.perf_counter()
     torch.manual_seed(seed)
     model = nets[net](width(net, sparsity) if method=='small dense' else 1.).to(memory_format=torch.channels_last)
     bs,n_iter = opts['bs'], len(x)//opts['bs']
@@ -179,6 +194,7 @@ def train(net, method, sparsity, seed, dsets, n_epochs=None, look=noop, **change
             if dst: dst.step(model, opt, step, (step-1)/total)
             else: opt.step()
             opt.zero_grad()
+    if opts['update_bn']: torch.optim.swa_utils.update_bn(x.split(1000), model)
     model.eval()
     with torch.no_grad(): acc = (torch.cat([model(b) for b in xt.split(1000)]).argmax(1)==yt).float().mean().item()
     look(model)
@@ -203,7 +219,7 @@ def plan():
         for seed,net in product(seeds, nets if telling else list(nets)[:2]):
             if telling: yield net, 'dense', 0., seed, 'epochs'
             known = [m for m in methods if net!='resnet' or m in leading]
-            changed = ablation if net!='resnet' and telling else ()
+            changed = [m for m in ablation if net=='convnet' or m!='norms re-estimated'] if net!='resnet' and telling else ()
             for s,m in product(levels, (*known, 'small dense', *changed)): yield net, m, s, seed, 'epochs'
         for seed,net,s,m in product(seeds, nets if telling else list(nets)[:2], levels, denser):
             if net!='resnet' or m in leading: yield net, m, s, seed, 'flops'
