@@ -234,7 +234,15 @@ def _check_pattern(self, l):
     try: self.sparsity_sched_f and k>0 and f(l.mask, l.mask.float(), l.mask.float(), k, 0)
     except ValueError as e: raise ValueError(f"the final sparsity of {l.module}, {l.target:.4g}, does not fit {_show(self.pattern_f)}: {e}") from None
 
+def _check_targets(layers):
+    "A conversion to half precision rounds target sparsities too"
+    for l in layers:
+        t = l.module._buffers.get(f'{l.name}_sparsity')
+        if t is not None and torch.finfo(t.dtype).bits<32:
+            raise ValueError(f"the target sparsity of {l.module} has become {l.target:.6g}, in {t.dtype}: convert the model before `sparsify_model`, or set the buffer `{l.name}_sparsity` again, in single precision")
+
 def _check_layers(self, layers):
+    if self.sparsity_sched_f or self.pattern_f is not drop_grow: _check_targets(layers)
     if self.pattern_f is not drop_grow:
         for l in layers: _check_pattern(self, l)
     if self.explore_pct and any(l.recall('store') is None for l in layers):

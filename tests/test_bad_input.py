@@ -314,6 +314,30 @@ def test_half_precision_weights():
             METHOD().step(model, opt, step, (step-1)/20)
             assert nnz(model)==before and masked_are_zero(model)
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('preset', ['GMP', 'SRigL'])
+def test_targets_rounded_by_a_conversion(preset, dtype):
+    "A method that aims at the target sparsity must not aim at what half precision makes of it"
+    from sparsefast import presets
+    preset = {**getattr(presets, f'{preset}_presets'), 'batches_per_update': 20, 'replaces_step': False}
+    model = mlp(40, 50, 3)
+    sparsify_model(model, .9, **DSTMethod(**preset).start(.9))
+    model.to(dtype)
+    opt,method = TORCH_OPTS['sgd'](model.parameters()),DSTMethod(**preset)
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    for f in (partial(method.step, step=1, pct=0.), method.check): refused(lambda m, o: f(m, opt=o), model, opt, match=f'target sparsity of Linear.* has become 0.8.*{dtype}.*convert the model before `sparsify_model`', model=model, opt=opt)
+    for m in (model[0], model[2]): m.weight_sparsity = torch.tensor(.9)
+    method.check(model, opt)
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_conversion_to_half_precision_keeps_counts(preset):
+    "What the mask itself counts needs no target"
+    model = sparse_mlp()
+    before = nnz(model)
+    opt = TORCH_OPTS['momentum'](model.to(torch.bfloat16).parameters())
+    plain_loop(model, opt, DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8}), total=20, dtype=torch.bfloat16)
+    assert sum(nnz(model))==sum(before) and masked_are_zero(model)
+
 def test_learner_without_an_optimizer_yet():
     learn = learner(cbs=DynamicSparseTrainingCallback(batches_per_update=8))
     assert learn.opt is None
