@@ -192,6 +192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparsefast.methods._check_method': ('methods.html#_check_method', 'sparsefast/methods.py'),
                                     'sparsefast.methods._check_numbers': ('methods.html#_check_numbers', 'sparsefast/methods.py'),
                                     'sparsefast.methods._check_opt': ('methods.html#_check_opt', 'sparsefast/methods.py'),
+                                    'sparsefast.methods._check_orphans': ('methods.html#_check_orphans', 'sparsefast/methods.py'),
                                     'sparsefast.methods._check_pattern': ('methods.html#_check_pattern', 'sparsefast/methods.py'),
                                     'sparsefast.methods._check_start': ('methods.html#_check_start', 'sparsefast/methods.py'),
                                     'sparsefast.methods._check_targets': ('methods.html#_check_targets', 'sparsefast/methods.py'),

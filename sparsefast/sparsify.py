@@ -93,7 +93,7 @@ def _owners(model, exclude, additional_types, depthwise):
     owners = {}
     for w in names: owners.setdefault(w.p, w)
     owners = {p: w for p,w in owners.items() if p.numel()}
-    if not owners: raise ValueError(f"every layer that can be made sparse is excluded{'' if nobody else f' by {exclude!r}'}, or a depthwise convolution (`depthwise=True` makes them sparse)")
+    if not owners: raise ValueError(f"every layer that can be made sparse is excluded{'' if nobody else f' by {exclude!r}'}, a depthwise convolution (`depthwise=True` makes them sparse), or without weights")
     return owners,names
 
 # %% ../nbs/04_sparsify.ipynb #21769cd1

@@ -3,7 +3,7 @@ import math, re, warnings
 from functools import partial
 import pytest, torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from fastai import optimizer as fo
 from fastai.callback.core import Callback
 from helpers import *
@@ -284,6 +284,19 @@ def test_parameter_replaced_after_the_optimizer_was_made():
     learn.create_opt()
     learn.model[0].weight = nn.Parameter(torch.ones(24, 8))
     with pytest.warns(UserWarning, match='does not know'): learn.fit(1, cbs=DynamicSparseTrainingCallback(batches_per_update=8))
+
+TAKERS = dict(parametrization=lambda m: parametrizations.weight_norm(m), weight_norm=lambda m: torch.nn.utils.weight_norm(m), pruning=lambda m: prune.l1_unstructured(m, 'weight', .5),
+              nothing=lambda m: setattr(m, 'weight', None))
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('take', TAKERS)
+def test_parameter_taken_away_after_sparsify(take):
+    "Its mask is left behind, and would be for nothing"
+    model = sparse_mlp()
+    TAKERS[take](model[2])
+    opt,says = TORCH_OPTS['sgd'](model.parameters()),'(?s)Linear.* has a mask for `weight`, which is no plain parameter any more.*undo that'
+    for f in (partial(METHOD().step, model, opt, 1, 0.), partial(METHOD().check, [model], opt)): refused(f, match=says)
+    learn = learner(model)
+    with pytest.raises(ValueError, match=says): learn.fit(1, cbs=DynamicSparseTrainingCallback(batches_per_update=8))
 
 def test_frozen_parameters_may_be_unknown():
     model = sparse_mlp()
