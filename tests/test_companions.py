@@ -14,6 +14,7 @@ from fastai.losses import CrossEntropyLossFlat
 from helpers import *
 from sparsefast.core import *
 from sparsefast.methods import DSTMethod
+from sparsefast.scores import slow_weights
 
 def dst(preset='RigL', **kw): return DynamicSparseTrainingCallback(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
 
@@ -25,7 +26,7 @@ class Exact(Callback):
     def after_step(self):
         self.steps += 1
         assert sum(nnz(self.learn.model))==self.n and masked_are_zero(self.learn.model)
-        if self.state: assert all((t[~mask]==0).all() for p,mask,_ in sparse_params(self.learn.model) for t in opt_tensors(self.learn.opt, p).values())
+        if self.state: assert all((t[~mask]==0).all() for p,mask,_ in sparse_params(self.learn.model) for t in [*opt_tensors(self.learn.opt, p).values(), *slow_weights(self.learn.opt, p)])
 
 def trained(learn, n=4, fit=None, state=True, **kw):
     before,exact = masks(learn.model),Exact(state)
