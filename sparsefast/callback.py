@@ -13,7 +13,7 @@ from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, get_random_states, set_random_states
 from .distributions import uniform_sparsity
 from .methods import DSTMethod
 from .ranks import sync_masks
@@ -34,17 +34,21 @@ class DynamicSparseTrainingCallback(Callback):
         grow_score_f=gradient_magnitude, # Grow criterion
         **kwargs # Further settings of `DSTMethod`
     ):
-        self.sparse_modules = sparse_modules
+        self.sparse_modules,self.chance = sparse_modules,None
         self.method = DSTMethod(batches_per_update=batches_per_update, initial_drop_grow_pct=initial_drop_grow_pct, stop_pct=stop_pct,
                                 keep_score_f=keep_score_f, grow_score_f=grow_score_f, **kwargs)
 
 # %% ../nbs/06_callback.ipynb #27f4e97a
+def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()
+
 @patch
 def _modules(self:DynamicSparseTrainingCallback): return self.learn.model if self.sparse_modules is None else self.sparse_modules
 
 @patch
 def before_fit(self:DynamicSparseTrainingCallback):
-    self.n_step,self.stepping = None,False
+    self.n_step,self.stepping,self.chance = None,False,_chance(self.dls) if hasattr(self.learn, 'lr_finder') else None
+    for p in self.learn.model.parameters():
+        if not p.requires_grad: p.grad = None                                # fastai decays what has a stale gradient, frozen or not, with a mask or without
     if hasattr(self.learn, 'distributed_trainer'): sync_masks(get_model(self.learn.model))
     self.method.enforce(self._modules(), self.learn.opt)
 
@@ -81,6 +85,14 @@ def after_step(self:DynamicSparseTrainingCallback):
     "Mask weights, and update if the method steps first"
     if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time())
     self.stepping = False
+
+@patch
+def after_fit(self:DynamicSparseTrainingCallback):
+    "After `lr_find`, chance is where it was"
+    if self.chance is None: return
+    set_random_states(**self.chance[0])
+    if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])
+    self.chance = None
 
 # %% ../nbs/06_callback.ipynb #ad3f2b02
 @patch

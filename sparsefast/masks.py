@@ -17,7 +17,7 @@ def maybe_float(
 ): # A Python float, or `num` itself
     "`float(num)` where that works, else `num` unchanged"
     try: return float(num)
-    except (TypeError, ValueError): return num
+    except (TypeError, ValueError, OverflowError, RuntimeError): return num
 
 # %% ../nbs/01_masks.ipynb #d008cc99
 def check_fraction(

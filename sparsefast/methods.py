@@ -234,7 +234,21 @@ def _check_pattern(self, l):
     try: self.sparsity_sched_f and k>0 and f(l.mask, l.mask.float(), l.mask.float(), k, 0)
     except ValueError as e: raise ValueError(f"the final sparsity of {l.module}, {l.target:.4g}, does not fit {_show(self.pattern_f)}: {e}") from None
 
+def _check_orphans(modules):
+    "A parametrization, a weight norm or torch's pruning takes a parameter's name away, and its mask stays behind"
+    for m in (m for top in ([modules] if isinstance(modules, nn.Module) else modules) for m in top.modules()):
+        for n in [b[:-5] for b in m._buffers if b.endswith('_mask') and f'{b[:-5]}_sparsity' in m._buffers]:
+            if m._parameters.get(n) is None: raise ValueError(f"{m} has a mask for `{n}`, which is no plain parameter any more (parametrized, weight-normed or pruned since?): undo that, or call `unsparsify_model` before doing it")
+
+def _check_targets(layers):
+    "A conversion to half precision rounds target sparsities too"
+    for l in layers:
+        t = l.module._buffers.get(f'{l.name}_sparsity')
+        if t is not None and torch.finfo(t.dtype).bits<32:
+            raise ValueError(f"the target sparsity of {l.module} has become {l.target:.6g}, in {t.dtype}: convert the model before `sparsify_model`, or set the buffer `{l.name}_sparsity` again, in single precision")
+
 def _check_layers(self, layers):
+    if self.sparsity_sched_f or self.pattern_f is not drop_grow: _check_targets(layers)
     if self.pattern_f is not drop_grow:
         for l in layers: _check_pattern(self, l)
     if self.explore_pct and any(l.recall('store') is None for l in layers):
@@ -261,6 +275,7 @@ def check(self:DSTMethod,
     total:int=None, # Optimizer steps in this training, if known
 )->None:
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
+    _check_orphans(modules)
     layers = sparse_layers(modules)
     _check_opt(self, opt)
     _check_known(layers, opt)
@@ -307,6 +322,7 @@ def before_step(self:DSTMethod,
     layers = sparse_layers(modules)
     _check_opt(self, opt)
     if step==1:
+        _check_orphans(modules)
         _check_known(layers, opt)
         _check_layers(self, layers)
         _check_start(self, layers)

@@ -6,7 +6,7 @@
 __all__ = ['add_mask', 'enforce_masks', 'sparsify_model', 'sparse_kaiming_normal_', 'unsparsify_model', 'load_sparse_state']
 
 # %% ../nbs/04_sparsify.ipynb #65424059
-import math, warnings
+import dis, inspect, math, warnings
 from functools import partial
 import torch
 from torch import nn
@@ -41,13 +41,21 @@ def add_mask(
 def _adopts(module): return [k for k,h in module._load_state_dict_pre_hooks.items() if getattr(h, 'hook', h) is adopt_memory]
 
 # %% ../nbs/04_sparsify.ipynb #c82b8026
+def _read_by(m):
+    "Children of which `m` reads the weight in its own forward, so that nothing calls them"
+    if not m._modules or type(m).__module__.startswith('torch.nn.') and not isinstance(m, nn.MultiheadAttention): return []
+    forward = inspect.unwrap(getattr(type(m), 'forward', None))
+    code = list(dis.get_instructions(forward)) if hasattr(forward, '__code__') else []
+    names = {a.argval for a,b in zip(code, code[1:]) if b.argval=='weight'}
+    return [c for n,c in m._modules.items() if c is not None and n in names]
+
 def _users(model):
     "(module to hook, hook) wherever a masked parameter of `model` is used"
     owners = {p: m for m,n,p,mask in masked_params(model)}
     for m in model.modules():
         mine = {owners[p] for p in m._parameters.values() if p in owners}
         for owner in mine: yield m, apply_masks if owner is m else partial(apply_masks, owner)
-        if isinstance(m, nn.MultiheadAttention) and m.out_proj in owners.values(): yield m, partial(apply_masks, m.out_proj)
+        for owner in {owners[p] for c in _read_by(m) for p in c._parameters.values() if p in owners}-mine: yield m, partial(apply_masks, owner)
 
 def _is_ours(hook): return getattr(hook, 'func', hook) is apply_masks
 
@@ -85,7 +93,7 @@ def _owners(model, exclude, additional_types, depthwise):
     owners = {}
     for w in names: owners.setdefault(w.p, w)
     owners = {p: w for p,w in owners.items() if p.numel()}
-    if not owners: raise ValueError(f"every layer that can be made sparse is excluded{'' if nobody else f' by {exclude!r}'}, or a depthwise convolution (`depthwise=True` makes them sparse)")
+    if not owners: raise ValueError(f"every layer that can be made sparse is excluded{'' if nobody else f' by {exclude!r}'}, a depthwise convolution (`depthwise=True` makes them sparse), or without weights")
     return owners,names
 
 # %% ../nbs/04_sparsify.ipynb #21769cd1

@@ -60,8 +60,10 @@ def messages(rank):
     return dict(seen=seen, rebroadcast=left)
 
 def late(rank):
-    "One rank makes its model seconds after the other, with other masks"
-    if rank: import time; time.sleep(1.5)
+    "One rank begins to make its model when the other waits for it already, with other masks"
+    store = dist.distributed_c10d._get_default_store()
+    if rank: store.wait(['waiting'])
+    else: net(0); store.set('waiting', '1')
     return plain(rank, 'SET', seeds=(0, 5))
 
 def other_layers(rank):

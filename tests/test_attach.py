@@ -1,4 +1,6 @@
 "Loops that own the call of the optimizer's step"
+import json, re
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from helpers import *
@@ -76,7 +78,15 @@ def test_dense_model():
     model = mlp(4, 4)
     with pytest.raises(ValueError, match='no mask'): attach(method_of('SET'), model, torch.optim.SGD(model.parameters(), lr=.1), 10)
 
-# ------------------------------------------------------------ the recipes of the notebook
+# ------------------------------------------------------------ the recipes of the notebook, as they stand there
+def recipe(title, **names):
+    "What the notebook says under a heading, run with `names` for what it takes for granted"
+    cells = json.loads((Path(__file__).parents[1]/'nbs/05b_attach.ipynb').read_text())['cells']
+    code = re.search(rf'## {title}\n.*?```python\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells), re.S)[1]
+    assert 3<=len(code.splitlines())<=15
+    exec(code, names := dict(vars(__import__('sparsefast.core', fromlist=['x'])), torch=torch, RigL_presets={**RigL_presets, 'batches_per_update': 8}, **names))
+    return names
+
 @pytest.mark.filterwarnings('ignore')
 def test_hugging_face_trainer(tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -84,26 +94,22 @@ def test_hugging_face_trainer(tmp_path):
     class Net(nn.Module):
         def __init__(self): super().__init__(); torch.manual_seed(0); self.net = mlp(8, 24, 20, 3)
         def forward(self, x, labels): out = self.net(x); return dict(loss=F.cross_entropy(out, labels), logits=out)
-    ds = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)]
-    model = Net()
-    args = transformers.TrainingArguments(str(tmp_path), max_steps=30, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', gradient_accumulation_steps=2)
-    sparsify_model(model, .6)
-    before,first = nnz(model),masks(model)
-    opt = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    attached = attach(method_of('RigL'), model, opt, total=args.max_steps)
-    transformers.Trainer(model, args, train_dataset=ds, optimizers=(opt, None)).train()
-    assert attached.step==30 and nnz(model)==before and masked_are_zero(model) and not any(torch.equal(a, b) for a,b in zip(first, masks(model)))
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kw): seen.append((sum(nnz(model)), masked_are_zero(model), masks(model)))
+    ds,model,seen = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)],Net(),[]
+    args = lambda _, max_steps: transformers.TrainingArguments(str(tmp_path), max_steps=max_steps//25, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', gradient_accumulation_steps=2)
+    trainer = lambda *a, **kw: transformers.Trainer(*a, callbacks=[Look()], **kw)
+    attached = recipe('Hugging Face', TrainingArguments=args, Trainer=trainer, model=model, ds=ds)['attached']
+    n = round(.1*n_params(model))
+    assert attached.step==attached.total==len(seen)==40 and all(abs(k-n)<=1 and ok for k,ok,_ in seen) and not any(torch.equal(a, b) for a,b in zip(seen[0][2], masks(model)) if a.sum()>12)
 
 @pytest.mark.filterwarnings('ignore')
 def test_lightning(tmp_path):
     L = pytest.importorskip('lightning')
-    class Classifier(L.LightningModule):
+    class Classifier(recipe('Lightning', L=L)['Classifier']):
         def __init__(self): super().__init__(); self.model = sparse_mlp()
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
-        def configure_optimizers(self):
-            opt = torch.optim.AdamW(self.parameters(), lr=5e-3)
-            self.attached = attach(method_of('RigL'), self.model, opt, total=int(self.trainer.estimated_stepping_batches))
-            return opt
+        def on_before_zero_grad(self, opt): assert masked_are_zero(self.model) and nnz(self.model)==before
     module = Classifier()
     before,first = nnz(module.model),masks(module.model)
     x,y = map(torch.cat, zip(*batches(10)))

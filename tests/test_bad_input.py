@@ -3,7 +3,7 @@ import math, re, warnings
 from functools import partial
 import pytest, torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from fastai import optimizer as fo
 from fastai.callback.core import Callback
 from helpers import *
@@ -285,6 +285,19 @@ def test_parameter_replaced_after_the_optimizer_was_made():
     learn.model[0].weight = nn.Parameter(torch.ones(24, 8))
     with pytest.warns(UserWarning, match='does not know'): learn.fit(1, cbs=DynamicSparseTrainingCallback(batches_per_update=8))
 
+TAKERS = dict(parametrization=lambda m: parametrizations.weight_norm(m), weight_norm=lambda m: torch.nn.utils.weight_norm(m), pruning=lambda m: prune.l1_unstructured(m, 'weight', .5),
+              nothing=lambda m: setattr(m, 'weight', None))
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('take', TAKERS)
+def test_parameter_taken_away_after_sparsify(take):
+    "Its mask is left behind, and would be for nothing"
+    model = sparse_mlp()
+    TAKERS[take](model[2])
+    opt,says = TORCH_OPTS['sgd'](model.parameters()),'(?s)Linear.* has a mask for `weight`, which is no plain parameter any more.*undo that'
+    for f in (partial(METHOD().step, model, opt, 1, 0.), partial(METHOD().check, [model], opt)): refused(f, match=says)
+    learn = learner(model)
+    with pytest.raises(ValueError, match=says): learn.fit(1, cbs=DynamicSparseTrainingCallback(batches_per_update=8))
+
 def test_frozen_parameters_may_be_unknown():
     model = sparse_mlp()
     model[0].weight.requires_grad_(False)
@@ -313,6 +326,30 @@ def test_half_precision_weights():
             for p in model.parameters(): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
             METHOD().step(model, opt, step, (step-1)/20)
             assert nnz(model)==before and masked_are_zero(model)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('preset', ['GMP', 'SRigL'])
+def test_targets_rounded_by_a_conversion(preset, dtype):
+    "A method that aims at the target sparsity must not aim at what half precision makes of it"
+    from sparsefast import presets
+    preset = {**getattr(presets, f'{preset}_presets'), 'batches_per_update': 20, 'replaces_step': False}
+    model = mlp(40, 50, 3)
+    sparsify_model(model, .9, **DSTMethod(**preset).start(.9))
+    model.to(dtype)
+    opt,method = TORCH_OPTS['sgd'](model.parameters()),DSTMethod(**preset)
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    for f in (partial(method.step, step=1, pct=0.), method.check): refused(lambda m, o: f(m, opt=o), model, opt, match=f'target sparsity of Linear.* has become 0.8.*{dtype}.*convert the model before `sparsify_model`', model=model, opt=opt)
+    for m in (model[0], model[2]): m.weight_sparsity = torch.tensor(.9)
+    method.check(model, opt)
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_conversion_to_half_precision_keeps_counts(preset):
+    "What the mask itself counts needs no target"
+    model = sparse_mlp()
+    before = nnz(model)
+    opt = TORCH_OPTS['momentum'](model.to(torch.bfloat16).parameters())
+    plain_loop(model, opt, DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8}), total=20, dtype=torch.bfloat16)
+    assert sum(nnz(model))==sum(before) and masked_are_zero(model)
 
 def test_learner_without_an_optimizer_yet():
     learn = learner(cbs=DynamicSparseTrainingCallback(batches_per_update=8))

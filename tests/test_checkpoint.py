@@ -172,7 +172,49 @@ def test_the_file_holds_no_code(tmp_path):
     state = torch.load(tmp_path/'models'/'run.pth', weights_only=True)
     assert state['epoch']==EPOCHS and torch.equal(state['model']['0.weight_mask'], learn.model[0].weight_mask)
 
+GO_ON = '''
+import sys, warnings; warnings.filterwarnings('ignore')
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import *
+for name,k in [a.split(':') for a in sys.argv[3:]]: FITS[name](learn := made(name, f'{sys.argv[2]}/{name}', seed=9), start_epoch=int(k)); torch.save(everything(learn), f'{sys.argv[2]}/{name}/end')
+'''
+FITS = {n: lambda l, *cbs, **kw: l.fit_one_cycle(EPOCHS, 1e-2, cbs=[CheckpointCallback('run'), *cbs], **kw) for n in CATALOGUE}
+FITS['flat_cos'] = lambda l, *cbs, **kw: l.fit_flat_cos(EPOCHS, 1e-2, cbs=[CheckpointCallback('run'), *cbs], **kw)
+FITS['trackers'] = lambda l, *cbs, **kw: l.fit(EPOCHS, .05, cbs=[SaveModelCallback(fname='best'), CheckpointCallback('run'), *cbs], **kw)
+def made(name, tmp, seed=0): return fresh(tmp, name if name in CATALOGUE else 'SET', seed=seed)
+
+@pytest.mark.filterwarnings('ignore')
+def test_in_a_new_process_with_start_epoch(tmp_path):
+    "Each preset, fit_flat_cos and SaveModelCallback: stopped in an epoch, gone on with in another process by `start_epoch`"
+    wholes,told = {},[]
+    for i,(name,fit) in enumerate(FITS.items()):
+        fit(whole := made(name, tmp_path/'whole'/name))
+        wholes[name],k = everything(whole),1+i%(EPOCHS-1)
+        with pytest.raises(Stop): fit(made(name, tmp_path/name), PowerCut(k, i%N_ITER))
+        told.append(f'{name}:{k}')
+    p = subprocess.run([sys.executable, '-c', GO_ON, os.path.dirname(__file__), str(tmp_path), *told], capture_output=True, text=True)
+    assert p.returncode==0, p.stderr
+    assert {n: changed(whole, torch.load(tmp_path/n/'end')) for n,whole in wholes.items()}=={n: [] for n in FITS}
+
 # ------------------------------------------------------------ a file that is always whole
+@pytest.mark.parametrize('when', ['half written', 'written'])
+def test_killed_in_the_middle_of_writing(when, tmp_path):
+    "SIGKILL when half of the bytes are out, and just before the new file takes its place"
+    code = '''
+import os, signal, sys, torch
+from sparsefast.checkpoint import atomic_save
+atomic_save(dict(a=torch.ones(1000)), sys.argv[1])
+def dies(*args): os.kill(os.getpid(), signal.SIGKILL)
+def half(obj, f): f.write(b'x'*2000); f.flush(); dies()
+if sys.argv[2]=='half written': torch.save = half
+else: os.replace = dies
+atomic_save(dict(a=torch.zeros(1000)), sys.argv[1])
+'''
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'f'), when])
+    assert p.returncode==-signal.SIGKILL and torch.equal(torch.load(tmp_path/'f')['a'], torch.ones(1000)) and len(list(tmp_path.iterdir()))==2
+    atomic_save(dict(a=2), tmp_path/'f')                                                      # what was left lying about is in nobody's way
+    assert torch.load(tmp_path/'f')==dict(a=2) and len(list(tmp_path.iterdir()))==1
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     atomic_save(dict(a=1), tmp_path/'f')
     with pytest.raises(Exception): atomic_save(dict(a=lambda: 0), tmp_path/'f')

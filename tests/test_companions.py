@@ -1,5 +1,5 @@
 "Beside what people use with fastai: exact after every step, and the same as without where it should be"
-import copy, io, pickle, shutil, warnings
+import copy, io, pickle, random, shutil, warnings
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai import optimizer as fo
@@ -14,6 +14,7 @@ from fastai.losses import CrossEntropyLossFlat
 from helpers import *
 from sparsefast.core import *
 from sparsefast.methods import DSTMethod
+from sparsefast.scores import slow_weights
 
 def dst(preset='RigL', **kw): return DynamicSparseTrainingCallback(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
 
@@ -25,7 +26,7 @@ class Exact(Callback):
     def after_step(self):
         self.steps += 1
         assert sum(nnz(self.learn.model))==self.n and masked_are_zero(self.learn.model)
-        if self.state: assert all((t[~mask]==0).all() for p,mask,_ in sparse_params(self.learn.model) for t in opt_tensors(self.learn.opt, p).values())
+        if self.state: assert all((t[~mask]==0).all() for p,mask,_ in sparse_params(self.learn.model) for t in [*opt_tensors(self.learn.opt, p).values(), *slow_weights(self.learn.opt, p)])
 
 def trained(learn, n=4, fit=None, state=True, **kw):
     before,exact = masks(learn.model),Exact(state)
@@ -86,16 +87,35 @@ def test_show_training_loop(capsys):
     assert step.index('MixedPrecision')<step.index('DynamicSparseTrainingCallback')<step.index('GradientClip')
 
 # ------------------------------------------------------------ lr_find
-def test_lr_find_leaves_chance_alone_and_suggests():
-    "Weights, masks, optimizer and random numbers afterwards as before, and a rate at which the sparse model learns"
+def test_lr_find_leaves_all_as_it_was_and_suggests():
+    "Weights, masks and optimizer afterwards as before, and a rate at which the sparse model learns"
     learn = learner(opt_func=partial(fo.SGD, mom=.9), cbs=dst('SET'), n_iter=40)
     learn.fit(1)
-    before,rng = snapshot(learn.model, learn.opt),torch.get_rng_state()
+    before = snapshot(learn.model, learn.opt)
     found = learn.lr_find(num_it=60, show_plot=False)
     assert not changed(before, snapshot(learn.model, learn.opt)) and 1e-5<found.valley<1
     first = learn.validate()[0]
     learn.fit(4, lr=found.valley)
     assert learn.validate()[0]<first
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('num_it', [7, 25], ids=['within an epoch', 'over several'])
+def test_a_run_after_lr_find_is_the_run_without(num_it, preset):
+    "Shuffled batches and dropout: chance is where it was, in torch, numpy, Python and the data loader"
+    def run(look):
+        torch.manual_seed(0); random.seed(0)
+        model = nn.Sequential(nn.Linear(8,24), nn.Dropout(.3), nn.ReLU(), nn.Linear(24,3))
+        sparsify_model(model, .5)
+        x,y = map(torch.cat, zip(*batches(10)))
+        train,valid = (DataLoader(TensorDataset(x, y), bs=8, shuffle=s, num_workers=0) for s in (True, False))
+        learn = Learner(DataLoaders(train, valid, device='cpu'), model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(fo.SGD, mom=.9), lr=.05, cbs=dst(preset), path=TMP.name)
+        learn.logger = noop
+        learn.remove_cb(ProgressCallback)
+        if look: learn.lr_find(num_it=num_it, show_plot=False)
+        learn.fit(3)
+        return snapshot(model, learn.opt), torch.get_rng_state(), random.getstate(), train.rng.getstate()
+    a,b = run(False),run(True)
+    assert not changed(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2:]==b[2:]
 
 # ------------------------------------------------------------ fits
 FITS = dict(one_cycle=lambda l: l.fit_one_cycle(4, .05), flat_cos=lambda l: l.fit_flat_cos(4, .05), sgdr=lambda l: l.fit_sgdr(2, 1, .05), discriminative=lambda l: l.fit_one_cycle(4, slice(1e-3, 1e-1)))
@@ -120,6 +140,18 @@ def test_freeze_and_thaw(preset):
     everything,kinds = moved(2, learn.unfreeze)
     assert everything=={0: True, 2: True, 4: True} and 'model.0.weight_mask' in kinds
     assert moved(2, lambda: learn.freeze_to(-1))[0]=={0: False, 2: False, 4: True}
+
+def test_a_dense_layer_frozen_again_stands_still_too():
+    "fastai goes on decaying what has a gradient from before, with a mask or without"
+    model = mlp(8, 24, 20, 3)
+    sparsify_model(model, .6, exclude=0)
+    learn = learner(model, opt_func=partial(fo.SGD, mom=.9, wd=.1), cbs=dst('SET'), splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())])
+    learn.fit(2)
+    learn.freeze()
+    before = snapshot(model)
+    learn.fit(2)
+    names = changed(before, snapshot(model))
+    assert not [k for k in names if k.startswith('model.0.')] and 'model.2.weight' in names
 
 # ------------------------------------------------------------ optimizers
 FASTAI = dict(radam=fo.RAdam, qhadam=fo.QHAdam, larc=partial(fo.Larc, mom=.9), lamb=fo.Lamb, ranger=fo.ranger, lookahead_sgd=lambda ps, **kw: fo.Lookahead(fo.SGD(ps, mom=.9, **kw)))

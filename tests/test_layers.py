@@ -141,6 +141,36 @@ def test_a_type_of_ones_own():
     model(torch.randn(2, 8))
     assert masked_are_zero(model)
 
+class Reads(nn.Module):
+    "Multiplies by weights of layers that it never calls"
+    def __init__(self): super().__init__(); self.qkv,self.out,self.called = nn.Linear(8, 12, bias=False), nn.Linear(12, 8), nn.Linear(8, 8)
+    def forward(self, x): return self.called(nn.functional.linear(nn.functional.linear(x, self.qkv.weight), self.out.weight, self.out.bias))
+
+@pytest.mark.parametrize('copied', [False, True])
+def test_weights_that_a_parent_reads(copied):
+    "Vision transformers do so; the layer's own hook never fires"
+    model = nn.Sequential(nn.Sequential(Reads()))
+    hooks = sparsify_model(model, .5)
+    if copied: model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p,*_ in sparse_params(model): p.add_(1.)
+    baked = unsparsify_model(copy.deepcopy(model))
+    x = data(1)[0][0]
+    assert torch.equal(model(x), baked(x)) and masked_are_zero(model) and len(hooks.hooks)==5
+    hooks.remove()
+    assert copied or not any(m._forward_pre_hooks for m in model.modules())
+
+def test_timm_models_that_read_weights():
+    timm = pytest.importorskip('timm')
+    model = timm.create_model('swinv2_cr_tiny_ns_224', img_size=64, depths=(1, 1), num_heads=(2, 2), embed_dim=16, window_size=4, num_classes=3)
+    beit = timm.create_model('beit_base_patch16_224', img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=3)
+    for m,size in ((model, 64), (beit, 32)):
+        sparsify_model(m.eval(), .5)
+        with torch.no_grad():
+            for p,*_ in sparse_params(m): p.add_(1.)
+            m(torch.randn(1, 3, size, size))
+        assert masked_are_zero(m)
+
 # ------------------------------------------------------------ depthwise
 def mobile(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=4))
 

@@ -118,8 +118,8 @@ def mask_of(*ones, shape): return torch.zeros(shape, dtype=torch.bool).flatten()
 def test_maybe_float():
     assert (maybe_float(3), maybe_float('0.5'), maybe_float(torch.tensor(.25))) == (3., .5, .25)
     assert isinstance(maybe_float(3), float) and maybe_float(None) is None and maybe_float('uniform')=='uniform'
-    two = torch.ones(2)
-    assert maybe_float(two) is two
+    two,huge,nowhere = torch.ones(2),10**400,torch.ones((), device='meta')               # no number, too large for one, without a value
+    assert maybe_float(two) is two and maybe_float(huge) is huge and maybe_float(nowhere) is nowhere
 
 def test_sparse_params_in_order_of_named_parameters():
     model = nn.Sequential(nn.Linear(2,3), nn.Sequential(nn.Conv2d(3,2,1), nn.LSTM(2,2)), nn.Linear(3,2))
