@@ -50,6 +50,8 @@ def _half_done(learn):
     acc = getattr(learn, 'gradient_accumulation', None)
     return dict(count=acc.count, grads=[_plain(p.grad) for p in learn.model.parameters()]) if acc and acc.count else None
 
+def _stateful(learn): return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')}
+
 def _scaler(learn): return getattr(getattr(learn, 'mixed_precision', None), 'scaler', None)
 
 def training_state(
@@ -61,7 +63,7 @@ def training_state(
     return dict(epoch=epoch, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
                 recorder=rec and {**{k: _plain(getattr(rec, k)) for k in _recorded}, 'smooth': _plain([rec.smooth_loss.count, rec.smooth_loss.val])},
                 trackers={n: {k: _plain(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)} for n,cb in _trackers(learn).items()},
-                half_done=_half_done(learn), scaler=scaler and scaler.state_dict())
+                half_done=_half_done(learn), callbacks={n: _plain(cb.state_dict()) for n,cb in _stateful(learn).items()}, scaler=scaler and scaler.state_dict())
 
 # %% ../nbs/06a_checkpoint.ipynb #b759860e
 def restore_training(
@@ -78,6 +80,8 @@ def restore_training(
     if (rec := getattr(learn, 'recorder', None)) and state['recorder']:
         for k in _recorded: setattr(rec, k, [L(v) for v in state['recorder'][k]] if k=='values' else state['recorder'][k])
         rec.smooth_loss.count,rec.smooth_loss.val = state['recorder']['smooth']
+    for n,cb in _stateful(learn).items():
+        if n in state.get('callbacks', {}): cb.load_state_dict(state['callbacks'][n])
     if (scaler := _scaler(learn)) and state['scaler']: scaler.load_state_dict(state['scaler'])
     if half := state['half_done']:
         learn.gradient_accumulation.count = half['count']

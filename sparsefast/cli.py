@@ -6,8 +6,8 @@
 __all__ = ['methods', 'dists', 'fashion_path', 'fashion_classes', 'sources', 'nets', 'number', 'check_number', 'did_you_mean',
            'check_choice', 'check_out', 'to_image', 'ToImage', 'array_source', 'digits_source', 'read_idx',
            'fashion_arrays', 'fashion_source', 'image_files', 'folder_source', 'mnist_source', 'get_dls', 'convnet',
-           'mlp', 'zoo', 'dry_run', 'get_model', 'update_every', 'make_sparse', 'get_learner', 'fit', 'layer_rows',
-           'layer_table', 'default_size', 'check_args', 'prepare', 'describe', 'compare', 'check_options', 'one_line',
+           'mlp', 'zoo', 'dry_run', 'get_model', 'update_every', 'make_sparse', 'get_learner', 'fit', 'layer_table',
+           'default_size', 'check_args', 'prepare', 'describe', 'compare', 'check_options', 'one_line',
            'sparsefast_train']
 
 # %% ../nbs/20_cli.ipynb #d803d694
@@ -37,11 +37,11 @@ from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage, set_seed
 
 # %% ../nbs/20_cli.ipynb #10e71dea
+from .analysis import add_rows, layer_rows, text_table
 from .callback import DynamicSparseTrainingCallback
 from .distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from .masks import sparse_params
 from .presets import GMP_presets, GraNet_presets, RigL_avg_presets, RigL_presets, SET_presets, SNFS_presets, Static_presets
-from .select import weight_names
 from .sparsify import sparsify_model
 
 # %% ../nbs/20_cli.ipynb #7e7444e8
@@ -316,27 +316,13 @@ def fit(
     return learn.recorder.values[-1][-1]
 
 # %% ../nbs/20_cli.ipynb #6563e487
-def layer_rows(
-    model:nn.Module, # Sparse or not
-)->list: # Of (name, shape, weights, active weights, target sparsity), one for each layer, each weight once
-    "What the masks of a model's layers say"
-    masks,seen,rows = {p: (int(mask.sum()), s) for p,mask,s in sparse_params(model)}, set(), []
-    for w,name in weight_names(model).items():
-        if (p := w.p) in seen: continue
-        seen.add(p)
-        rows.append((name, 'x'.join(map(str, p.shape)), p.numel(), *masks.get(p, (p.numel(), 0.))))
-    return rows
-
 def layer_table(
     model:nn.Module, # Sparse or not
 )->str:
-    "`layer_rows` as text, with totals"
+    "The layers of a model and their masks as text, with totals"
     rows = layer_rows(model)
-    n,a,t = (sum(r) for r in zip(*[(n, a, n*s) for *_,n,a,s in rows]))
-    cells = [('layer', 'shape', 'weights', 'active', 'sparsity', 'target')]
-    cells += [(name, shape, f'{n:,}', f'{a:,}', f'{1-a/n:.4f}', f'{s:.4f}') for name,shape,n,a,s in [*rows, ('total', '', n, a, t/n)]]
-    width = [max(map(len, col)) for col in zip(*cells)]
-    return '\n'.join('  '.join(c.ljust(w) if i<2 else c.rjust(w) for i,(c,w) in enumerate(zip(row, width))) for row in cells)
+    cells = [(r.name, 'x'.join(map(str, r.shape)), f'{r.weights:,}', f'{r.active:,}', f'{r.sparsity:.4f}', f'{r.target:.4f}') for r in [*rows, add_rows(rows, 'total')]]
+    return text_table(('layer', 'shape', 'weights', 'active', 'sparsity', 'target'), cells, left=2)
 
 # %% ../nbs/20_cli.ipynb #e7420751
 def default_size(data, arch):

@@ -16,7 +16,7 @@ from fastcore.basics import noop
 from .masks import (adopt_memory, apply_masks, check_fraction, masked_params, memory_name, memory_names, n_active, sparse_mask_like, stored_sparsity,
                               zero_masked_)
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
-from .select import check_plain, is_transposed, select_weights, weight_names
+from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
 from .distributions import uniform_sparsity
 from .ranks import check_whole
 from .scores import random_score
@@ -75,8 +75,6 @@ def _unhook(model):
             if _is_ours(f): del m._forward_pre_hooks[k]
 
 # %% ../nbs/04_sparsify.ipynb #c70d2aea
-def _is_depthwise(m): return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels
-
 def _owners(model, exclude, additional_types, depthwise):
     "Parameters to make sparse, each with the first module that has it; and their names"
     names = weight_names(model, additional_types)
@@ -84,7 +82,7 @@ def _owners(model, exclude, additional_types, depthwise):
     nobody = exclude is None or isinstance(exclude, (list,tuple,set)) and not exclude
     out = set([] if nobody else select_weights(model, exclude, additional_types))
     out |= {w for w in names if w.p is not None and any(o.p is w.p for o in out)}
-    if not depthwise: out |= {w for w in names if _is_depthwise(w.module)}
+    if not depthwise: out |= {w for w in names if is_depthwise(w.module)}
     names = {w: n for w,n in names.items() if w not in out}
     check_plain(names)
     for w,n in names.items():
