@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 from .masks import masked_params
 
@@ -43,6 +42,7 @@ _ours = {aten.mv: lambda m, v: 2*m.numel(), aten.addmv: lambda b, m, v: 2*m.nume
 def _flops_of(op, args, kwargs, out):
     "FLOPs of one operation, or `None` if it is none that counts"
     if op in _ours: return _ours[op](*args)
+    from torch.utils.flop_counter import flop_registry                       # here, for it imports triton, which takes longer than all else
     return flop_registry[op](*args, **kwargs, out_val=out) if op in flop_registry else None
 
 def _view_of(mask, p, v):

@@ -1,7 +1,7 @@
 "A training that is stopped goes on as if nothing had happened: bit for bit, for each preset, whatever runs beside it"
 import os, signal, subprocess, sys, warnings
 from functools import partial
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 from fastai import optimizer as fo
 from fastai.callback import fp16, schedule, training
@@ -95,10 +95,11 @@ def test_with_start_epoch(tmp_path):
     assert not changed(everything(whole), everything(learn))
 
 @pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('comp', [np.less, np.greater], ids=['best late', 'best early'])
 @pytest.mark.parametrize('epoch', [1, 3, 4])
-def test_beside_trackers(epoch, tmp_path, capsys):
+def test_beside_trackers(epoch, comp, tmp_path, capsys):
     "SaveModelCallback fails with fastai's start_epoch; here it, early stopping and the recorder go on where they were"
-    make = lambda tmp, seed=0: fresh(tmp, seed=seed, cbs=[SaveModelCallback(fname='best'), EarlyStoppingCallback(patience=9), ReduceLROnPlateau(patience=1, factor=2.)])
+    make = lambda tmp, seed=0: fresh(tmp, seed=seed, cbs=[SaveModelCallback(fname='best', comp=comp), EarlyStoppingCallback(patience=9, comp=comp), ReduceLROnPlateau(patience=1, factor=2., comp=comp)])
     fit = lambda learn, *cbs: learn.fit(EPOCHS, .05, cbs=[CheckpointCallback('run'), *cbs])
     fit(whole := make(tmp_path/'a'))
     learn = stopped(make, fit, tmp_path/'b', PowerCut(epoch))
@@ -106,7 +107,7 @@ def test_beside_trackers(epoch, tmp_path, capsys):
     a,b = whole.recorder,learn.recorder
     assert [list(v) for v in a.values]==[list(v) for v in b.values] and len(a.losses)==len(b.losses)==EPOCHS*N_ITER and torch.equal(torch.stack(list(a.losses)), torch.stack(list(b.losses)))
     for n in ('save_model', 'early_stopping', 'reduce_lr_on_plateau'): assert getattr(whole, n).best==getattr(learn, n).best
-    assert learn.early_stopping.wait==whole.early_stopping.wait and all(cb.run for cb in learn.cbs)
+    assert learn.early_stopping.wait==whole.early_stopping.wait and (comp is np.less or whole.early_stopping.wait>=3) and all(cb.run for cb in learn.cbs)
 
 @pytest.mark.parametrize('bs', [8, 10])
 def test_half_an_accumulation(bs, tmp_path):

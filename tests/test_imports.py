@@ -53,6 +53,13 @@ assert model.weight_mask.sum()==25 and not model.weight_mask.equal(start) and (m
 def test_no_module_wants_everything(module):
     assert not re.search(r'fastai\.vision\.all', (HERE/f'{module}.py').read_text())
 
+def test_core_brings_in_little():
+    "Beside fastai.basics no package but torch, fastai and this one: `import sparsefast.core` is to cost next to nothing more"
+    done = python("""import fastai.basics; before = set(sys.modules)
+import sparsefast.core
+print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_module_names)))""")
+    assert done.returncode==0 and set(done.stdout.split())<={'sparsefast','fastai','torch'}, done.stdout+done.stderr
+
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
