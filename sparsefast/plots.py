@@ -130,7 +130,7 @@ def plot_weights(
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return axs
 
-# %% ../nbs/08b_plots.ipynb #d91b9f1c
+# %% ../nbs/08b_plots.ipynb #54830d14
 def input_counts(
     module, # A layer
     mask:torch.Tensor, # Its mask
@@ -150,6 +150,7 @@ def show_inputs(
     which=None, # The layer, as `select_weights` takes it; by default the first that has a mask
     shape:tuple=None, # Of the picture that the inputs are; by default a square, if they are as many
     vmax:float=None, # Count that gets the last colour, to compare pictures
+    colorbar:bool=True, # Draw the scale of colours?
     ax=None, # Matplotlib axes
 ): # The axes
     "How many connections each pixel of the input has. For a convolution: each place of its kernel"
@@ -158,7 +159,7 @@ def show_inputs(
     counts = _square(counts, shape) if counts.dim()==1 else counts.sum(0)
     ax = _axes(ax, (4.6, 3.8))
     im = ax.imshow(counts.reshape(-1, counts.shape[-1]), cmap='cividis', vmin=0, vmax=vmax, interpolation='nearest')
-    ax.figure.colorbar(im, ax=ax, label='active weights', shrink=0.85)
+    if colorbar: ax.figure.colorbar(im, ax=ax, label='active weights', shrink=0.85, ticks=MaxNLocator(6, integer=True))
     ax.set(title='Connections of each input', xlabel='column', ylabel='row')
     return ax
 
@@ -169,7 +170,7 @@ def _first(model, which):
         if chosen is None or p in chosen: return m,mask
     raise ValueError("there is no such layer with a mask: call `sparsify_model(model, sparsity)` first")
 
-# %% ../nbs/08b_plots.ipynb #7e0fd796
+# %% ../nbs/08b_plots.ipynb #52df48f4
 def show_start_end(
     frames:list, # Of (step, mask) of a first layer, from `SparseRecorderCallback.masks`
     shape:tuple=None, # Of the picture that the inputs are; by default a square
@@ -180,7 +181,8 @@ def show_start_end(
     vmax = max(float(input_counts(None, frames[i][1]).max()) for i in (0, -1))
     for ax,i in zip(axs, (0, -1)):
         step,mask = frames[i]
-        show_inputs(mask, shape=shape, vmax=vmax, ax=ax).set_title('Connections of each pixel at the start' if i==0 else f'... and after {step:,} steps')
+        show_inputs(mask, shape=shape, vmax=vmax, colorbar=i<0, ax=ax).set_title(f'after {step:,} steps' if step else 'at the start')
+    axs[0].figure.suptitle('Connections of each input pixel')
     return axs
 
 # %% ../nbs/08b_plots.ipynb #6dd029db

@@ -73,6 +73,13 @@ def other_layers(rank):
     try: sync_masks(model)
     except ValueError as e: return dict(error=str(e))
 
+def doctor(rank):
+    "Masks that differ from the start, before and after they are made the same"
+    from sparsefast.doctor import sparse_doctor
+    model = net(seed=rank)
+    before = [list(f) for f in sparse_doctor(model)]
+    return dict(before=before, after=[list(f) for f in sparse_doctor(sync_masks(model))])
+
 def whole(dtype=torch.float64, accumulate=1):
     "One process, on the joined batches"
     model,log = net(0, dtype),[]
@@ -98,7 +105,7 @@ def in_fastai(rank, folder):
 
 adamw = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=.1)
 CASES = {f'{p}{"" if a==1 else "_accumulated"}': (lambda r, p=p, a=a: plain(r, p, accumulate=a)) for p in PRESETS for a in (1, 2)}
-CASES |= dict(seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
+CASES |= dict(doctor=doctor, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
               float64_accumulated=lambda r: plain(r, 'RigL', dtype=torch.float64, accumulate=2), messages=messages, other_layers=other_layers, local=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score),
               averaged=lambda r: plain(r, 'RigL', grad_steps=3, replaces_step=False))
 

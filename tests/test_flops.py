@@ -232,6 +232,24 @@ def test_training_factors(f, rigl5, readme5, snfs, paper):
     assert share_of_training(SNFS_presets, f)==pytest.approx(snfs, abs=6e-5) and round(snfs, 2)==paper
     for preset in (Static_presets, SET_presets, SET_ITOP_presets, MEST_presets, DSR_presets): assert share_of_training(preset, f)==pytest.approx(f)
 
+TRAINING = [(.8, 'ERK', .42, 2.09, 2.09, .42), (.9, 'ERK', .25, 1.23, 1.23, .24), (.8, 'uniform', .23, 1.14, 1.14, .23), (.9, 'uniform', .13, .66, .66, .13)]
+@pytest.mark.parametrize('sparsity,dist,rigl,rigl5,readme5,static', TRAINING, ids=lambda v: str(v))
+def test_training_factors_as_printed(sparsity, dist, rigl, rigl5, readme5, static, resnet50):
+    """Evci et al. 2020, figure 2 and README, at 80 and 90 %, from masks on ResNet-50 itself. Official convention: 2v+1 for each output, and an update costs a batch
+    beside its interval, (302f+1)/303. Ours beside it: two for each multiply-add, and the update is one of the interval's steps, (299f+1)/300. (The paper's own .10 and
+    .52 for uniform at 90 % are those with the first layer sparse, and its 1x figures, .42 and .24, leave the updates out: the README has what is tested here.)"""
+    f,_,ours = factor(*resnet50, sparsity, sparse_f=erdos_renyi_sparsity if dist=='ERK' else first_layer_dense_uniform)
+    share = partial(share_of_training, RigL_presets, f, total=303*101, stop_pct=1.)
+    official = share(every=101)                                                     # a hundred steps and the update
+    assert official==pytest.approx((302*f+1)/303, rel=2e-4) and round(official, 2)==rigl and round(5*official, 2)==rigl5==readme5
+    assert round(share_of_training(SET_presets, f), 2)==round(share_of_training(Static_presets, f), 2)==static==round(f, 2)
+    mine = share_of_training(RigL_presets, ours, total=30_000, stop_pct=1.)
+    assert mine==pytest.approx((299*ours+1)/300, rel=2e-4) and abs(mine-official)<.003     # the difference between the conventions shows in the third digit
+
+@pytest.mark.parametrize('sparsity,paper', [(.8, .61), (.9, .50)])
+def test_snfs_as_printed(sparsity, paper, resnet50):
+    assert round(share_of_training(SNFS_presets, factor(*resnet50, sparsity, sparse_f=erdos_renyi_sparsity)[0]), 2)==paper
+
 @pytest.mark.parametrize('sparsity,paper', [(.8, .56), (.9, .51)])
 def test_pruning_factor(sparsity, paper):
     "Zhu and Gupta's schedule, with the share of ResNet-50's first layer dense: the paper's .56 and .51"

@@ -19,7 +19,7 @@ def results(tmp_path_factory):
     launch(folder, *worker.CASES)
     return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(2)]
 
-EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers')]
+EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers', 'doctor')]
 @pytest.mark.parametrize('name', EQUAL)
 def test_equal_on_both(name, results):
     a,b = results(name)
@@ -40,6 +40,11 @@ def test_no_message_beyond_what_an_update_needs(results):
 
 def test_other_layers_are_refused(results):
     for r in results('other_layers'): assert 'rank 1 has masks for 4 buffers where rank 0 has 6' in r['error']
+
+def test_the_doctor_compares(results):
+    for r in results('doctor'):
+        assert {(f[0], f[1]) for f in r['before']}=={('fault', 'ranks')} and [f[2] for f in r['before']]==['0.weight', '2.weight', '4.weight']
+        assert 'rank 1' in r['before'][0][3] and not any(f[1]=='ranks' for f in r['after'])
 
 def test_in_fastai(tmp_path):
     pytest.importorskip('accelerate')

@@ -1,0 +1,293 @@
+"The doctor finds every planted fault, names the place, and finds nothing in a healthy model, whatever trained it"
+import copy, html, warnings
+from functools import partial
+import pytest, torch
+from torch import nn
+from fastai import optimizer as fo
+from helpers import *
+from sparsefast import presets
+from sparsefast.core import *
+from sparsefast.doctor import Finding, Findings, sparse_doctor
+
+CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
+def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}
+
+def sick(findings, kind, where=None, severity='fault'):
+    "There is this finding, in this place, and it says what to do"
+    found = [f for f in findings if f.kind==kind]
+    assert found and (where is None or where in [f.where for f in found]) and all(f.severity==severity and f.what and f.todo for f in found), findings
+    return found
+
+def made(name='RigL', sizes=(8,24,20,4), sparsity=.5):
+    torch.manual_seed(0)
+    model,method = mlp(*sizes), DSTMethod(**preset_of(name))
+    sparsify_model(model, sparsity, **method.start(sparsity))
+    return model,method,torch.optim.SGD(model.parameters(), lr=.05, momentum=.9, weight_decay=.01)
+
+# ------------------------------------------------------------ healthy
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_every_method_leaves_a_healthy_model(name):
+    model,method,opt = made(name)
+    assert sparse_doctor(model, opt, method)==[]
+    for step,(x,y) in enumerate(batches(40, n_out=4), 1):
+        backward(model, x, y)
+        method.step(model, opt, step, (step-1)/40)
+        if step in (7, 20, 40): assert sparse_doctor(model, opt, method)==[], step
+    assert sparse_doctor(model, method=CATALOGUE[name])==[] and sparse_doctor(model).healthy
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['SET', 'SNFS', 'RigL', 'SRigL', 'TopKAST', 'GMP'])
+def test_a_learner_before_while_and_after(name):
+    torch.manual_seed(0)
+    preset = {**preset_of(name), 'batches_per_update': 4 if name!='TopKAST' else 1}
+    learn = learner(mlp(8,24,20,4), opt_func=partial(fo.SGD, mom=.9)).sparsify(.5, preset=preset)
+    seen = []
+    learn.add_cb(DynamicSparseTrainingCallback(**preset)).add_cb(Watch('after_step', lambda l: seen.extend(l.sparse_doctor())))
+    learn.fit(3)
+    assert seen==[] and learn.sparse_doctor()==[] and sparse_doctor(learn)==[]
+
+@pytest.mark.parametrize('model', [lambda: nn.LSTM(6, 5), lambda: nn.TransformerEncoderLayer(16, 2, 32), lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 3, groups=2)),
+                                   lambda: nn.Bilinear(6, 5, 4)], ids=['lstm', 'transformer', 'conv', 'bilinear'])
+def test_other_layers_are_healthy(model):
+    torch.manual_seed(0)
+    sparsify_model(m := model(), .5)
+    assert sparse_doctor(m)==[] and sparse_doctor(copy.deepcopy(m))==[] and sparse_doctor(torch.compile(m))==[]
+
+@pytest.mark.parametrize('opt', ['adamw', 'nesterov', 'rmsprop'])
+def test_torch_optimizers_in_fastai(opt):
+    learn = learner(opt_func=wrapped(TORCH_OPTS[opt]), cbs=DynamicSparseTrainingCallback(**{**SET_presets, 'batches_per_update': 4}))
+    learn.fit(2)
+    assert learn.sparse_doctor()==[]
+
+def test_lookahead():
+    learn = learner(opt_func=fo.ranger, cbs=DynamicSparseTrainingCallback(**{**SET_presets, 'batches_per_update': 4}))
+    learn.fit(2)
+    assert learn.sparse_doctor()==[]
+
+def test_patterns_are_healthy_without_a_method():
+    for f in (fan_in_pattern, nm_pattern, block_pattern):
+        sparsify_model(m := mlp(16, 24, 20, 4), .55, pattern_f=f)
+        assert sparse_doctor(m)==[]
+
+# ------------------------------------------------------------ planted faults
+def test_no_mask():
+    sick(sparse_doctor(nn.Linear(3, 3)), 'no mask', 'Linear')
+    assert not sparse_doctor(nn.Linear(3, 3)).healthy
+
+def test_dtype():
+    model,*_ = made()
+    model[2]._buffers['weight_mask'] = model[2].weight_mask.float()
+    sick(sparse_doctor(model), 'dtype', '2.weight')
+
+def test_shape_after_a_replaced_parameter():
+    model,*_ = made()
+    model[2].weight = nn.Parameter(torch.randn(7, 24))
+    sick(sparse_doctor(model), 'shape', '2.weight')
+
+def test_device():
+    model,*_ = made()
+    model[2]._buffers['weight_mask'] = model[2].weight_mask.to('meta')
+    sick(sparse_doctor(model), 'device', '2.weight')
+
+def test_orphan():
+    model,*_ = made()
+    nn.utils.parametrizations.weight_norm(model[2])
+    sick(sparse_doctor(model), 'orphan', '2.weight')
+
+def test_a_count_below_the_target():
+    model,method,_ = made()
+    i = model[2].weight_mask.nonzero()[0]
+    model[2].weight_mask[tuple(i)] = False
+    apply_masks(model)
+    for m in (method, None): sick(sparse_doctor(model, method=m), 'count', '2.weight')
+
+def test_a_count_above_the_target():
+    model,method,_ = made()
+    model[2].weight_mask[tuple((~model[2].weight_mask).nonzero()[0])] = True
+    sick(sparse_doctor(model, method=method), 'count', '2.weight')
+    sick(sparse_doctor(model), 'count', '2.weight', severity='note')
+    assert sparse_doctor(model).healthy and sparse_doctor(model, method=CATALOGUE['GMP'])==[]          # a method that prunes is on its way
+
+def test_moved_weights_are_a_fault_unless_the_method_moves_them():
+    model,method,_ = made()
+    for l,to in ((0, False), (2, True)):
+        mask = model[l].weight_mask
+        mask[tuple((mask if not to else ~mask).nonzero()[0])] = to
+    apply_masks(model)
+    assert len(sick(sparse_doctor(model, method=method), 'count'))==2
+    assert sparse_doctor(model, method=CATALOGUE['SNFS'])==[] and sparse_doctor(model)==[]
+
+@pytest.mark.parametrize('value', [float('nan'), 1.5, -.1])
+def test_target(value):
+    model,*_ = made()
+    model[2].weight_sparsity.fill_(value)
+    sick(sparse_doctor(model), 'target', '2.weight')
+
+def test_empty():
+    model,*_ = made()
+    model[2].weight_mask.zero_()
+    apply_masks(model)
+    sick(sparse_doctor(model), 'empty layer', '2.weight')
+
+def test_dead_outputs():
+    model,*_ = made()
+    rows = model[0].weight_mask
+    rows[:13] = False
+    rows[13:].view(-1)[:] = True
+    apply_masks(model)
+    found = sick(sparse_doctor(model), 'dead outputs', '0.weight', severity='warning')
+    assert '13 of 24' in found[0].what and 'dead outputs' not in sparse_doctor(model, max_dead=.6).kinds
+
+def test_a_class_that_nothing_leads_to():
+    model,*_ = made()
+    model[4].weight_mask[2] = False
+    apply_masks(model)
+    found = sick(sparse_doctor(model), 'dead outputs', '4.weight', severity='warning')
+    assert '1 of 4' in found[0].what and 'last' in found[0].what
+
+def test_a_budget_that_one_layer_eats():
+    model = mlp(100, 100, 10)
+    sparsify_model(model, .5, sparsities={'2': .1})
+    assert sparse_doctor(model)==[]
+    sparsify_model(unsparsify_model(model), .99, sparsities={'2': .1})
+    found = sick(sparse_doctor(model), 'budget', '2.weight', severity='warning')
+    assert len(found)==1 and '%' in found[0].what
+
+def test_masked_weights():
+    model,*_ = made()
+    with torch.no_grad(): model[2].weight[~model[2].weight_mask] = .1
+    assert f'{int((~model[2].weight_mask).sum())} masked' in sick(sparse_doctor(model), 'masked weights', '2.weight')[0].what
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_not_finite(value):
+    model,*_ = made()
+    with torch.no_grad(): model[2].weight[tuple(model[2].weight_mask.nonzero()[0])] = value
+    sick(sparse_doctor(model), 'not finite', '2.weight')
+
+def test_replaced_by_one_that_the_optimizer_does_not_know():
+    model,_,opt = made()
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    f = sparse_doctor(model, opt)
+    sick(f, 'unknown to optimizer', '2.weight'), sick(f, 'foreign parameters', 'SGD', severity='warning')
+
+@pytest.mark.parametrize('opt_f', [partial(fo.SGD, mom=.9), fo.Adam, wrapped(TORCH_OPTS['adamw'])], ids=['sgd', 'adam', 'adamw'])
+def test_unknown_to_the_optimizers_of_fastai(opt_f):
+    learn = learner(opt_func=opt_f)
+    learn.fit(1)
+    learn.model[2].weight = nn.Parameter(learn.model[2].weight.detach().clone())
+    sick(learn.sparse_doctor(), 'unknown to optimizer', '2.weight')
+
+def trained(name='RigL'):
+    model,method,opt = made(name)
+    for step,(x,y) in enumerate(batches(10, n_out=4), 1):
+        backward(model, x, y)
+        method.step(model, opt, step, (step-1)/10)
+    return model,method,opt
+
+def test_state():
+    model,method,opt = trained()
+    opt.state[model[2].weight]['momentum_buffer'][~model[2].weight_mask] = 1e-3
+    for m in (method, None): sick(sparse_doctor(model, opt, m), 'state', '2.weight')
+    assert sparse_doctor(model, opt, CATALOGUE['SNFS'])==[]
+    method.enforce(model, opt)                                                                         # what the finding says helps
+    assert sparse_doctor(model, opt, method)==[]
+
+def test_state_that_is_dense_throughout_may_be_meant():
+    model,method,opt = trained('SNFS')
+    assert sparse_doctor(model, opt, method)==[]
+    sick(f := sparse_doctor(model, opt), 'state', severity='note')
+    assert f.healthy
+    sick(sparse_doctor(model, opt, CATALOGUE['SET']), 'state')
+
+@pytest.mark.parametrize('where', [0, 2])
+def test_hooks(where):
+    model,*_ = made()
+    model[where]._forward_pre_hooks.clear()
+    sick(sparse_doctor(model), 'hook', str(where), severity='warning')
+    enforce_masks(model)
+    assert sparse_doctor(model)==[]
+
+def test_hooks_of_parents_that_use_a_weight():
+    "Attention uses its output projection's weight without calling the layer"
+    attn = nn.MultiheadAttention(8, 2)
+    sparsify_model(attn, .5)
+    assert sparse_doctor(attn)==[]
+    attn._forward_pre_hooks.popitem()
+    sick(sparse_doctor(attn), 'hook', 'MultiheadAttention', severity='warning')
+
+def test_no_hooks_at_all():
+    model = mlp(8, 24, 4)
+    sparsify_model(model, .5, enforce_mask=False)
+    assert len(sick(sparse_doctor(model), 'hook', severity='warning'))==2
+
+def tied():
+    model = nn.ModuleDict(dict(a=nn.Linear(6, 6), b=nn.Linear(6, 6)))
+    model.b.weight = model.a.weight
+    sparsify_model(model, .5)
+    return model
+
+def test_tied():
+    model = tied()
+    assert sparse_doctor(model)==[]
+    model.b.register_buffer('weight_mask', model.a.weight_mask.clone())
+    assert 'tied' not in sparse_doctor(model).kinds                                                    # two, but alike
+    model.b.weight_mask.logical_not_()
+    sick(sparse_doctor(model), 'tied', 'b.weight')
+
+def test_frozen():
+    learn = learner()
+    learn.model[0].weight.requires_grad_(False)
+    assert sick(f := learn.sparse_doctor(), 'frozen', '0.weight', severity='note') and f.healthy and len(f)==1
+
+def test_pattern():
+    model,method,_ = made('SRigL')
+    mask = model[2].weight_mask
+    on,off = mask[0].nonzero()[0], (~mask[1]).nonzero()[0]
+    mask[0,on],mask[1,off] = False,True
+    apply_masks(model)
+    sick(sparse_doctor(model, method=method), 'pattern', '2.weight')
+    assert 'pattern' not in sparse_doctor(model, method=CATALOGUE['RigL']).kinds
+
+def test_store():
+    model,*_ = made()
+    sick(sparse_doctor(model, method=CATALOGUE['TopKAST']), 'store', '0.weight')
+
+def test_momentum():
+    model,*_ = made()
+    sick(sparse_doctor(model, torch.optim.SGD(model.parameters(), lr=.1), CATALOGUE['SNFS']), 'no momentum', 'SGD')
+
+def test_ranks(monkeypatch):
+    "Two processes, the other of which has another mask (the real thing is in test_ranks)"
+    from sparsefast import doctor
+    model,*_ = made()
+    other = {n: m.clone() for n,m in [('0.weight', model[0].weight_mask), ('2.weight', ~model[2].weight_mask), ('4.weight', model[4].weight_mask)]}
+    monkeypatch.setattr(doctor.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(doctor.dist, 'get_world_size', lambda: 2)
+    def gather(out, mine): out[:] = [mine, other]
+    monkeypatch.setattr(doctor.dist, 'all_gather_object', gather)
+    f = sick(sparse_doctor(model), 'ranks', '2.weight')
+    assert len(f)==1 and 'rank 1' in f[0].what
+
+# ------------------------------------------------------------ the report
+def test_gravest_first_and_forms():
+    model,method,opt = made()
+    model[2].weight_mask.zero_()
+    model[0].weight.requires_grad_(False)
+    model[0]._forward_pre_hooks.clear()
+    f = sparse_doctor(model, opt, method)
+    assert [x.severity for x in f]==sorted((x.severity for x in f), key=['fault', 'warning', 'note'].index) and len({x.severity for x in f})==3 and not f.healthy
+    text,page = repr(f), html.unescape(f._repr_html_())
+    assert all(x.where in text and x.what in text and x.todo in text and x.what in page and x.todo in page for x in f)
+    assert repr(Findings())=='healthy: no findings' and 'no findings' in Findings()._repr_html_() and Findings().healthy
+
+def test_nothing_changes():
+    model,method,opt = trained()
+    rng,before = torch.get_rng_state(), snapshot(model, opt)
+    with torch.no_grad(): model[2].weight[~model[2].weight_mask] = 1.                                  # sick, and left so
+    before = snapshot(model, opt)
+    sparse_doctor(model, opt, method)
+    assert not changed(before, snapshot(model, opt)) and torch.equal(rng, torch.get_rng_state())
+
+def test_an_unknown_setting_of_a_method_is_refused():
+    with pytest.raises(TypeError, match='did you mean'): sparse_doctor(made()[0], method=dict(stop_pc=.5))

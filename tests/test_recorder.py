@@ -1,0 +1,319 @@
+"The recorder: what it says is what happened, by other means of counting; it disturbs nothing, and goes along with fastai's companions"
+import csv, pickle, warnings
+from functools import partial
+import pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from fastai import optimizer as fo
+from fastai.callback import schedule, training
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import SaveModelCallback
+from helpers import *
+from sparsefast import presets
+from sparsefast.core import *
+from sparsefast.analysis import live_units
+from sparsefast.recorder import SparseRecorderCallback, mask_change
+
+CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
+def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}
+
+def net(): return nn.Sequential(nn.Linear(8,24), nn.LeakyReLU(.3), nn.Linear(24,20), nn.LeakyReLU(.3), nn.Linear(20,16))
+def make(name='SET', cbs=(), record=True, bs=8, sparsity=.5, **kw):
+    torch.manual_seed(0)
+    learn = learner(net(), opt_func=partial(fo.SGD, mom=.9, wd=.01), bs=bs)
+    preset = {**preset_of(name), **kw}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.sparsify(sparsity, preset=preset)
+        learn.add_cbs([DynamicSparseTrainingCallback(**preset), *cbs])
+    return learn.add_cb(SparseRecorderCallback()) if record else learn
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+# ------------------------------------------------------------ it says what happened
+class Log(Callback):
+    "All masks, after each batch of training"
+    run_valid = False
+    order = 100
+    def __init__(self): self.log = []
+    def after_batch(self): self.log.append(masks(self.learn.model))
+
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_history(name):
+    log = Log()
+    learn = make(name, [log])
+    start = masks(learn.model)
+    learn.fit(4)
+    rec,expected,seen,old,n = learn.sparse_recorder, [], [m.clone() for m in start], start, n_params(learn.model)
+    for step,new in enumerate(log.log, 1):
+        seen = [a | b for a,b in zip(seen, new)]
+        if not same_masks(old, new):
+            flip,size = sum(int((a^b).sum()) for a,b in zip(old, new)), sum(int(a.sum()+b.sum()) for a,b in zip(old, new))
+            dead = sum(int((m.sum(1)==0).sum()) for m in new)
+            expected.append((step, flip/size, sum(int(s.sum()) for s in seen)/n, dead, sum(int(m.sum()) for m in new)))
+        old = new
+    found = [(h['step'], h['churn'], h['explored'], h['dead'], h['nnz']) for h in rec.history]
+    assert len(found)==len(expected) and all(f==pytest.approx(e) for f,e in zip(found, expected)) and (found or name=='Static')
+    for h in rec.history: assert h['sparsity']==pytest.approx(1-h['nnz']/n) and h['epoch']==(h['step']-1)//10 and 0<=h['drop']<=1
+    assert [h['explored'] for h in rec.history]==sorted(h['explored'] for h in rec.history)
+    assert not rec.history or rec.history[-1]['layers']==pytest.approx({f'{i}.weight': 1-learn.model[i].weight_mask.float().mean().item() for i in (0, 2, 4)})
+
+def test_mask_change():
+    a,b = torch.tensor([1,1,1,0]).bool(), torch.tensor([1,1,0,0]).bool()
+    assert mask_change([a, b], [b, a])==dict(dropped=1, grown=1, before=5, after=5, churn=.2) and mask_change([], [])['churn']==0
+    assert mask_change([a], [b])['churn']==1/5
+
+def test_expected_exploration():
+    "Uniform growth of k weights at each of q updates: 1-(1-d)(1-k/(N(1-d)))^q in the mean (spec: .1, .13, .159, .187, .2141, .2403)"
+    torch.manual_seed(0)
+    finals = []
+    for seed in range(12):
+        learn = learner(nn.Linear(40, 25), n_iter=6, opt_func=partial(fo.SGD, mom=.9))
+        learn.dls = tensor_dls(6, n_in=40, n_out=25)
+        learn.sparsify(.9)
+        rec = SparseRecorderCallback()
+        learn.fit(1, cbs=[DynamicSparseTrainingCallback(keep_score_f=random_elsewhere_keep, grow_score_f=random_elsewhere, drop_sched_f=constant_anneal, initial_drop_grow_pct=.3, stop_pct=1.,
+                                                        batches_per_update=1, replaces_step=False, seed=seed), rec])
+        finals.append([h['explored'] for h in rec.history])
+    mean = torch.tensor(finals).mean(0).tolist()
+    assert mean==pytest.approx([.13, .159, .187, .2141, .2403][:len(mean)], abs=.004) and len(mean)==5
+
+def random_elsewhere_keep(p, generator=None, **kwargs): return torch.rand(p.shape, generator=generator)
+random_elsewhere_keep.needs_grad = False
+
+def test_frames():
+    log = Log()
+    learn = make('RigL', [log], record=False)
+    start = masks(learn.model)
+    learn.add_cb(rec := SparseRecorderCallback(keep=[0, -1]))
+    learn.fit(3)
+    for name,i in (('0.weight', 0), ('4.weight', 2)):
+        frames = rec.masks(name)
+        assert len(frames)==1+len(rec.history) and frames[0][0]==0 and torch.equal(frames[0][1], start[i])
+        assert all(torch.equal(mask, log.log[step-1][i]) for step,mask in frames[1:])
+    assert len(rec.masks())==len(rec.masks('0.weight'))
+    with pytest.raises(ValueError, match='4.weight'): rec.masks('2.weight')
+    with pytest.raises(ValueError, match='keep='): SparseRecorderCallback().masks()
+
+# ------------------------------------------------------------ what it costs
+class Cost(Callback):
+    "Independent: weights that are multiplied in the forward pass, and gradients that are not zero when the optimizer steps"
+    run_valid = False
+    order = DynamicSparseTrainingCallback.order+.2
+    def __init__(self): self.cost,self.dense = 0,0
+    def weights(self): return [m for m in self.learn.model if isinstance(m, nn.Linear)]
+    def before_batch(self): self.used = [int(m.weight_mask.sum()) if hasattr(m, 'weight_mask') else m.weight.numel() for m in self.weights()]
+    def before_step(self):
+        bs = len(self.learn.xb[0])
+        self.cost += 2*bs*sum(2*u+int(m.weight.grad.count_nonzero()) for u,m in zip(self.used, self.weights()))
+        self.dense += 6*bs*sum(m.weight.numel() for m in self.weights())
+
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_flops_of_every_preset(name):
+    "As the optimizer saw them; RigL and its like look at all gradients at their updates (`replaces_step=False` here, so the gradients are there to be counted).
+    A little less where a unit is cut off, so that its gradients are zeros; a little more where the engine leaves gradients as they are, and nothing reads them"
+    learn = make(name, [cost := Cost()])
+    learn.fit(4)
+    rec = learn.sparse_recorder
+    if name=='RigL_avg': assert rec.flops>cost.cost                                     # gradients are collected before the optimizer sees them
+    else: assert rec.flops==pytest.approx(cost.cost, rel=dict(SNFS=.01, GMP=.03).get(name, 1e-3))
+    assert rec.spent()==pytest.approx(rec.flops, rel=1e-9) and rec.spent(dense=True)==cost.dense and rec.now['tflops']==rec.flops/1e12
+
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_the_ledger_is_that_of_the_flops_room(name):
+    "`training_flops`, given the densities before each step, for the presets as published"
+    log = Log()
+    learn = make(name, [log], **dict(replaces_step=CATALOGUE[name].get('replaces_step', True)) if name!='Static' else {})
+    start = masks(learn.model)
+    learn.fit(4)
+    method = learn.dynamic_sparse_training.timed
+    count = count_flops(learn.model, torch.randn(8, 8))
+    states = [start, *log.log[:-1]]
+    trains = lambda m: min(int(m.sum())+round(method.explore_pct*m.numel()), m.numel())/m.numel()
+    ds = [(step, {f'{2*i}.weight': (m.double().mean().item(), trains(m)) for i,m in enumerate(ms)}) for step,ms in enumerate(states, 1)]
+    assert learn.sparse_recorder.flops==pytest.approx(training_flops(count, method, 40, ds), rel=1e-9)
+
+def test_a_dense_layer_costs_all_of_it_and_batches_their_size():
+    learn = make('SET', record=False)
+    sparsify_model(unsparsify_model(learn.model), .5, exclude=0)
+    learn.add_cbs([cost := Cost(), rec := SparseRecorderCallback()])
+    learn.dls = tensor_dls(n_iter=3, bs=8)
+    learn.dls.train.bs = 7                                                              # 24 examples: 7, 7, 7, 3
+    learn.dls.train.drop_last = False
+    learn.fit(2)
+    assert rec.flops==pytest.approx(cost.cost, rel=1e-3) and rec.fits[0]['samples']==48
+
+def test_without_a_method_and_without_masks():
+    learn = learner(net())
+    learn.fit(2, cbs=(rec := SparseRecorderCallback()))
+    assert rec.flops==rec.spent()==rec.spent(dense=True)==20*8*6*(8*24+24*20+20*16) and rec.now['sparsity']==0 and not rec.history
+    learn.sparsify(.5)
+    learn.fit(2, cbs=(rec := SparseRecorderCallback()))
+    assert rec.spent()==pytest.approx(rec.spent(dense=True)/2) and rec.now['sparsity']==.5 and not rec.history
+
+def test_convolutions_and_a_model_with_attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn,self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)
+        def forward(self, x): return self.head(self.attn(x[:,None]).mean(1))
+    learn = learner(Net())
+    learn.sparsify(.5)
+    learn.fit(1, cbs=(rec := SparseRecorderCallback()))
+    count = count_flops(learn.model, torch.randn(1, 8))
+    assert rec.flops==pytest.approx(80*6*count.active_macs, rel=1e-6)
+
+def test_a_model_that_cannot_be_counted_trains_on():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(8, 3)
+        def forward(self, x):
+            if not self.training and len(x)==1: raise RuntimeError('not one')
+            return self.l(x)
+    learn = learner(Odd())
+    learn.sparsify(.5)
+    with pytest.warns(UserWarning, match='not one'): learn.fit(1, cbs=(rec := SparseRecorderCallback()))
+    assert rec.flops==0 and rec.now['sparsity']==.5
+
+def test_autocast_does_not_hide_the_masks(cpu_amp):
+    learn = make('SET').to_fp16()
+    learn.fit(2)
+    plain = make('SET')
+    plain.fit(2)
+    assert learn.sparse_recorder.flops==pytest.approx(plain.sparse_recorder.flops, rel=.01)
+
+# ------------------------------------------------------------ it disturbs nothing
+@pytest.mark.parametrize('name', ['SET', 'SNFS', 'RigL', 'TopKAST', 'GraNet'])
+def test_the_same_training_with_and_without(name):
+    a,b = make(name, record=False), make(name)
+    for l in (a, b):
+        torch.manual_seed(1)
+        l.fit_one_cycle(3, .1)
+    assert not changed(snapshot(a.model, a.opt), snapshot(b.model, b.opt)) and torch.equal(torch.tensor(a.recorder.losses), torch.tensor(b.recorder.losses))
+
+# ------------------------------------------------------------ fastai's table and companions
+NAMES = ['sparsity', 'churn', 'explored', 'dead', 'drop', 'tflops']
+def test_columns():
+    learn = make('SET', [CSVLogger(fname='sparse.csv')])
+    learn.fit(3)
+    assert learn.recorder.metric_names[-7:-1]==NAMES and len(learn.recorder.values)==3
+    rec,h = learn.sparse_recorder, learn.sparse_recorder.history
+    for epoch,row in enumerate(learn.recorder.values):
+        last = [x for x in h if x['epoch']<=epoch][-1]
+        assert list(row)[-6:-1]==pytest.approx([last[k] for k in NAMES[:-1]])
+    assert learn.recorder.values[-1][-1]==rec.flops/1e12 and [r[-1] for r in learn.recorder.values]==sorted(r[-1] for r in learn.recorder.values)
+    with open(learn.path/'sparse.csv') as f: rows = list(csv.reader(f))
+    assert rows[0][-7:-1]==NAMES and len(rows)==4 and float(rows[1][-7])==pytest.approx(.5)
+    assert len(learn.recorder.log)==len(learn.recorder.metric_names)                     # what TensorBoard's and W&B's callbacks zip together
+
+def test_chosen_columns_and_a_metric_to_watch():
+    learn = make('SET', record=False)
+    learn.fit(2, cbs=[SparseRecorderCallback(columns=['explored']), SaveModelCallback(monitor='explored', comp=torch.gt, fname='most')])
+    assert learn.recorder.metric_names[-2]=='explored' and 'churn' not in learn.recorder.metric_names
+    with pytest.raises(ValueError, match="'churning'"): SparseRecorderCallback(columns=['churning'])
+
+def test_train_metrics_too():
+    learn = make('SET')
+    learn.recorder.train_metrics = True
+    learn.fit(1)
+    assert 'train_sparsity' in learn.recorder.metric_names and 'valid_sparsity' in learn.recorder.metric_names and len(learn.recorder.log)==len(learn.recorder.metric_names)
+
+def test_validate_and_get_preds_are_as_ever():
+    learn = make('SET')
+    before = learn.validate()
+    learn.fit(2)
+    flops,n = learn.sparse_recorder.flops, len(learn.sparse_recorder.history)
+    assert len(learn.validate())==len(before)==1 and len(learn.get_preds()[0])==16 and len(learn.metrics)==0
+    assert learn.sparse_recorder.flops==flops and len(learn.sparse_recorder.history)==n
+
+def test_after_a_crash():
+    learn = make('SET')
+    def crash(learn): raise RuntimeError('bang')
+    learn.add_cb(boom := Watch('after_step', crash))
+    with pytest.raises(RuntimeError, match='bang'): learn.fit(1)
+    learn.remove_cb(boom)
+    assert len(learn.validate())==1
+    learn.fit(1)
+    assert list(learn.recorder.metric_names).count('sparsity')==1 and len(learn.metrics)==0
+
+def test_lr_find():
+    learn = make('SET')
+    learn.fit(1)
+    rec = learn.sparse_recorder
+    before = (len(rec.history), rec.flops, len(rec.fits))
+    learn.lr_find(num_it=12, show_plot=False)
+    assert (len(rec.history), rec.flops, len(rec.fits))==before
+    learn.fit(1)
+    assert len(rec.fits)==2 and rec.flops>before[1]
+
+def test_fine_tune_is_one_history():
+    learn = make('SET', record=False)
+    learn.fine_tune(2, freeze_epochs=2, cbs=(rec := SparseRecorderCallback()))
+    assert [f['step'] for f in rec.fits]==[20, 20] and {h['fit'] for h in rec.history}=={0, 1}
+    steps = [h['step'] for h in rec.history]
+    assert steps==sorted(set(steps)) and max(steps)>20 and rec.spent()==pytest.approx(rec.flops, rel=1e-9)
+    rec.reset()
+    assert not rec.history and not rec.fits and rec.flops==0
+
+def test_start_epoch():
+    learn = make('SET')
+    learn.fit(4, start_epoch=2)
+    rec = learn.sparse_recorder
+    assert rec.fits[0]['start']==20 and rec.fits[0]['step']==40 and rec.spent()==pytest.approx(rec.flops, rel=1e-9) and rec.spent(dense=True)==20*8*6*(8*24+24*20+20*16)
+
+@pytest.mark.parametrize('companion', [lambda: training.GradientClip(.1), lambda: schedule.ParamScheduler(dict(lr=schedule.SchedCos(.1, .01)))], ids=['clip', 'schedule'])
+def test_companions(companion):
+    learn = make('RigL', [companion()])
+    learn.fit(3)
+    assert learn.sparse_recorder.history and learn.sparse_recorder.spent()==pytest.approx(learn.sparse_recorder.flops, rel=1e-9)
+
+def test_accumulation():
+    "Steps are optimizer steps; each costs all its batches"
+    learn = make('SET', [training.GradientAccumulation(16), cost := Cost()])
+    learn.fit(4)
+    rec = learn.sparse_recorder
+    assert rec.fits[0]['step']==20 and rec.fits[0]['samples']==320 and all(h['step']%4==0 for h in rec.history) and rec.history
+    assert rec.spent()==pytest.approx(rec.flops, rel=1e-9)
+
+def test_export():
+    learn = make('SET')
+    learn.fit(1)
+    cb = pickle.loads(pickle.dumps(learn.sparse_recorder))
+    assert cb.history==learn.sparse_recorder.history and cb.metrics_[0].value==cb.now['sparsity']
+
+# ------------------------------------------------------------ stopped and continued
+class Stop(Exception): pass
+@pytest.mark.parametrize('fit', ['cycle', 'tune'])
+@pytest.mark.parametrize('epoch', [0, 1, 2])
+def test_resume(fit, epoch, tmp_path):
+    def run(folder, cut=None):
+        learn = make('RigL', record=False)
+        learn.path = tmp_path/folder
+        rec = SparseRecorderCallback(keep=0)
+        def stop(l):
+            rec.cuts = getattr(rec, 'cuts', 0)+1
+            if rec.cuts==10*epoch+7: raise Stop('cut')
+        cbs = [rec, CheckpointCallback('run'), *([Watch('after_batch', stop)] if cut else [])]
+        if fit=='tune': learn.fine_tune(2, freeze_epochs=1, cbs=cbs)
+        else: learn.fit_one_cycle(3, .1, cbs=cbs)
+        return learn,rec
+    whole,a = run('a')
+    with pytest.raises(Stop): run('b', cut=True)
+    learn,b = run('b')
+    assert not changed(snapshot(whole.model, whole.opt), snapshot(learn.model, learn.opt))
+    assert a.history==b.history and a.history and a.flops==pytest.approx(b.flops) and a.spent()==b.spent() and a.spent()==pytest.approx(a.flops, rel=1e-9)
+    assert all(i==j and torch.equal(m, n) for (i,m),(j,n) in zip(a.masks(), b.masks(), strict=True))
+    assert all(list(x)==pytest.approx(list(y)) for x,y in zip(whole.recorder.values, learn.recorder.values))
+
+def test_a_file_of_an_older_version_has_no_callbacks(tmp_path):
+    learn = make('SET')
+    learn.path = tmp_path
+    learn.fit(1, cbs=CheckpointCallback('run'))
+    state = torch.load(tmp_path/'models'/'run.pth', weights_only=True)
+    assert 'sparse_recorder' in state.pop('callbacks')
+    torch.save(state, tmp_path/'models'/'run.pth')
+    again = make('SET')
+    again.path = tmp_path
+    again.fit(1, cbs=CheckpointCallback('run'))
+    assert not changed(snapshot(learn.model), snapshot(again.model))
