@@ -1,4 +1,4 @@
-"""The whole site from stored outputs, into `_docs`: `python nbs/_site/build.py`
+"""The whole site from stored outputs, into `_docs/html`: `python nbs/_site/build.py`
 
 Pages (pages.py), Sphinx with warnings as errors, then every link and anchor inside the site is looked up. Needs the extra `docs`; no network."""
 import re, sys
@@ -31,7 +31,7 @@ def broken(out):
             if not to.exists() or to.suffix=='.html' and unquote(frag) not in pages[to].ids: yield f'{fn.relative_to(out.resolve())}: {link}'
 
 if __name__=='__main__':
-    src,out = root/'_proc'/'pages',root/'_docs'
+    src,out = root/'_proc'/'pages',root/'_docs'/'html'
     build(src)
     rc = main(['-W', '--keep-going', '-E', '-q', '-c', str(Path(__file__).parent), str(src), str(out)])
     bad = sorted(set(broken(out)))

@@ -38,7 +38,7 @@ def names_in(src):
     for o in ast.parse(src).body:
         if isinstance(o, (ast.FunctionDef, ast.ClassDef)):
             nm = showdoc_nm(o)
-            defs += [n for n in ([nm] if isinstance(nm, str) else nm) if not any(p.startswith('_') for p in n.split('.'))]
+            defs += [n for n in ([nm] if isinstance(nm, str) else nm) if not re.search(r'(^|\.)_|\.(before|after)_', n)]     # nor a callback's events
         elif isinstance(o, ast.Assign): consts += [t.id for t in o.targets if isinstance(t, ast.Name) and not t.id.startswith('_')]
     return defs, consts
 
@@ -60,6 +60,7 @@ def signature(nm, f):
     except (TypeError, ValueError): return nm
     star,args = False,[]
     for p in ps:
+        if p.name=='self': continue
         if p.kind==p.KEYWORD_ONLY and not star and not any(a.startswith('*') for a in args): args.append('*')
         star = star or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
         args.append({p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name + ('' if p.default is p.empty else f'={_name(p.default)}'))
@@ -71,12 +72,21 @@ def signature(nm, f):
         line += f' {a},'
     return f'{nm}(\n' + '\n'.join([*lines, line.rstrip(',')]) + ')'
 
+def documented(o):
+    "docments of `o`; of parameters that it passes on, those of the function it passes them to"
+    try: docs = docments(o, full=True)
+    except (TypeError, ValueError): return {}
+    to = getattr(o, '__delwrap__', None)
+    if getattr(to, '__name__', '')=='__init__': to = to.__globals__.get(to.__qualname__.split('.')[0])      # a dataclass's has no source
+    more = documented(to) if to is not None else {}
+    if more: docs = {k: docs.get(k) or {} for k in [*inspect.signature(o).parameters, 'return']}
+    return {k: d if d.get('docment') or k=='return' else more.get(k, d) for k,d in docs.items()}
+
 def doc(nm, mod, level):
     "A heading with the name, signature, docstring and a table of parameters, as Markdown"
     o = _find(nm, mod)
     parts = [f"{'#'*level} `{nm}`", f'```python\n{signature(nm, o)}\n```', re.sub(r'(\n *){2,}', '\n\n', inspect.getdoc(o) or '')]
-    try: docs = docments(o, full=True)
-    except (TypeError, ValueError): docs = {}
+    docs = documented(o)
     rows = [f"| `{k}` | {_cell(d['docment'])} |" for k,d in docs.items() if k not in ('self', 'return') and d.get('docment')]
     ret = (docs.get('return') or {}).get('docment')
     if ret: rows.append(f'| *returns* | {_cell(ret)} |')
