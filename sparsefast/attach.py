@@ -15,7 +15,13 @@ from .scores import inner_opt
 # %% ../nbs/05b_attach.ipynb #801e155e
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps. `remove()` ends it, the masks stay"
-    def __init__(self, method, modules, opt, total, step=0):
+    def __init__(self,
+        method, # A `DSTMethod`
+        modules, # Modules with masks
+        opt, # A torch optimizer
+        total, # Optimizer steps of the whole training
+        step=0, # How many of them are done
+    ):
         self.method,self.modules,self.opt,self.total,self.step,self._kept = method,modules,opt,total,step,None
         self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)]
 

@@ -112,7 +112,9 @@ class CheckpointCallback(Callback):
         self.fname,self.every,self.resume,self.n_fit,self.start = fname,every,resume,0,_EpochStart(seed)
 
 @patch(as_prop=True)
-def file(self:CheckpointCallback): return Path(self.learn.path)/self.learn.model_dir/f'{self.fname}.pth'
+def file(self:CheckpointCallback):
+    "Where the checkpoint is"
+    return Path(self.learn.path)/self.learn.model_dir/f'{self.fname}.pth'
 
 @patch(as_prop=True)
 def _trains(self:CheckpointCallback): return self.learn.create_mbar and not hasattr(self.learn, 'lr_finder')   # not validating, predicting or looking for a rate

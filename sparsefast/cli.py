@@ -45,6 +45,7 @@ from .select import weight_names
 from .sparsify import sparsify_model
 
 # %% ../nbs/20_cli.ipynb #7e7444e8
+# Methods by their name on the command line; dense has none
 methods = dict(dense=None, static=Static_presets, set=SET_presets, snfs=SNFS_presets, rigl=RigL_presets, rigl_avg=RigL_avg_presets, gmp=GMP_presets, granet=GraNet_presets)
 dists   = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, erk=erdos_renyi_sparsity)
 
@@ -116,23 +117,38 @@ def to_image(
 
 class ToImage(Transform):
     "`to_image` in a data block"
-    def __init__(self, size, channels): self.size,self.channels = size,channels
+    def __init__(self,
+        size, # Side of the images, in pixels
+        channels, # 1 or 3
+    ): self.size,self.channels = size,channels
     def encodes(self, a:np.ndarray): return to_image(a, self.size, self.channels)
 
-def array_source(images, labels, valid, size, channels):
+def array_source(
+    images, # Arrays of (height, width), from 0 to 255
+    labels, # Their classes
+    valid, # Positions to validate on
+    size, # Side of the images, in pixels
+    channels, # 1 or 3
+):
     "(items, positions to validate on, classes, settings of the data block) for arrays in memory"
     block = TransformBlock(type_tfms=ToImage(size, channels), batch_tfms=Normalize())
     return list(zip(images, labels)), valid, sorted(set(labels)), dict(block=block, get_x=ItemGetter(0), get_y=ItemGetter(1))
 
 # %% ../nbs/20_cli.ipynb #989f66c4
-def digits_source(size, channels, seed):
+def digits_source(
+    size, # Side of the images, in pixels
+    channels, # 1 or 3
+    seed, # Of the split
+):
     "1,797 handwritten digits of 8x8 pixels that come with scikit-learn; a fifth of them to validate on"
     from sklearn.datasets import load_digits
     d = load_digits()
     return array_source(d.images, [str(i) for i in d.target], RandomSplitter(seed=seed)(d.images)[1], size, channels)
 
 # %% ../nbs/20_cli.ipynb #d5399991
+# Where Debian's package `dataset-fashion-mnist` puts its files
 fashion_path = Path('/usr/share/datasets/fashion-mnist')
+# By label, 0 to 9
 fashion_classes = ['T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
 def read_idx(
@@ -150,7 +166,11 @@ def fashion_arrays(): # ((images, labels) to train on, (images, labels) to test 
         raise ValueError(f"data fashion is not on this machine (no {missing[0]}): apt-get install dataset-fashion-mnist")
     return [tuple(map(read_idx, fs)) for fs in files]
 
-def fashion_source(size, channels, seed):
+def fashion_source(
+    size, # Side of the images, in pixels
+    channels, # 1 or 3
+    seed, # Not used: the split is given
+):
     "70,000 pieces of clothing in 28x28 pixels; the 10,000 of the test set to validate on"
     (x,y),(x_test,y_test) = fashion_arrays()
     labels = [fashion_classes[i] for i in np.concatenate([y, y_test])]
@@ -174,7 +194,13 @@ def image_files(
     return files, range(len(train), len(files)) if valid else RandomSplitter(seed=seed)(files)[1]
 
 # %% ../nbs/20_cli.ipynb #2eb1bbbc
-def folder_source(path, size, channels, seed, names=('train', 'valid')):
+def folder_source(
+    path, # A folder with a folder of images for each class, or such folders named `names`
+    size, # Side of the images, in pixels
+    channels, # 1 or 3
+    seed, # Of the split, where the folder has none
+    names=('train', 'valid'), # Folders to train and to validate on, if both are there
+):
     "(items, positions to validate on, classes, settings of the data block) for images in folders"
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageBlock, PILImage, PILImageBW
@@ -184,13 +210,18 @@ def folder_source(path, size, channels, seed, names=('train', 'valid')):
     return files, valid, sorted(set(map(parent_label, files))), dict(
         block=ImageBlock(PILImageBW if channels==1 else PILImage), get_y=parent_label, item_tfms=Resize(size, method='squish'), batch_tfms=Normalize())
 
-def mnist_source(size, channels, seed):
+def mnist_source(
+    size, # Side of the images, in pixels
+    channels, # 1 or 3
+    seed, # Not used: the split is given
+):
     "70,000 handwritten digits of 28x28 pixels, downloaded by fastai"
     try: path = untar_data(URLs.MNIST)
     except Exception as e: raise ValueError(f"data mnist cannot be downloaded from {URLs.MNIST}: {e}") from None
     return folder_source(path, size, channels, seed, ('training', 'testing'))
 
 # %% ../nbs/20_cli.ipynb #55261062
+# Data sets by name
 sources = dict(digits=digits_source, fashion=fashion_source, mnist=mnist_source)
 
 def get_dls(
@@ -228,6 +259,7 @@ def mlp(
     return nn.Sequential(Flatten(), nn.Linear(n_in, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_out))
 
 # %% ../nbs/20_cli.ipynb #315fdd5e
+# Small networks of our own; any other name is a model of torchvision
 nets = ('convnet', 'mlp')
 
 def zoo(
@@ -339,12 +371,28 @@ def layer_table(
     return '\n'.join('  '.join(c.ljust(w) if i<2 else c.rjust(w) for i,(c,w) in enumerate(zip(row, width))) for row in cells)
 
 # %% ../nbs/20_cli.ipynb #e7420751
-def default_size(data, arch):
+def default_size(
+    data, # A name of `sources`, or a folder
+    arch, # A name of `nets`, or a model of torchvision
+):
     "Side of the images, in pixels"
     if data in sources: return 32 if arch not in nets else 8 if data=='digits' else 28
     return 64 if arch in nets else 128
 
-def check_args(data, arch, method, sparsity, dist, epochs, lr, bs, every, size, seed, out):
+def check_args(
+    data, # A name of `sources`, or a folder of images
+    arch, # A name of `nets`, or a model of torchvision
+    method, # A name of `methods`
+    sparsity, # Fraction of zeros, in [0,1]
+    dist, # A name of `dists`
+    epochs, # Of training, at least 1
+    lr, # Highest learning rate
+    bs, # Images in a batch
+    every, # Optimizer steps between updates, or `None` for the method's own
+    size, # Side of the images, in pixels, or `None` for `default_size`
+    seed, # Of weights, masks and batches
+    out, # File to write the model to
+):
     "All values that can be checked without data and model, with the defaults filled in; a `ValueError` names the first wrong one"
     data = str(data)
     check_choice('method', method, methods)
@@ -359,7 +407,17 @@ def check_args(data, arch, method, sparsity, dist, epochs, lr, bs, every, size, 
 
 # %% ../nbs/20_cli.ipynb #ddf42d3a
 def prepare(
-    data, arch, method, sparsity, dist, epochs, bs, every, size, seed, **kwargs # As checked by `check_args`
+    data, # As checked by `check_args`, and so are all others
+    arch, # Name of the model
+    method, # Name of the method
+    sparsity, # Fraction of zeros, in [0,1]
+    dist, # Name of the distribution
+    epochs, # Of training
+    bs, # Images in a batch
+    every, # Optimizer steps between updates, or `None`
+    size, # Side of the images, in pixels
+    seed, # Of weights, masks and batches
+    **kwargs
 ): # (`DataLoaders`, sparse model, its dense twin, callbacks)
     "Data and models of a run; a `ValueError` says what is wrong with them"
     if arch not in nets: zoo(arch)
@@ -376,7 +434,15 @@ def prepare(
 def describe(
     dls, # Data
     cbs:list, # Callbacks of the sparse training
-    data, arch, method, sparsity, dist, epochs, lr, size, **kwargs # As checked by `check_args`
+    data, # As checked by `check_args`, and so are all others
+    arch, # Name of the model
+    method, # Name of the method
+    sparsity, # Fraction of zeros, in [0,1]
+    dist, # Name of the distribution
+    epochs, # Of training
+    lr, # Highest learning rate
+    size, # Side of the images, in pixels
+    **kwargs
 )->str:
     "Two lines about a run"
     n_steps = epochs*len(dls.train)
@@ -387,7 +453,18 @@ def describe(
     return (f'{data}: {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} to validate on, {size}x{size}, {dls.c} classes\n'
             f'{arch}, {method}{sparse}: {epochs} epochs, {n_steps:,} steps, learning rate {lr:g}{change}')
 
-def compare(dls, model, twin, cbs, method, epochs, lr, seed, out, **kwargs):
+def compare(
+    dls, # Data
+    model, # Sparse
+    twin, # The same model, dense
+    cbs, # Callbacks of the sparse training
+    method, # Name of the method
+    epochs, # Of training
+    lr, # Highest learning rate
+    seed, # Of batches
+    out, # File to write the model to
+    **kwargs
+):
     "Train, train the dense twin too, print what came of it, and save; returns the learner"
     print(describe(dls, cbs, method=method, epochs=epochs, lr=lr, **kwargs))
     learn = get_learner(dls, model)
@@ -403,7 +480,10 @@ def compare(dls, model, twin, cbs, method, epochs, lr, seed, out, **kwargs):
     return learn
 
 # %% ../nbs/20_cli.ipynb #5a23ae7b
-def check_options(args, names):
+def check_options(
+    args, # What the parser left over
+    names, # Options that there are
+):
     "Refuse what the parser did not know"
     if args: raise ValueError(f"there is no option {args[0]!r}{did_you_mean(args[0].split('=')[0], [f'--{n}' for n in names])} (--help lists them)")
 

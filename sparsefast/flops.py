@@ -26,7 +26,9 @@ class LayerFlops(NamedTuple):
 
 class FlopCount:
     "Forward cost by layer: name of the weight, or of a module that multiplies without weights -> `LayerFlops`"
-    def __init__(self, layers): self.layers = layers
+    def __init__(self,
+        layers, # Dict: name -> `LayerFlops`
+    ): self.layers = layers
     macs         = property(lambda self: sum(l.macs for l in self.layers.values()))
     active_macs  = property(lambda self: sum(l.active_macs for l in self.layers.values()))
     flops        = property(lambda self: 2*self.macs)
@@ -36,6 +38,7 @@ class FlopCount:
     def __repr__(self): return f'{self.flops:,} FLOPs dense, {self.active_flops:,} with masks ({self.share:.4f} of them)'
 
 # %% ../nbs/07_flops.ipynb #0c3c16cd
+# torch's operators, by which its counter knows them
 aten = torch.ops.aten
 _ours = {aten.mv: lambda m, v: 2*m.numel(), aten.addmv: lambda b, m, v: 2*m.numel(),
          aten._trilinear: lambda a, w, b, *args: 2*a.shape[0]*w.numel()}

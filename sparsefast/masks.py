@@ -163,7 +163,12 @@ def memory_names(
     starts = tuple(memory_name(n, '') for n in module._parameters if f'{n}_mask' in module._buffers)
     return [n for n in names if starts and n.startswith(starts)]
 
-def adopt_memory(module, state_dict, prefix, *args):
+def adopt_memory(
+    module, # The layer that loads
+    state_dict, # Of the whole model
+    prefix, # Of the layer's names in it
+    *args # What a load hook passes besides; not used
+):
     "Before a state dict is loaded, make room in `module` for the memory it holds"
     given = memory_names(module, [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)])
     for n in set(memory_names(module, list(module._buffers)))-set(given): del module._buffers[n]
@@ -179,6 +184,7 @@ def attribute(
     return getattr(f, name, getattr(getattr(f, 'func', f), name, default))
 
 # %% ../nbs/01_masks.ipynb #d27d11bb
+# Layers that can be sparse without being asked for
 sparseable_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def is_sparseable_module(

@@ -129,7 +129,10 @@ def sparsity_at(self:DSTMethod,
     return min(max(self.sparsity_sched_f(min(start, final), final, pos), 0.), 1.)
 
 @patch
-def sparsity_pos(self:DSTMethod, step:int, pct:float)->float:
+def sparsity_pos(self:DSTMethod,
+    step:int, # Optimizer step, from 1
+    pct:float, # Share of training done before it, in [0,1]
+)->float: # In [0,1]
     "Position in the schedule of sparsity; 1 at the last update"
     nxt,(a,b) = step+self.batches_per_update, self.sparsity_span
     if step>1 and not self.due(nxt, pct*(nxt-1)/(step-1)): return 1.

@@ -82,7 +82,12 @@ def _best(score, among, room):
 # %% ../nbs/01a_patterns.ipynb #56d60231
 def _nm_capacity(t, n=2, m=4, gradual=False): return t.numel()*n//m
 
-def nm_pattern(mask, keep_score, grow_score, n_drop, n_grow=None,
+def nm_pattern(
+    mask, # Boolean: active weights
+    keep_score, # Of all weights; the lowest of the active ones are dropped
+    grow_score, # Of all weights; the highest of those not kept are grown
+    n_drop, # How many to drop
+    n_grow=None, # How many to grow, by default as many
     n:int=2, # At most so many active weights
     m:int=4, # in each group of so many
     gradual:bool=False, # Allow more, evenly spread, as long as there are more weights than that? For methods that prune to the pattern
@@ -107,7 +112,12 @@ def _check_blocks(shape, size):
     if rows%size[0] or cols%size[1]:
         raise ValueError(f"blocks of {size[0]}x{size[1]} do not divide a weight of shape {tuple(shape)}, a matrix of {rows}x{cols}: exclude the layer, or use other blocks")
 
-def block_pattern(mask, keep_score, grow_score, n_drop, n_grow=None,
+def block_pattern(
+    mask, # Boolean: active weights
+    keep_score, # Of all weights; the lowest of the active ones are dropped
+    grow_score, # Of all weights; the highest of those not kept are grown
+    n_drop, # How many to drop
+    n_grow=None, # How many to grow, by default as many
     size:tuple=(1,4), # Rows and columns of a block
 )->torch.Tensor: # Boolean: the new mask
     "Blocks that are active or not as a whole"
@@ -131,7 +141,12 @@ def _ablated(salient, total, ablate):
     stay = (n_salient>=least) | top_k_mask(n_salient, fewest)
     return ~top_k_mask(n_salient, min(total, int(stay.count_nonzero())), among=stay)
 
-def fan_in_pattern(mask, keep_score, grow_score, n_drop, n_grow=None,
+def fan_in_pattern(
+    mask, # Boolean: active weights
+    keep_score, # Of all weights; the lowest of the active ones are dropped
+    grow_score, # Of all weights; the highest of those not kept are grown
+    n_drop, # How many to drop
+    n_grow=None, # How many to grow, by default as many
     ablate:float=0.3, # Share of the fan-in, or from 1 on a number, that a row must have in salient weights to stay; 0: all stay
 )->torch.Tensor: # Boolean: the new mask
     "As many active weights in every active row: [SRigL](https://arxiv.org/abs/2305.02299)"

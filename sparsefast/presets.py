@@ -17,6 +17,7 @@ from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum,
                                sr_ste_penalty, weight_magnitude)
 
 # %% ../nbs/05a_presets.ipynb #9f239171
+# No updates: the masks stay
 Static_presets = dict(initial_drop_grow_pct=0., batches_per_update=1, stop_pct=0.)
 
 # Mocanu et al. 2018, as in RigL's experiments: drop by magnitude, cosine. https://arxiv.org/abs/1707.04780, https://arxiv.org/abs/1911.11134
@@ -81,5 +82,6 @@ SRigL_presets = {**RigL_presets, 'pattern_f': fan_in_pattern}
 SR_STE_presets = {**TopKAST_presets, 'explore_pct': 1., 'penalty_f': sr_ste_penalty, 'pattern_f': nm_pattern}
 
 # %% ../nbs/05a_presets.ipynb #45ddea40
+# RigL's criteria, gradients averaged between few, large updates, and density that moves between layers
 RigL_avg_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5, batches_per_update=1/12, stop_pct=1.0,
                         replaces_step=False, redistribute_f=importance_redistribution, grad_steps=None)

@@ -60,7 +60,13 @@ def reset_state(
         if torch.is_tensor(v) and v.shape==p.shape: zero_masked_(v, ~where)
 
 # %% ../nbs/04a_rewire.ipynb #bb7f8207
-def needs(m, what, default=False): return any(attribute(f, f'needs_{what}', default) for f in (m.keep_score_f, m.grow_score_f, m.grow_value_f) if f)
+def needs(
+    m, # A `DSTMethod`
+    what, # Of which a score's attribute `needs_{what}` speaks
+    default=False, # For a score without that attribute
+):
+    "Does a score of the method need something: 'grad', 'momentum'?"
+    return any(attribute(f, f'needs_{what}', default) for f in (m.keep_score_f, m.grow_score_f, m.grow_value_f) if f)
 
 def _tolist(scalars): return torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()     # one synchronisation for all layers
 
@@ -87,7 +93,11 @@ def _shared(m, f, layers, masks, total, time, memory=None):
         raise ValueError(f"{f} asks for {n_drop} drops in layers of {[len(s) for s in scores]} active weights")
     return n_drop,memory
 
-def most(m, l, pos):
+def most(
+    m, # A `DSTMethod`
+    l, # A layer
+    pos, # Position in the schedule of sparsity, in [0,1]
+):
     "How many active weights the method's pattern allows a layer, at a position of the schedule of sparsity"
     numel,cap = l.p.numel(),capacity(m.pattern_f, l.p)
     return max(cap, n_active(numel, m.sparsity_at(1-cap/numel, pos))) if m.sparsity_sched_f else cap
@@ -103,7 +113,13 @@ def _pruned(m, layers, nnz, over, pos, time):
     return [nnz[l.i]-drop[l.i] for l in layers]
 
 # %% ../nbs/04a_rewire.ipynb #2791844e
-def goals(m, layers, nnz, pos, time):
+def goals(
+    m, # A `DSTMethod`
+    layers, # Layers, in the model's order
+    nnz, # How many active weights each has
+    pos, # Position in the schedule of sparsity, in [0,1]
+    time, # Dict with `step` and `pct`, and what scores take besides
+):
     "How many active weights each layer should have at position `pos` of the schedule of sparsity"
     numel,target = [l.p.numel() for l in layers], [l.target for l in layers]
     goal = [n_active(n, m.sparsity_at(s, pos)) for n,s in zip(numel, target)]
@@ -114,7 +130,10 @@ def goals(m, layers, nnz, pos, time):
     return _pruned(m, layers, {l.i: a for l,a in zip(layers, nnz)}, over, pos, time)
 
 # %% ../nbs/04a_rewire.ipynb #4bb22e53
-def pattern_of(m, l):
+def pattern_of(
+    m, # A `DSTMethod`
+    l, # A layer
+):
     "The method's pattern, or what takes its place in the last layer, by the layer's own order of dimensions"
     f = attribute(m.pattern_f, 'last', m.pattern_f) if l.is_last else m.pattern_f
     return transposed_pattern(f) if is_transposed(l.module) else f
@@ -155,7 +174,12 @@ def _amounts(m, layers, masks, time):
     return nnz, n_drop, _redistributed(m, layers, masks, nnz, n_drop, time) if m.redistribute_f else n_drop, memory
 
 # %% ../nbs/04a_rewire.ipynb #cbcbae8e
-def plan(m, layers, pos, time):
+def plan(
+    m, # A `DSTMethod`
+    layers, # Layers, in the model's order
+    pos, # Position in the schedule of sparsity, in [0,1]
+    time, # Dict with `step` and `pct`, and what scores take besides
+):
     "All new masks, and what to remember: (masks, values of new weights or `None`, new targets or `None`, memory)"
     masks,goal = _resized(m, layers, pos, time)
     nnz,n_drop,n_grow,memory = _amounts(m, layers, masks, time)
@@ -182,7 +206,13 @@ def _write(m, l, opt, new, values):
     l.mask.copy_(new)
 
 @torch.no_grad()
-def rewire(m, layers, opt, pos, **time):
+def rewire(
+    m, # A `DSTMethod`
+    layers, # Layers, in the model's order
+    opt, # The optimizer: fastai's or torch's
+    pos, # Position in the schedule of sparsity, in [0,1]
+    **time # `step` and `pct`
+):
     "One update of `layers`, `time` being its `step` and `pct`"
     if m.explore_pct: return _rewire_stored(m, layers, opt, pos, dict(opt=opt, **time))
     news,values,targets,memory = plan(m, layers, pos, dict(opt=opt, **time))
@@ -198,7 +228,11 @@ def _explored(m, l, dense):
     return l.mask | top_k_mask(dense.abs(), n, among=~l.mask)
 
 @torch.no_grad()
-def bring_in(m, l, time):
+def bring_in(
+    m, # A `DSTMethod`
+    l, # A layer
+    time, # Dict with `step` and `pct`
+):
     "Parameter and gradient as the optimizer should see them: all that trains"
     store,trains = l.recall('store'), l.recall('trains')
     dense = l.p.data + store
@@ -209,7 +243,9 @@ def bring_in(m, l, time):
     zero_masked_(l.p.grad, trains)
 
 @torch.no_grad()
-def take_out(l):
+def take_out(
+    l, # A layer
+):
     "The inverse of `bring_in`, after the optimizer's step"
     if (trains := l.recall('trains')) is None: return
     store = l.recall('store')
