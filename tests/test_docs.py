@@ -1,0 +1,121 @@
+"Every public name says what it is, every parameter too; notebooks show what a reader may see, and their links lead somewhere"
+import ast, importlib, inspect, json, pkgutil, re
+from pathlib import Path
+import pytest
+from fastcore.docments import docments
+import sparsefast
+
+root = Path(__file__).resolve().parents[1]
+nbs = root/'nbs'
+modules = sorted(m.name for m in pkgutil.iter_modules(sparsefast.__path__) if not m.name.startswith('_'))
+notebooks = sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts))
+
+# ------------------------------------------------------------ names and parameters
+def own_names(mod):
+    "Public names that are defined in a module"
+    m = importlib.import_module(f'sparsefast.{mod}')
+    tree = ast.parse(Path(m.__file__).read_text(encoding='utf-8'))
+    here = {o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef))} | {n.id for o in tree.body if isinstance(o, ast.Assign) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return m, [nm for nm in getattr(m, '__all__', []) if nm in here]
+
+def undocumented(f):
+    "What is missing from a function, class or property, in words"
+    if isinstance(f, property): return [] if f.fget.__doc__ else ['a docstring']
+    doc = inspect.getdoc(f) if f.__doc__ else ''
+    if not doc or doc.startswith(f'{f.__name__}('): return ['a docstring']             # a dataclass's own is its signature
+
+    docs,to = docments(f, full=True),getattr(f, '__delwrap__', None)
+    passed = set(inspect.signature(to).parameters) if to is not None else set()        # documented where they are passed to
+    return [k for k,d in docs.items() if k not in ('self', 'return', 'args', 'kwargs') and k not in passed and not d.get('docment')]
+
+def commented(mod, nm):
+    "Does a comment stand above a constant's group of lines, or beside it?"
+    src = Path(mod.__file__).read_text(encoding='utf-8')
+    lines,at = src.splitlines(),[o for o in ast.parse(src).body if isinstance(o, ast.Assign) and nm in {n.id for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)}]
+    if not at: return False
+    i = at[0].lineno-1
+    if '#' in lines[i]: return True
+    while i>0 and lines[i-1].strip() and not lines[i-1].startswith('# %%'):
+        i -= 1
+        if lines[i].startswith('#'): return True
+    return False
+
+@pytest.mark.parametrize('mod', modules)
+def test_every_public_name_and_parameter_is_documented(mod):
+    m,names = own_names(mod)
+    lacks = {}
+    for nm in names:
+        o = getattr(m, nm)
+        if inspect.isclass(o) or inspect.isroutine(o) or isinstance(o, property): miss = undocumented(o)
+        else: miss = [] if commented(m, nm) else ['a comment']
+        if miss: lacks[nm] = miss
+    assert not lacks
+
+def test_the_check_sees_what_is_missing():
+    def bare(x): return x
+    def half(x, # something
+             y): "Adds"
+    def whole(x, # something
+        y): # something else
+        "Adds"
+    assert undocumented(bare)==['a docstring'] and undocumented(half)==['y'] and undocumented(whole)==[]
+
+def patched(mod):
+    "Public methods that a module gives to classes by `patch`, from its source"
+    m = importlib.import_module(f'sparsefast.{mod}')
+    for o in ast.parse(Path(m.__file__).read_text(encoding='utf-8')).body:
+        if isinstance(o, ast.FunctionDef) and not o.name.startswith('_') and any('patch' in ast.unparse(d) for d in o.decorator_list):
+            cls = o.args.args[0].annotation
+            if isinstance(cls, ast.Name) and not o.name.startswith(('before_', 'after_')): yield f'{cls.id}.{o.name}', getattr(getattr(m, cls.id), o.name)
+
+@pytest.mark.parametrize('mod', modules)
+def test_every_patched_method_is_documented(mod):
+    assert not {nm: miss for nm,f in patched(mod) if (miss := undocumented(f))}
+
+# ------------------------------------------------------------ notebooks
+def cells(fn):
+    for c in json.loads((nbs/fn).read_text(encoding='utf-8'))['cells']: yield c['cell_type'], ''.join(c['source']), c.get('outputs', [])
+
+def texts(out):
+    "All that a stored output shows as text"
+    for t in [out.get('text', ''), *out.get('data', {}).items()]:
+        if isinstance(t, tuple):
+            if t[0].startswith('image/') and t[0]!='image/svg+xml': continue
+            t = t[1]
+        yield ''.join(t) if isinstance(t, list) else str(t)
+
+unwanted = {'a path of a machine': r'(?<![\w.])/(?:home|root|Users|tmp|var|work|usr/lib|private|mnt)/\w', 'a warning': r'\w*Warning\b[: ]', 'a progress bar': r'<progress|progress-bar|\d+%\|', 'an error': r'Traceback \(most recent|\x1b\[',
+            'an address in memory': r' at 0x[0-9a-f]{6,}'}
+
+def complaints(out):
+    if out['output_type']=='error': return ['an error']
+    if out.get('name')=='stderr': return ['stderr']
+    return [nm for nm,r in unwanted.items() if any(re.search(r, t) for t in texts(out))]
+
+@pytest.mark.parametrize('fn', notebooks)
+def test_stored_outputs_hold_nothing_a_reader_should_not_see(fn):
+    assert not [(why, src[:80]) for _,src,outs in cells(fn) for o in outs for why in complaints(o)]
+
+@pytest.mark.parametrize('text', ['/home/someone/x.py', 'a UserWarning: oh', '<progress value=3>', ' 45%|####', 'Traceback (most recent call last)', '<function f at 0x7f12ab34cd>'])
+def test_the_check_sees_unwanted_outputs(text): assert complaints(dict(output_type='stream', name='stdout', text=[text]))
+
+@pytest.mark.parametrize('fn', notebooks)
+def test_relative_links_of_notebooks_lead_somewhere(fn):
+    prose = '\n'.join(re.sub(r'^```.*?^```|`[^`\n]*`', '', src, flags=re.M|re.S) for kind,src,_ in cells(fn) if kind=='markdown')
+    links = [l for l in re.findall(r'\]\(([^)\s]+)\)', prose) if not re.match(r'\w+:|#', l)]
+    assert not [l for l in links if not ((nbs/fn).parent/l.split('#')[0]).exists()]
+
+@pytest.mark.parametrize('fn', notebooks)
+def test_a_notebook_has_a_title_and_a_summary(fn):
+    first = next(src for kind,src,_ in cells(fn) if kind=='markdown')
+    assert re.match(r'(?:#\|.*\n)*# .+\n\n> .+', first)
+
+def test_every_notebook_that_prints_or_plots_has_outputs():
+    "A notebook that was never executed would be an empty page"
+    shows = r'^\s*(?:print\(|plt\.|learn\.fit)'
+    assert not [fn for fn in notebooks if any(kind=='code' and re.search(shows, src, re.M) and '#| export' not in src for kind,src,_ in cells(fn)) and not any(outs for *_,outs in cells(fn))]
+
+def test_every_tutorial_has_its_place_in_the_menu():
+    src = (nbs/'_site'/'pages.py').read_text(encoding='utf-8')
+    named = ast.literal_eval(re.search(r'^tutorials = (\[.*?\])', src, re.M|re.S)[1])
+    assert {Path(f).stem for f in notebooks if f.startswith('tutorials/')} <= set(named) and len(set(named))==len(named)
