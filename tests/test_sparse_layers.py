@@ -5,7 +5,11 @@ from hypothesis import given, strategies as st
 from torch import nn
 from helpers import *
 from sparsefast.core import *
-from sparsefast.layers import SparseConv2d, SparseLinear
+from sparsefast import presets
+from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
+from sparsefast.masks import attribute
+from sparsefast.methods import DSTMethod
+from sparsefast.scores import gradient_magnitude
 from sparsefast.sparse_ops import check_index, index_of, positions, product, sampled, transposed_index
 
 def random_index(rows, n_col, density, seed=0):
@@ -272,3 +276,117 @@ def test_changed_gradients_are_refused():
     sparse.values.grad.clamp_(-.1, .1)
     with pytest.raises(ValueError, match='not what its backward passes gave'): sparse.dense_gradient()
     with pytest.raises(ValueError, match='has not kept'): twin_of(masked(nn.Linear(9, 13))).dense_gradient()
+
+# ------------------------------------------------------------ models there and back
+def net(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 40, dtype=dtype), nn.ReLU(), nn.Linear(40, 30, dtype=dtype), nn.ReLU(), nn.Linear(30, 3, dtype=dtype))
+
+def pair(method=None, sparsity=.8, make=net, **kw):
+    "A masked model and the same one with sparse layers"
+    both = [make(), make()]
+    for m in both:
+        torch.manual_seed(7)
+        sparsify_model(m, sparsity, **{**(method.start(sparsity) if method else {}), **kw})
+    to_sparse_layers(both[1], least=0.)
+    return both
+
+def sparse_modules(model): return [m for m in model.modules() if isinstance(m, SparseLayer)]
+def stored(model): return [(m.weight.detach(), m.weight_mask, m.values) for m in sparse_modules(model)]
+
+def assert_same(masked_model, model, opts=None, tol=1e-9):
+    "The same masks, weights and optimizer state"
+    ours = stored(model)
+    assert len(ours)==len(sparse_params(masked_model))
+    for (p,mask,_),(w,m,v) in zip(sparse_params(masked_model), ours):
+        assert torch.equal(mask, m) and torch.allclose(p, w, rtol=tol, atol=tol)
+        if not opts: continue
+        a,b = opt_tensors(opts[0], p),opt_tensors(opts[1], v)
+        assert set(a)==set(b) and all(torch.allclose(a[k][mask], b[k], rtol=tol, atol=tol) for k in a)
+    rest = {k: v for k,v in masked_model.state_dict().items() if k.endswith('bias')}
+    assert all(torch.allclose(v, model.state_dict()[k], rtol=tol, atol=tol) for k,v in rest.items())
+
+def test_model_there_and_back():
+    model = net()
+    sparsify_model(model, .8, sparsities={-1: .5})
+    before = snapshot(model)
+    assert to_sparse_layers(model)==['0', '2'] and type(model[4]) is nn.Linear
+    assert to_masked_layers(model)==['0', '2'] and to_masked_layers(model)==[] and not changed(before, snapshot(model))
+
+@pytest.mark.parametrize('opt', [*TORCH_OPTS, 'fastai adam', 'fastai wrapper'])
+def test_optimizer_goes_along(opt):
+    from fastai.optimizer import Adam as FastaiAdam, OptimWrapper
+    a,b = net(),net()
+    for m in (a, b): torch.manual_seed(7), sparsify_model(m, .8)
+    make = {'fastai adam': lambda ps: FastaiAdam(list(ps), lr=.01), 'fastai wrapper': lambda ps: OptimWrapper(list(ps), opt=torch.optim.AdamW, lr=.01)}.get(opt) or TORCH_OPTS[opt]
+    opts = [make(m.parameters()) for m in (a, b)]
+    method = DSTMethod(**{**RigL_presets, 'batches_per_update': 20})
+    for step,(x,y) in enumerate(batches(60, dtype=torch.float64), 1):
+        if step==10: to_sparse_layers(b, opts[1])
+        if step in (10, 50): assert_same(a, b, opts)
+        if step==50:
+            to_masked_layers(b, opts[1])
+            assert not [k for k,t in snapshot(b, opts[1]).items() if not torch.allclose(t, snapshot(a, opts[0])[k], rtol=1e-9, atol=1e-9)]
+        for m,o in zip((a, b), opts):
+            m.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+            method.step(m, o, step, (step-1)/60)
+    assert same_masks(masks(a), masks(b)) and all(torch.allclose(p, q, rtol=1e-9, atol=1e-9) for p,q in zip(a.parameters(), b.parameters()))
+
+def test_what_stays_masked():
+    model = nn.ModuleDict(dict(attn=nn.MultiheadAttention(8, 2), depth=nn.Conv2d(4, 4, 3, groups=2), a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 20), table=nn.Embedding(20, 8), conv1=nn.Conv1d(4, 4, 3)))
+    model['b'].weight,model['table'].weight = model['a'].weight,nn.Parameter(model['c'].weight.data)
+    model['table'].weight = model['c'].weight
+    sparsify_model(model, .5)
+    with pytest.raises(ValueError, match='no layer of this model'): to_sparse_layers(model, least=0.)
+
+@pytest.mark.parametrize('model', [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4))])
+def test_nothing_to_convert(model):
+    with pytest.raises(ValueError, match='sparsify_model'): to_sparse_layers(model)
+
+def test_single_layer():
+    with pytest.raises(ValueError, match='from_masked'): to_sparse_layers(masked(nn.Linear(9, 13), .9))
+
+def test_optimizers_that_cannot_follow():
+    from fastai.optimizer import Adam as FastaiAdam, Lookahead
+    model = net()
+    sparsify_model(model, .9)
+    with pytest.raises(ValueError, match='Lookahead'): to_sparse_layers(model, Lookahead(FastaiAdam(list(model.parameters()), lr=.1)))
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    opt.state[model[0].weight] = dict(row=torch.zeros(40))
+    with pytest.raises(ValueError, match="'row'"): to_sparse_layers(model, opt)
+    assert not sparse_modules(model)
+
+def test_transformer_layer_in_evaluation():
+    "PyTorch's own fast path takes the weights of the linear layers"
+    layer,x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(),torch.randn(2, 5, 16)
+    sparsify_model(layer, .8)
+    with torch.no_grad(): want = layer(x)
+    assert to_sparse_layers(layer)==['linear1', 'linear2']
+    with torch.no_grad(): assert torch.allclose(layer(x), want, atol=1e-5)
+
+# ------------------------------------------------------------ the same training
+SUPPORTED = {n.removesuffix('_presets'): p for n,p in vars(presets).items() if n.endswith('_presets') and not p.get('explore_pct') and not attribute(p.get('grow_score_f', gradient_magnitude), 'needs_momentum')}
+
+def same_training(method, opt='adam', total=200, sparsity=.8, make=net, data=None, scale=None, start=None, **kw):
+    a,b = pair(method, sparsity, make, **kw)
+    opts = [TORCH_OPTS[opt](m.parameters()) for m in (a, b)]
+    moved = 0
+    for step,(x,y) in enumerate(data or batches(total, dtype=torch.float64), 1):
+        for m,o in zip((a, b), opts):
+            if step==1: method.check(m, o)
+            if step==1: method.enforce(m, o)
+            m.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+        before = masks(a)
+        for m,o in zip((a, b), opts): method.step(m, o, step, (step-1)/total)
+        moved += not same_masks(before, masks(a))
+        if not same_masks(before, masks(a)) or step%20==0: assert_same(a, b, opts)
+    assert all(len(v)==int(mask.count_nonzero()) for _,mask,v in stored(b))
+    return a,b,moved
+
+@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'adamw'])
+@pytest.mark.parametrize('preset', ['RigL', 'SET'])
+def test_same_training_for_hundreds_of_steps(opt, preset):
+    a,_,moved = same_training(DSTMethod(**{**PRESETS[preset], 'batches_per_update': 10, 'stop_pct': .9}), opt, 400)
+    assert moved>=30
