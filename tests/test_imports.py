@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted(p.stem for p in HERE.glob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','flops','analysis','plots']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','flops','analysis','plots','sparse_ops','layers']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -63,7 +63,7 @@ print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], flops=['masks'], analysis=['flops','masks','select'], plots=['analysis','masks','select'],
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','sparse_ops'], flops=['masks'], analysis=['flops','masks','select'], plots=['analysis','masks','select'],
                   recorder=['analysis','callback','flops','masks','rewire','select'],
                   doctor=['analysis','callback','masks','methods','patterns','rewire','scores','select','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
