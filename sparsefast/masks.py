@@ -10,6 +10,7 @@ __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'sto
 
 # %% ../nbs/01_masks.ipynb #9cce8591
 import math, weakref
+import numpy as np
 import torch
 from torch import nn
 
@@ -69,6 +70,8 @@ def sparse_mask_like(
     return sparse_mask(param.shape, sparsity, generator).to(param.device)
 
 # %% ../nbs/01_masks.ipynb #453e7314
+def _places(where): return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.nonzero().squeeze(1)     # numpy is three times as quick
+
 def _first(where, n):
     "The first `n` ones of 1-d boolean `where` only, in place: found by halving"
     lo,hi,have = 0,len(where),0
@@ -76,7 +79,7 @@ def _first(where, n):
         mid = (lo+hi)//2
         c = int(where[lo:mid].count_nonzero())
         lo,hi,have = (lo,mid,have) if have+c>=n else (mid,hi,have+c)
-    ones = where[lo:hi].nonzero().squeeze(1)
+    ones = _places(where[lo:hi])
     where[lo+int(ones[n-have-1])+1 if n>have else lo:] = False
     return where
 
@@ -91,7 +94,7 @@ def _top_k(t, k):
 
 def _top_k_nan(t, k):
     "The same with NaN behind all numbers"
-    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), (~t.isnan()).nonzero().squeeze(1), t.isnan().nonzero().squeeze(1)
+    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), _places(~t.isnan()), _places(t.isnan())
     mask[num[_top_k(t[num], min(k, len(num)))]] = True
     mask[nan[:max(k-len(num), 0)]] = True
     return mask
@@ -112,7 +115,7 @@ def _sampled(t, k, among, n):
     def ranked(where): return where if among is None else where.logical_and_(among)
     above = ranked(t>cut)
     if (n_above := int(above.count_nonzero()))>=k:
-        idx = above.nonzero().squeeze(1)
+        idx = _places(above)
         above[idx] = _top_k(t[idx], k)
         return above
     ties = ranked(t==cut)
@@ -141,7 +144,7 @@ def top_k_mask(
     few = len(flat)>1<<16 and 0<n_keep<0.5*n and flat.dtype!=torch.bool
     if few and (mask := _sampled(flat, n_keep, cand, n)) is not None: return mask.view(t.shape)
     if among is None: return _top_k(flat, n_keep).view(t.shape)
-    idx,mask = cand.nonzero().squeeze(1), torch.zeros_like(flat, dtype=torch.bool)
+    idx,mask = _places(cand), torch.zeros_like(flat, dtype=torch.bool)
     mask[idx] = _top_k(flat[idx], n_keep)
     return mask.view(t.shape)
 
@@ -233,7 +236,7 @@ def sample_masked(
     "Some places that are masked, spread over the weight"
     if not mask.is_cpu or (flat := _flat(mask)) is None: return None
     every = len(flat[0])//(1<<12)|1
-    found = (~flat[0][::every]).nonzero().squeeze(1)*every
+    found = _places(~flat[0][::every])*every
     return found[::max(1, len(found)//n)][:n].clone() if len(found) or every==1 else None
 
 def looks_masked(

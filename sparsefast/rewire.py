@@ -9,6 +9,7 @@ __all__ = ['Layer', 'sparse_layers', 'reset_state', 'needs', 'most', 'goals', 'p
 # %% ../nbs/04a_rewire.ipynb #633acd6c
 import random
 from typing import NamedTuple
+import numpy as np
 import torch
 from torch import nn
 from .masks import attribute, masked_params, maybe_float, memory_name, n_active, stored_sparsity, top_k_mask, zero_masked_
@@ -64,6 +65,12 @@ def needs(m, what, default=False): return any(attribute(f, f'needs_{what}', defa
 
 def _tolist(scalars): return torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()     # one synchronisation for all layers
 
+def _pack(mask): return torch.from_numpy(np.packbits(mask.numpy())) if mask.is_cpu else mask        # (a GPU keeps whole masks)
+
+def _unpack(bits, like): return bits if bits.dtype==torch.bool else torch.from_numpy(np.unpackbits(bits.numpy(), count=like.numel())).view(torch.bool).view(like.shape)
+
+def _whole(masks, layers): return (_unpack(k, l.mask) for l,k in zip(layers, masks))                # one at a time
+
 def _count(masks): return _tolist([m.count_nonzero() for m in masks])
 
 # %% ../nbs/04a_rewire.ipynb #f08b7895
@@ -81,7 +88,7 @@ def _score(m, what, l, mask, time):
 # %% ../nbs/04a_rewire.ipynb #f2d93d54
 def _shared(m, f, layers, masks, total, time, memory=None):
     "How many of `total` drops fall on each layer, by `f`"
-    scores = [_score(m, 'keep_score_f', l, k, time)[k] for l,k in zip(layers, masks)]
+    scores = [_score(m, 'keep_score_f', l, k, time)[k] for l,k in zip(layers, _whole(masks, layers))]
     n_drop,memory = f(scores, total, memory)
     if len(n_drop)!=len(scores) or not all(0<=d<=len(s) for d,s in zip(n_drop, scores)):
         raise ValueError(f"{f} asks for {n_drop} drops in layers of {[len(s) for s in scores]} active weights")
@@ -120,7 +127,7 @@ def pattern_of(m, l):
     return transposed_pattern(f) if is_transposed(l.module) else f
 
 def _resized(m, layers, pos, time):
-    "(masks after phase one, what each layer should have)"
+    "(masks after phase one, packed where they are new, what each layer should have)"
     masks = [l.mask for l in layers]
     if m.sparsity_sched_f is None: return masks, [n_active(l.p.numel(), l.target) for l in layers] if m.pattern_f is not drop_grow else None
     nnz = _count(masks)
@@ -129,7 +136,8 @@ def _resized(m, layers, pos, time):
     for l,a,g in zip(layers, nnz, goal):
         keep = _score(m, 'keep_score_f', l, l.mask, time)
         grow = _score(m, 'grow_score_f', l, l.mask, time) if g>a or m.pattern_f is not drop_grow else keep
-        new.append(l.mask if g==a else pattern_of(m, l)(l.mask, keep, grow, max(a-g, 0), max(g-a, 0)))
+        new.append(l.mask if g==a else _pack(pattern_of(m, l)(l.mask, keep, grow, max(a-g, 0), max(g-a, 0))))
+        del keep,grow
     return new,goal
 
 # %% ../nbs/04a_rewire.ipynb #e642697b
@@ -138,7 +146,7 @@ def _redistributed(m, layers, masks, nnz, n_drop, time):
     f,numel,means = m.redistribute_f, [capacity(m.pattern_f, l.p) for l in layers], None
     if attribute(f, 'needs_importance', True):
         means = _tolist([(_score(m, 'grow_score_f', l, k, time)*k).sum(dtype=torch.promote_types(l.p.dtype, torch.float32))/max(a, 1)
-                         for l,k,a in zip(layers, masks, nnz)])
+                         for l,k,a in zip(layers, _whole(masks, layers), nnz)])
     n_grow = f(means, nnz, numel, n_drop)
     fits = len(n_grow)==len(numel) and all(0<=g<=n-a+d for g,n,a,d in zip(n_grow, numel, nnz, n_drop))
     if not fits or sum(n_grow)!=sum(n_drop):
@@ -147,7 +155,7 @@ def _redistributed(m, layers, masks, nnz, n_drop, time):
 
 def _amounts(m, layers, masks, time):
     "(active weights, how many to drop, how many to grow, memory of the method) before patterns round"
-    nnz,frac,memory = _count(masks), m.drop_pct(time['pct']), None
+    nnz,frac,memory = _count(_whole(masks, layers)), m.drop_pct(time['pct']), None
     n_drop = [int(frac*a) for a in nnz]
     if m.drop_share_f:
         old = next((t.item() for l in layers if (t := l.recall('shared')) is not None), None)
@@ -155,8 +163,15 @@ def _amounts(m, layers, masks, time):
     return nnz, n_drop, _redistributed(m, layers, masks, nnz, n_drop, time) if m.redistribute_f else n_drop, memory
 
 # %% ../nbs/04a_rewire.ipynb #cbcbae8e
+def _exchanged(m, l, mask, nnz, n_drop, n_grow, time):
+    "One layer's new mask, by its pattern"
+    if (f := pattern_of(m, l)) is not drop_grow: return f(mask, _score(m, 'keep_score_f', l, mask, time), _score(m, 'grow_score_f', l, mask, time), n_drop, n_grow)
+    gone = top_k_mask(_score(m, 'keep_score_f', l, mask, time), nnz-n_drop, among=mask, n_among=nnz).logical_not_()      # one score at a time
+    new = top_k_mask(_score(m, 'grow_score_f', l, mask, time), n_grow, among=gone, n_among=mask.numel()-nnz+n_drop)
+    return new.logical_or_(gone.logical_not_())
+
 def plan(m, layers, pos, time):
-    "All new masks, and what to remember: (masks, values of new weights or `None`, new targets or `None`, memory)"
+    "All new masks, and what to remember: (masks, packed, values of new weights or `None`, new targets or `None`, memory)"
     masks,goal = _resized(m, layers, pos, time)
     nnz,n_drop,n_grow,memory = _amounts(m, layers, masks, time)
     targets = None
@@ -165,12 +180,11 @@ def plan(m, layers, pos, time):
             goal = [min(max(b+g-d, 0), l.p.numel()) for b,g,d,l in zip(goal, n_grow, n_drop, layers)]
             targets = [1-b/l.p.numel() for b,l in zip(goal, layers)]
         n_grow = [max(b-a+d, 0) for b,a,d in zip(goal, nnz, n_drop)]
-    news = [k if not (d or g) else pattern_of(m, l)(k, _score(m, 'keep_score_f', l, k, time), _score(m, 'grow_score_f', l, k, time), d, g)
-            for l,k,d,g in zip(layers, masks, n_drop, n_grow)]
+    news = [_pack(k if not (d or g) else _exchanged(m, l, k, a, d, g, time)) for l,k,a,d,g in zip(layers, _whole(masks, layers), nnz, n_drop, n_grow)]
     if layers[0].group:
         news = [k.clone() if k is l.mask else k for l,k in zip(layers, news)]
         agree(news, layers[0].group)
-    values = [_score(m, 'grow_value_f', l, l.mask, time)[new & ~l.mask] for l,new in zip(layers, news)] if m.grow_value_f else None
+    values = [_score(m, 'grow_value_f', l, l.mask, time)[_unpack(new, l.mask) & ~l.mask] for l,new in zip(layers, news)] if m.grow_value_f else None
     return news, values, targets, memory
 
 # %% ../nbs/04a_rewire.ipynb #34af06df
@@ -187,7 +201,7 @@ def rewire(m, layers, opt, pos, **time):
     if m.explore_pct: return _rewire_stored(m, layers, opt, pos, dict(opt=opt, **time))
     news,values,targets,memory = plan(m, layers, pos, dict(opt=opt, **time))
     for j,(l,new) in enumerate(zip(layers, news)):
-        _write(m, l, opt, new, values and values[j])
+        _write(m, l, opt, _unpack(new, l.mask), values and values[j])
         if targets: l.module._buffers[f'{l.name}_sparsity'].copy_(stored_sparsity(targets[j], l.p.numel()))
         if memory is not None: l.remember('shared', torch.tensor(float(memory), device=l.p.device))
 
@@ -226,7 +240,7 @@ def _rewire_stored(m, layers, opt, pos, time):
         for l in layers: zero_masked_(l.p.data, l.mask)
         raise
     for l,new in zip(layers, news):
-        l.mask.copy_(new)
+        l.mask.copy_(new := _unpack(new, l.mask))
         l.recall('store').copy_(l.p.data)
         zero_masked_(l.recall('store'), ~new)
         l.remember('trains', _explored(m, l, l.p.data))
