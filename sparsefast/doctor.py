@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from .analysis import html_table, live_units
 from .callback import DynamicSparseTrainingCallback
-from .masks import apply_masks, maybe_float, memory_name, n_active
+from .masks import enforced_by, maybe_float, memory_name, n_active
 from .methods import DSTMethod
 from .patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from .rewire import Layer, needs, pattern_of
@@ -196,7 +196,7 @@ def check_state(case):
 
 # %% ../nbs/08c_doctor.ipynb #d5d4aeda
 def _has_hook(m, owner):
-    return any(f is apply_masks and m is owner or getattr(f, 'func', None) is apply_masks and f.args and f.args[0] is owner for f in m._forward_pre_hooks.values())
+    return any(enforced_by(f, m) is owner for f in m._forward_pre_hooks.values())
 
 def check_hooks(case):
     "Is there a hook wherever a masked weight is used?"
@@ -204,7 +204,7 @@ def check_hooks(case):
     good = {l.module for _,l in case.layers}
     if any(not _well_formed(p, mask) for *_,p,mask in case.raw): return                      # hooks cannot be told before that is mended
     for m,f in _users(case.model):
-        owner = m if f is apply_masks else f.args[0]
+        owner = enforced_by(f, m)
         if owner in good and not _has_hook(m, owner): yield Finding('warning', 'hook', names[m] or type(m).__name__, 'no hook masks the weights before a forward pass, so what others write into them is used', 'call `enforce_masks(model)`, unless `enforce_mask=False` was meant')
 
 def check_method(case):

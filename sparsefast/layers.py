@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
-from .masks import adopt_memory, apply_masks, memory_name, memory_names
+from .masks import adopt_memory, enforced_by, keep_masked, memory_name, memory_names
 from .scores import inner_opt, opt_state
 from .sparse_ops import as_csr, check_index, index_of, is_for_csr, positions, product, sampled, transposed_index, width
 
@@ -60,11 +60,9 @@ def _mask_of(module):
 
 _hook_dicts = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks')
 
-def _is_ours(hook): return getattr(hook, 'func', hook) is apply_masks
-
 def _take_over(old, new):
     "The user's own hooks, what a method remembers, training or not"
-    for k in _hook_dicts: getattr(new, k).update({i: h for i,h in getattr(old, k).items() if not _is_ours(h)})
+    for k in _hook_dicts: getattr(new, k).update({i: h for i,h in getattr(old, k).items() if enforced_by(h, old) is None})
     new._is_full_backward_hook = old._is_full_backward_hook
     names = [n for n in old._buffers if n.startswith(memory_name('weight', ''))]
     for n in names: new.register_buffer(n, old._buffers[n])
@@ -79,7 +77,7 @@ class SparseLayer(nn.Module):
         super().__init__()
         w,mask = module.weight,_mask_of(module)
         self.shape,self.dense_type = w.shape,type(module)
-        self.kept,self._held,self._cached,self._enforced = False,[],None,any(_is_ours(h) for h in module._forward_pre_hooks.values())
+        self.kept,self._held,self._cached,self._enforced = False,[],None,any(enforced_by(h, module) is not None for h in module._forward_pre_hooks.values())
         self.values,self.bias = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad), module.bias
         self.register_buffer('weight_sparsity', module._buffers.get('weight_sparsity'))
         for n in ('crow', 'col'): self.register_buffer(n, None)
@@ -144,7 +142,7 @@ def to_masked(self:SparseLayer)->nn.Module: # A layer of the type that this one 
     if self.weight_sparsity is not None: m.register_buffer('weight_sparsity', self.weight_sparsity)
     m.register_load_state_dict_pre_hook(adopt_memory)
     _take_over(self, m)
-    if self._enforced: m.register_forward_pre_hook(apply_masks)
+    if self._enforced: m.register_forward_pre_hook(keep_masked)
     return m
 
 # %% ../nbs/10_layers.ipynb #fd898bab

@@ -10,10 +10,13 @@ Makers of masks take what they choose from and how many to keep, and return a bo
 
 # %% auto #0
 __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'stored_sparsity', 'sparse_mask', 'sparse_mask_like',
-           'top_k_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks', 'memory_name', 'memory_names',
-           'adopt_memory', 'attribute', 'is_sparseable_module', 'sparseable_modules']
+           'top_k_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks', 'note', 'noted',
+           'sample_masked', 'looks_masked', 'keep_masked', 'enforced_by', 'memory_name', 'memory_names', 'adopt_memory',
+           'attribute', 'is_sparseable_module', 'sparseable_modules']
 
 # %% ../nbs/01_masks.ipynb #9cce8591
+import math, weakref
+import numpy as np
 import torch
 from torch import nn
 
@@ -73,6 +76,19 @@ def sparse_mask_like(
     return sparse_mask(param.shape, sparsity, generator).to(param.device)
 
 # %% ../nbs/01_masks.ipynb #453e7314
+def _places(where): return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.nonzero().squeeze(1)     # numpy is three times as quick
+
+def _first(where, n):
+    "The first `n` ones of 1-d boolean `where` only, in place: found by halving"
+    lo,hi,have = 0,len(where),0
+    while hi-lo>4096:
+        mid = (lo+hi)//2
+        c = int(where[lo:mid].count_nonzero())
+        lo,hi,have = (lo,mid,have) if have+c>=n else (mid,hi,have+c)
+    ones = _places(where[lo:hi])
+    where[lo+int(ones[n-have-1])+1 if n>have else lo:] = False
+    return where
+
 def _top_k(t, k):
     "`k` ones in a mask of 1-d `t`; `t` is never fully sorted"
     if k==0 or k==len(t): return torch.full(t.shape, k>0, dtype=torch.bool, device=t.device)
@@ -80,30 +96,62 @@ def _top_k(t, k):
     cut = t.topk(k, sorted=False).values.min()                      # `topk` picks any of the ties at the cut, hence the next lines
     if cut.isnan(): return _top_k_nan(t, k)                         # and puts NaN first, so that one shows here
     above = t>cut
-    ties = (t==cut).nonzero().squeeze(1)
-    above[ties[:k-int(above.count_nonzero())]] = True
-    return above
+    return above.logical_or_(_first(t==cut, k-int(above.count_nonzero())))
 
 def _top_k_nan(t, k):
     "The same with NaN behind all numbers"
-    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), (~t.isnan()).nonzero().squeeze(1), t.isnan().nonzero().squeeze(1)
+    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), _places(~t.isnan()), _places(t.isnan())
     mask[num[_top_k(t[num], min(k, len(num)))]] = True
     mask[nan[:max(k-len(num), 0)]] = True
     return mask
+
+# %% ../nbs/01_masks.ipynb #3fef6d48
+def _guess(t, k, among, n):
+    "A score that some more than `k` of the `n` candidates will exceed, judging by a sample; `None` if it cannot be told"
+    every = len(t)//(1<<14)|1                                       # odd, so as not to walk down a column
+    s = t[::every] if among is None else t[::every][among[::every]]
+    if t.is_floating_point(): s = torch.where(s.isnan(), -math.inf, s)
+    expected = len(s)*k/n
+    rank = math.ceil(expected + 4*math.sqrt(expected*(1-k/n)) + 8)
+    return s.topk(rank).values[-1] if rank<len(s) else None
+
+def _sampled(t, k, among, n):
+    "`k` ones at the highest of 1-d `t` by way of a sample; `None` if that does not work out"
+    if (cut := _guess(t, k, among, n)) is None: return None
+    def ranked(where): return where if among is None else where.logical_and_(among)
+    above = ranked(t>cut)
+    if (n_above := int(above.count_nonzero()))>=k:
+        idx = _places(above)
+        above[idx] = _top_k(t[idx], k)
+        return above
+    ties = ranked(t==cut)
+    return above.logical_or_(_first(ties, k-n_above)) if n_above+int(ties.count_nonzero())>=k else None
+
+def _by_sorts(t, k, among):
+    "`k` ones at the highest of 1-d `t` without waiting for a device"
+    nan = t.isnan()
+    order = torch.where(nan, -math.inf, t).sort(descending=True, stable=True).indices if t.is_floating_point() else t.sort(descending=True, stable=True).indices
+    rank = (~nan).byte()+1 if among is None else among.byte()*((~nan).byte()+1)       # numbers, then NaN, then what is no candidate
+    order = order[rank[order].sort(descending=True, stable=True).indices]
+    return torch.zeros_like(nan).index_fill_(0, order[:k], True)
 
 # %% ../nbs/01_masks.ipynb #55934542
 def top_k_mask(
     t:torch.Tensor, # Scores, any shape and dtype
     n_keep:int, # How many to select; more than there are candidates is a `ValueError`
     among:torch.Tensor=None, # Boolean, the shape of `t`: candidates; all by default
+    n_among:int=None, # How many candidates there are, if that is known
 )->torch.Tensor: # Boolean, with the shape and device of `t`
     "Exactly `n_keep` ones at the highest scores, ties to the lower index"
-    flat = t.detach().reshape(-1)
-    n_cand = flat.numel() if among is None else int(among.count_nonzero())
-    if not 0<=n_keep<=n_cand: raise ValueError(f"n_keep must be from 0 to the number of candidates, {n_cand}, not {n_keep}")
+    flat,cand = t.detach().reshape(-1), None if among is None else among.reshape(-1)
+    n = flat.numel() if among is None else int(among.count_nonzero()) if n_among is None else n_among
+    if not 0<=n_keep<=n: raise ValueError(f"n_keep must be from 0 to the number of candidates, {n}, not {n_keep}")
+    if not flat.is_cpu: return _by_sorts(flat, n_keep, cand).view(t.shape)
+    few = len(flat)>1<<16 and 0<n_keep<0.5*n and flat.dtype!=torch.bool
+    if few and (mask := _sampled(flat, n_keep, cand, n)) is not None: return mask.view(t.shape)
     if among is None: return _top_k(flat, n_keep).view(t.shape)
-    idx,mask = among.reshape(-1).nonzero().squeeze(1), torch.zeros_like(flat, dtype=torch.bool)
-    mask[idx[_top_k(flat[idx], n_keep)]] = True
+    idx,mask = _places(cand), torch.zeros_like(flat, dtype=torch.bool)
+    mask[idx] = _top_k(flat[idx], n_keep)
     return mask.view(t.shape)
 
 # %% ../nbs/01_masks.ipynb #ac6b2987
@@ -130,15 +178,23 @@ def sparse_params(
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
 
 # %% ../nbs/01_masks.ipynb #e896c926
-_bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_bits,_piece = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}, 1<<18
+
+def _flat(*tensors):
+    "The tensors as vectors, in the order of memory; `None` where they are laid out differently"
+    if all(t.is_contiguous() for t in tensors): return [t.view(-1) for t in tensors]
+    if all(t.dim()==4 and t.is_contiguous(memory_format=torch.channels_last) for t in tensors): return [t.permute(0,2,3,1).view(-1) for t in tensors]
 
 def zero_masked_(
     t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
     mask:torch.Tensor, # Boolean, the shape of `t`: `True` stays
 )->torch.Tensor: # `t`
     "Zero `t` where `mask` is `False`, whatever is there"
-    if t.element_size() in _bits: t.view(_bits[t.element_size()]).mul_(mask)
-    else: t.masked_fill_(~mask, 0)
+    if t.element_size() not in _bits: return t.masked_fill_(~mask, 0)
+    bits = t.view(_bits[t.element_size()])
+    if torch.compiler.is_compiling() or not t.is_cpu or t.numel()<=_piece or (flat := _flat(bits, mask)) is None: bits.mul_(mask)
+    else:
+        for b,m in zip(*(f.split(_piece) for f in flat)): b.mul_(m)
     return t
 
 # %% ../nbs/01_masks.ipynb #282f9201
@@ -152,6 +208,89 @@ def apply_masks(
     for *_,p,mask in list(masked_params(module)):                  # all are checked before the first is changed
         if inplace: zero_masked_(p.data, mask)
         else:       p.data = zero_masked_(p.data.clone(), mask)
+
+# %% ../nbs/01_masks.ipynb #08529068
+def _notes(p): return vars(p.untyped_storage()).setdefault('masked', {})
+
+def _origin(p, mask): return p.stride(), mask._version, vars(mask.untyped_storage()).setdefault('token', object())
+
+def note(
+    p:torch.Tensor, # A parameter that is masked now
+    mask:torch.Tensor, # Its mask
+    **facts # What to remember
+)->None:
+    "Remember something of a masked parameter, at its memory, until `p` or `mask` is written to or has other memory"
+    try: _notes(p)[p.storage_offset()] = dict(p=weakref.ref(p), origin=_origin(p, mask), version=p._version, **facts)
+    except (NotImplementedError, RuntimeError): pass                # there are tensors without memory, in `torch.func`, or without a count of writes
+
+def noted(
+    p:torch.Tensor, # A parameter
+    mask:torch.Tensor, # Its mask
+    written:bool=False, # Also if `p` itself has been written to since?
+)->dict: # The facts; empty if none hold
+    "What was noted, if it still holds"
+    try:
+        n = _notes(p).get(p.storage_offset())
+        return n if n and n['p']() is p and (written or n['version']==p._version) and n['origin']==_origin(p, mask) else {}
+    except (NotImplementedError, RuntimeError): return {}
+
+# %% ../nbs/01_masks.ipynb #c7ebc697
+def sample_masked(
+    mask:torch.Tensor, # Boolean
+    n:int=64, # At most so many
+): # Places in the order of memory, or `None` if a sample shows too few
+    "Some places that are masked, spread over the weight"
+    if not mask.is_cpu or (flat := _flat(mask)) is None: return None
+    every = len(flat[0])//(1<<12)|1
+    found = _places(~flat[0][::every])*every
+    return found[::max(1, len(found)//n)][:n].clone() if len(found) or every==1 else None
+
+def looks_masked(
+    p:torch.Tensor, # A parameter
+    mask:torch.Tensor, # Its mask
+    places:torch.Tensor, # Of `sample_masked`, or `None`
+)->bool:
+    "Are all these places zero? Not known without places"
+    if places is None or (flat := _flat(p.detach(), mask)) is None: return False
+    return not flat[0][places].any().item()
+
+# %% ../nbs/01_masks.ipynb #3ea3ebb7
+def _pairs(owner):
+    "(parameter, mask) of a module; the quick way, where it has no children"
+    if owner._modules: return [(p,mask) for *_,p,mask in masked_params(owner)]
+    return [(p,mask) for n,p in owner._parameters.items() if (mask := owner._buffers.get(n+'_mask')) is not None and p is not None]
+
+def _spared(p, mask, trains):
+    "Need `p` not be masked before this forward?"
+    n = noted(p, mask)
+    if not n or not trains: return bool(n) and n['evaluated'] and (n['fresh'] or p.grad is None)
+    fresh = n['fresh']
+    n.update(fresh=False, evaluated=False, sure=n['sure'] and fresh)       # after a second forward, somebody else may have stepped since the first
+    return fresh and looks_masked(p, mask, n['places'])
+
+def keep_masked(
+    owner:nn.Module, # A layer
+    *args, # What a forward-pre-hook passes
+)->None:
+    "`apply_masks` as a forward-pre-hook that knows when there is nothing to do"
+    if torch.compiler.is_compiling(): return apply_masks(owner)
+    pairs = _pairs(owner)
+    trains = owner.training or getattr(args[0] if args else owner, 'training', False) or torch.is_grad_enabled() and any(p.requires_grad for p,_ in pairs)
+    if all([_spared(p, mask, trains) for p,mask in pairs]): return
+    apply_masks(owner)
+    for p,mask in [] if trains else pairs:
+        n = noted(p, mask)
+        if n and (n['fresh'] or p.grad is None): n['evaluated'] = True
+        elif p.grad is None: note(p, mask, fresh=False, evaluated=True, sure=False)
+
+# %% ../nbs/01_masks.ipynb #0a51702f
+def enforced_by(
+    hook, # A forward-pre-hook
+    module:nn.Module, # The module that has it
+): # A layer, or `None`
+    "Whose masks does a hook apply, if it is one of ours?"
+    f = getattr(hook, 'func', hook)
+    if f in (apply_masks, keep_masked): return hook.args[0] if getattr(hook, 'args', ()) else module
 
 # %% ../nbs/01_masks.ipynb #f5ae4c56
 def memory_name(

@@ -17,8 +17,8 @@ from torch import nn
 from fastai.callback.hook import Hooks
 from fastai.learner import Learner
 from fastcore.basics import noop
-from .masks import (adopt_memory, apply_masks, check_fraction, masked_params, memory_name, memory_names, n_active, sparse_mask_like, stored_sparsity,
-                              zero_masked_)
+from .masks import (adopt_memory, apply_masks, check_fraction, enforced_by, keep_masked, masked_params, memory_name, memory_names, n_active,
+                              sparse_mask_like, stored_sparsity, zero_masked_)
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
 from .distributions import uniform_sparsity
@@ -58,10 +58,8 @@ def _users(model):
     owners = {p: m for m,n,p,mask in masked_params(model)}
     for m in model.modules():
         mine = {owners[p] for p in m._parameters.values() if p in owners}
-        for owner in mine: yield m, apply_masks if owner is m else partial(apply_masks, owner)
-        for owner in {owners[p] for c in _read_by(m) for p in c._parameters.values() if p in owners}-mine: yield m, partial(apply_masks, owner)
-
-def _is_ours(hook): return getattr(hook, 'func', hook) is apply_masks
+        for owner in mine: yield m, keep_masked if owner is m else partial(keep_masked, owner)
+        for owner in {owners[p] for c in _read_by(m) for p in c._parameters.values() if p in owners}-mine: yield m, partial(keep_masked, owner)
 
 # %% ../nbs/04_sparsify.ipynb #2d0b440a
 def enforce_masks(
@@ -76,7 +74,7 @@ def enforce_masks(
 def _unhook(model):
     for m in model.modules():
         for k,f in list(m._forward_pre_hooks.items()):
-            if _is_ours(f): del m._forward_pre_hooks[k]
+            if enforced_by(f, m): del m._forward_pre_hooks[k]
 
 # %% ../nbs/04_sparsify.ipynb #c70d2aea
 def _owners(model, exclude, additional_types, depthwise):
