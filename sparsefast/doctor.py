@@ -7,7 +7,7 @@ __all__ = ['checks', 'Finding', 'Findings', 'Case', 'check_masks', 'check_tied',
            'check_budget', 'check_weights', 'check_frozen', 'check_optimizer', 'check_state', 'check_hooks',
            'check_method', 'check_ranks', 'sparse_doctor']
 
-# %% ../nbs/08c_doctor.ipynb #f6bb83e0
+# %% ../nbs/08c_doctor.ipynb #82568d8c
 from math import prod
 from typing import NamedTuple
 import torch
@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from .analysis import html_table, live_units
 from .callback import DynamicSparseTrainingCallback
-from .masks import enforced_by, maybe_float, memory_name, n_active
+from .masks import enforced_by, is_sparseable_module, maybe_float, n_active
 from .methods import DSTMethod
 from .patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from .rewire import Layer, needs, pattern_of
@@ -130,7 +130,7 @@ def check_counts(case):
         yield Finding('fault' if d<0 or m else 'note', 'count', n, f'{a:,} weights are active where the target, {_target(l):.4g}, says {a-d:,}', 'was the mask changed by hand? Load a good state by `load_sparse_state`, or sparsify again'
                       + ('' if d<0 or m else '. If a method is pruning it, tell of it by `method=`'))
 
-# %% ../nbs/08c_doctor.ipynb #1eae6668
+# %% ../nbs/08c_doctor.ipynb #1b9749f4
 def check_empty(case):
     "Has each layer an active weight?"
     for n,l in case.layers:
@@ -141,7 +141,7 @@ def check_dead(case):
     for n,l in case.layers:
         out = live_units(l.module, l.mask)[0]
         dead,share = int((~out).count_nonzero()), 1-out.float().mean().item()
-        last = case.layers[-1][0]==n and len(case.layers)>1
+        last = case.layers[-1][0]==n and len(case.layers)>1 and is_sparseable_module(l.module)
         if dead and l.mask.any() and (share>case.max_dead or last):
             yield Finding('warning', 'dead outputs', n, f'{dead} of {len(out)} outputs have no active weight' + (', and it is the last sparse layer' if last else ''),
                           'a lower sparsity for this layer (`sparsities=`), or ERK; for SRigL, which drops neurons on purpose, see its `ablate`')
@@ -154,7 +154,7 @@ def check_budget(case):
         if len(nnz)>1 and share>=0.5 and share>=4*size:
             yield Finding('warning', 'budget', n, f'{share:.0%} of all active weights are in this layer, which has {size:.1%} of the weights', 'exclude the layer, give it a sparsity of its own (`sparsities=`), or use a distribution or redistribution that is less steep')
 
-# %% ../nbs/08c_doctor.ipynb #dcb74382
+# %% ../nbs/08c_doctor.ipynb #af8b825d
 def check_weights(case):
     "Are masked weights zero, and all finite?"
     for n,l in case.layers:
@@ -181,8 +181,9 @@ def check_optimizer(case):
 def _dense_state(method, layers, opt):
     "Does the method keep the state of masked weights? `None` if that is not known"
     if method is not None: return needs(method, 'momentum')
-    states = [v[~_trains(l)] for _,l in layers for v in _state_tensors(opt, l)]
-    return None if states and all((s!=0).float().mean()>0.5 for s in states if s.numel()) else False
+    share = lambda v, where: (v[where]!=0).float().mean().item()
+    shares = [(share(v, ~_trains(l)), share(v, l.mask)) for _,l in layers if 0.05<_trains(l).float().mean()<0.95 for v in _state_tensors(opt, l)]
+    return None if shares and all(masked>=0.5*active for masked,active in shares) else False
 
 def _state_tensors(opt, l): return [v for v in [*opt_state(opt, l.p).values(), *slow_weights(opt, l.p)] if torch.is_tensor(v) and v.shape==l.p.shape]
 

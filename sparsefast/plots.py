@@ -6,7 +6,7 @@
 __all__ = ['blue', 'orange', 'green', 'red', 'purple', 'sky', 'black', 'grey', 'palette', 'plot_sparsity', 'show_masks',
            'plot_churn', 'plot_weights', 'input_counts', 'show_inputs', 'show_start_end', 'plot_runs']
 
-# %% ../nbs/08b_plots.ipynb #1d110b27
+# %% ../nbs/08b_plots.ipynb #bae1bb3a
 import math
 from itertools import cycle
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import nn
 from .analysis import layer_rows
 from .masks import masked_params
@@ -36,7 +36,7 @@ def _grid(n, ncols, size, axs=None):
     for ax in axs[n:]: ax.axis('off')
     return axs[:n]
 
-# %% ../nbs/08b_plots.ipynb #a013d9e1
+# %% ../nbs/08b_plots.ipynb #45d9d136
 def plot_sparsity(
     model, # A sparse model, or a `Learner`
     ax=None, # Matplotlib axes
@@ -51,10 +51,11 @@ def plot_sparsity(
     ax.plot([100*rows[i].target for i in on], on, '|', color=black, ms=11, mew=2, label='target')
     for i,r in enumerate(rows):
         ax.text(1, i, f'{r.active:,} of {r.weights:,}' if r.masked else r.note or 'dense', va='center', fontsize=8)
-    ax.set(yticks=y, yticklabels=[r.name for r in rows], xlim=(0, 103), xlabel='masked weights', title='Sparsity by layer')
+    ax.set(yticks=y, yticklabels=[r.name for r in rows], xlim=(0, 103), xlabel='masked weights')
+    ax.set_title('Sparsity by layer', loc='left')
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(PercentFormatter())
-    ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.22 if len(rows)<10 else -0.08), ncols=2, frameon=False)
+    ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return ax
 
 # %% ../nbs/08b_plots.ipynb #1f80b837
@@ -185,7 +186,7 @@ def show_start_end(
     axs[0].figure.suptitle('Connections of each input pixel')
     return axs
 
-# %% ../nbs/08b_plots.ipynb #6dd029db
+# %% ../nbs/08b_plots.ipynb #dba9202d
 def _curves(runs, x, y, by):
     "Name -> [(x, mean of y, lowest, highest)], sorted by x"
     out = {}
@@ -226,9 +227,11 @@ def plot_runs(
     if x=='sparsity': _sparsity_axis(ax, [p[0] for pts in curves.values() for p in pts])
     else:
         ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
     ax.set(xlabel='sparsity' if x=='sparsity' else 'FLOPs of the training, share of the dense one', ylabel=y, title=title or f'{y.capitalize()} against {"sparsity" if x=="sparsity" else "cost of training"}')
-    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%'))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
+    ax.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return ax
