@@ -286,6 +286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.layers._take_over': ('layers.html#_take_over', 'sparsefast/layers.py'),
                                    'sparsefast.layers._unwindow': ('layers.html#_unwindow', 'sparsefast/layers.py'),
                                    'sparsefast.layers._windows': ('layers.html#_windows', 'sparsefast/layers.py'),
+                                   'sparsefast.layers.as_masked': ('layers.html#as_masked', 'sparsefast/layers.py'),
                                    'sparsefast.layers.to_masked_layers': ('layers.html#to_masked_layers', 'sparsefast/layers.py'),
                                    'sparsefast.layers.to_sparse_layers': ('layers.html#to_sparse_layers', 'sparsefast/layers.py')},
             'sparsefast.masks': { 'sparsefast.masks._by_sorts': ('masks.html#_by_sorts', 'sparsefast/masks.py'),

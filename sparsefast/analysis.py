@@ -11,6 +11,7 @@ from html import escape
 from typing import NamedTuple
 import torch
 from torch import nn
+from .layers import as_masked
 from .flops import count_flops
 from .masks import masked_params, sparse_params
 from .select import is_depthwise, is_transposed, weight_names
@@ -175,7 +176,7 @@ def sparse_summary(
     **kwargs # The same by keyword
 )->SparseSummary: # `.rows`, `.totals`, `to_dict()`, `to_df()`
     "Layer by layer: shape, weights, active weights, sparsity and target, FLOPs, dead units; and in all. The model is not changed"
-    model = model if isinstance(model, nn.Module) else model.model
+    model = as_masked(model if isinstance(model, nn.Module) else model.model)
     count = count_flops(model, *inputs, **kwargs) if inputs or kwargs else None
     rows = layer_rows(model, count)
     if not rows: raise ValueError(f"{type(model).__name__} has no layer that is sparse or could be: there is nothing to tell of")

@@ -17,6 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from .analysis import html_table, live_units
 from .callback import DynamicSparseTrainingCallback
+from .layers import as_masked
 from .masks import enforced_by, is_sparseable_module, maybe_float, n_active
 from .methods import DSTMethod
 from .patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
@@ -244,6 +245,7 @@ def sparse_doctor(
         cb = next((cb for cb in model.cbs if isinstance(cb, DynamicSparseTrainingCallback)), None)
         opt,method,model = model.opt if opt is None else opt, cb.method if method is None and cb else method, get_model(model.model)
     model = getattr(model, '_orig_mod', model)
+    if (twin := as_masked(model)) is not model: model,opt = twin,None           # layers that store active weights only keep what concerns the optimizer by themselves
     raw = _raw(model)
     case = Case(model, opt, _method(method), raw, _layers(raw), max_dead)
     order = ('fault', 'warning', 'note')

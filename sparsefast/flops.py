@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
+from .layers import as_masked
 from .masks import masked_params
 
 # %% ../nbs/07_flops.ipynb #fc9ddfcb
@@ -117,7 +118,7 @@ def count_flops(
     **kwargs # By keyword
 )->FlopCount: # By layer, and in all
     "FLOPs of one forward pass: dense, and with the masks as they are now"
-    model = getattr(model, '_orig_mod', model)                               # compiled: the model itself
+    model = as_masked(getattr(model, '_orig_mod', model))                    # compiled: the model itself
     with ExitStack() as stack:
         stack.enter_context(_undisturbed(model))
         stack.enter_context(_unfused())

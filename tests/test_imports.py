@@ -63,9 +63,9 @@ print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','sparse_ops'], flops=['masks'], analysis=['flops','masks','select'], plots=['analysis','masks','select'],
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','select'], plots=['analysis','masks','select'],
                   recorder=['analysis','callback','flops','masks','rewire','select'],
-                  doctor=['analysis','callback','masks','methods','patterns','rewire','scores','select','sparsify'])
+                  doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
     rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)
