@@ -26,7 +26,7 @@ def undocumented(f):
 
     docs,to = docments(f, full=True),getattr(f, '__delwrap__', None)
     passed = set(inspect.signature(to).parameters) if to is not None else set()        # documented where they are passed to
-    return [k for k,d in docs.items() if k not in ('self', 'return', 'args', 'kwargs') and k not in passed and not d.get('docment')]
+    return [k for k,d in docs.items() if k not in ('self', 'return') and d.get('kind') not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and k not in passed and not d.get('docment')]
 
 def commented(mod, nm):
     "Does a comment stand above a constant's group of lines, or beside it?"

@@ -10,13 +10,15 @@ from nbdev.clean import nbdev_clean
 
 def _is_bar(o): return '<progress' in (h := o.get('data', {}).get('text/html', '')) or 'progress-bar' in h
 
+def _is_empty(o): return 'text/html' in (d := o.get('data', {})) and not re.sub(r'<style>.*?</style>', '', d['text/html'], flags=re.S).strip()     # what `no_bar` leaves
+
 def _no_source(md): return re.sub(r'\A---\n+\[source\]\(/blob.*\n+', '', md)     # a link to nowhere, as long as the project has no address
 
 def clean(outputs):
     "The outputs a reader wants"
     res = []
     for o in outputs:
-        if _is_bar(o) or o.get('name')=='stderr': continue
+        if _is_bar(o) or _is_empty(o) or o.get('name')=='stderr': continue
         if 'class="fastprogress"' in o.get('data', {}).get('text/html', ''): o['data'] = {'text/html': o['data']['text/html']}
         if 'text/markdown' in o.get('data', {}): o['data'] = {'text/markdown': _no_source(o['data']['text/markdown'])}
         if o['output_type']=='stream' and res and res[-1]['output_type']=='stream': res[-1]['text'] += o['text']
