@@ -48,6 +48,8 @@ aten = torch.ops.aten
 _ours = {aten.mv: lambda m, v: 2*m.numel(), aten.addmv: lambda b, m, v: 2*m.numel(),
          aten._trilinear: lambda a, w, b, *args: 2*a.shape[0]*w.numel()}
 
+_copies = (aten.clone, aten._to_copy)
+
 def _flops_of(op, args, kwargs, out):
     "FLOPs of one operation, or `None` if it is none that counts"
     if op in _ours: return _ours[op](*args)
@@ -80,6 +82,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in _copies and out.dim()>1 and (found := self.weight(args[:1])) and out.numel()==found[1].numel():
+            self.weights[out.untyped_storage().data_ptr()] = [(found[0], out, found[2])]       # a copy of a weight counts as the weight: by dropout of weights, under autocast
         if (flops := _flops_of(func._overloadpacket, args, kwargs or {}, out)) is None: return out
         n,p,mask,v = self.weight(args) or (self.module(), None, None, None)
         density = 1. if mask is None else _view_of(mask, p, v).double().mean().item()

@@ -62,7 +62,8 @@ def sparse_layers(
     "Every masked parameter; none at all is a `ValueError`"
     found = {p: (m, n, p, mask) for mod in ([modules] if isinstance(modules, nn.Module) else modules) for m,n,p,mask in _in_order(mod)}
     if not found: raise ValueError("there is no mask to train with: call `sparsify_model(model, sparsity)` first")
-    for m,n,p,_ in found.values(): check_whole(p, f'`{n}` of {m}')
+    for m,n,p,_ in found.values():
+        if hasattr(p, 'device_mesh'): check_whole(p, f'`{n}` of {m}')
     group = group_of(modules)
     return [Layer(i, *l, is_last=i+1==len(found), group=group) for i,l in enumerate(found.values())]
 
