@@ -14,9 +14,9 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
-from .masks import adopt_memory, enforced_by, keep_masked, memory_name, memory_names
+from .masks import adopt_memory, enforced_by, keep_masked, memory_name
 from .scores import inner_opt, opt_state
-from .sparse_ops import as_csr, check_index, index_of, is_for_csr, positions, product, sampled, transposed_index, width
+from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, places, positions, product, sampled, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)
@@ -376,7 +376,7 @@ def moving(self:SparseLayer,
     state:dict, # What an optimizer remembers of `values`
 ): # A context with (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
     "From one set of active weights to another"
-    both = (mask|new).view(-1).nonzero().squeeze(1)
+    both = places(mask|new)
     was,will = mask.view(-1)[both], new.reshape(-1)[both]
     fill = lambda t: None if t is None else t.new_zeros(len(both)).masked_scatter_(was, t)
     names = _entries(state, len(self.values))
@@ -385,7 +385,7 @@ def moving(self:SparseLayer,
     yield was.clone(), will
     state.update({k: state[k][will] for k in names})
     _set_data(self.values, self.values.data[will], None if self.values.grad is None else self.values.grad[will])
-    self._set_index(*index_of(new.view(self._matrix_shape)))
+    self._set_index(*index_at(both[will], self._matrix_shape))
     self._held.clear()
 
 # %% ../nbs/10_layers.ipynb #b7ab19ca
@@ -430,7 +430,7 @@ def to_sparse_layers(
     model = model if isinstance(model, nn.Module) else model.model
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     kinds = {m: kind for m in model.modules() if (kind := _served(m, owners)) and _is_sparse_enough(m, kind, least)}
-    if not kinds or model in kinds: raise ValueError(f"{'a single layer is' if kinds else 'no layer of this model can be'} stored sparsely{': use `from_masked`' if kinds else ': call `sparsify_model` first, or give a smaller `least`'}")
+    if not kinds or model in kinds: raise ValueError(f"{'a single layer is not converted in place: use `from_masked`' if kinds else 'no layer of this model can be stored sparsely, or would win by it: call `sparsify_model` first, or give a smaller `least`'}")
     if opt is not None: _check_opt(opt, [m.weight for m in kinds])
     names,made = [n for n,m in model.named_modules() if m in kinds], {m: kind.from_masked(m) for m,kind in kinds.items()}
     for m,new in made.items():
@@ -450,7 +450,7 @@ def to_masked_layers(
     _put(model, made)
     return names
 
-# %% ../nbs/10_layers.ipynb #ca91fcae
+# %% ../nbs/10_layers.ipynb #25eb3880
 def as_masked(
     model:nn.Module, # A model
 )->nn.Module: # The model itself, if no layer of it is sparse
