@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted(p.stem for p in HERE.glob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','shrink']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','sparse_ops','layers','shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -56,8 +56,8 @@ def test_no_module_wants_everything(module):
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'],
-                  files=['checkpoint','masks','scores','sparsify'], shrink=['masks'])
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','sparse_ops'],
+                  files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
     rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)
