@@ -1,5 +1,6 @@
 "Compact checkpoints: what comes back is what was saved, and what is wrong is refused before anything changes"
 import json, math, random
+from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -10,6 +11,7 @@ from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as
 from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
 from sparsefast import files
 from sparsefast.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
+from sparsefast.layers import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets
@@ -329,3 +331,60 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
 def test_files_hold_no_pickle(saved):
     whole = saved[2].read_bytes()
     assert b'\x80\x04' != whole[:2] and b'torch._utils' not in whole and not whole.startswith(b'PK')
+
+# ------------------------------------------------------------ sparse layers
+def in_layers(model):
+    "Sparse layers in place of masked ones"
+    for n,m in list(model.named_modules()):
+        if 'weight_mask' in m._buffers: model.set_submodule(n, (SparseLinear if isinstance(m, nn.Linear) else SparseConv2d).from_masked(m))
+    return model
+
+def convs(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8*16, 3))
+def sparse_convs(seed=0, sparsity=0.7):
+    torch.manual_seed(seed)
+    sparsify_model(model := convs(), sparsity, exclude=[0])
+    return model
+
+def test_sparse_layers_are_written_as_masked_ones(tmp_path):
+    model = sparse_convs()
+    a = save_sparse(model, tmp_path/'a').read_bytes()
+    b = save_sparse(in_layers(deepcopy(model)), tmp_path/'b')
+    assert same_state(load_sparse(b), model.state_dict()) and abs(len(a)-b.stat().st_size)<100
+
+@pytest.mark.parametrize('source', ['masked', 'layers'])
+@pytest.mark.parametrize('target', ['masked', 'layers', 'dense', 'other layers'])
+def test_files_go_between_forms(source, target, tmp_path):
+    make = dict(masked=sparse_convs, layers=lambda *a: in_layers(sparse_convs(*a)), dense=lambda *a: convs())
+    make['other layers'] = lambda *a: in_layers(sparse_convs(5, 0.4))
+    x = torch.randn(4, 3, 6, 6)
+    def trained(kind, seed, steps=4):
+        model = make[kind](seed)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        method = DSTMethod(**Static_presets)
+        for step in range(1, steps+1):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            if list(masked_params(model)): method.step(model, opt, step, 0.)
+            else: opt.step()
+        return model,opt
+    model,opt = trained(source, 0)
+    other,other_opt = trained(target, 3, 2)
+    values = [id(p) for p in other.parameters()]
+    save_sparse(model, tmp_path/'m', opt)
+    load_sparse(tmp_path/'m', other, other_opt)
+    assert [id(p) for p in other.parameters()]==values                                    # the optimizer still has them
+    assert same_state(files.masked_state(model), files.masked_state(other))
+    torch.testing.assert_close(other.eval()(x), model.eval()(x))
+    save_sparse(other, tmp_path/'n', other_opt)
+    a,b = ({k: v for k,v in load_file(tmp_path/f).items() if k.startswith('optimizer/state')} for f in 'mn')
+    assert same_state(a, b)
+
+def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
+    save_sparse(convs(), tmp_path/'dense')
+    model = in_layers(sparse_convs())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no mask for the sparse layer '3'"): load_sparse(tmp_path/'dense', model)
+    assert not changed(before, snapshot(model))
+
+def test_an_optimizer_alone(saved):
+    with pytest.raises(ValueError, match='together with its model'): load_sparse(saved[2], opt=saved[1])
