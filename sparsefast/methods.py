@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from .masks import attribute, check_fraction, masked_params, n_active, zero_masked_
 from .patterns import drop_grow, follows
-from .rewire import bring_in, goals, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, _count, _tolist
+from .rewire import bring_in, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold, _count, _tolist
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, inner_opt, keeps_momentum, momentum, weight_magnitude
 
@@ -152,7 +152,8 @@ def _live(layers): return [l for l in layers if l.p.requires_grad and l.p.grad i
 
 def _nonfinite(live, step):
     "Is a gradient not finite? Then warn, for update and step are to be skipped"
-    bad = not all(_tolist([l.p.grad.isfinite().all() for l in live]))
+    grads = [g for l in live for g in (l.p.grad, *(t for held in getattr(l.module, '_held', ()) for t in held))]       # what stored layers keep, a dense gradient is made of
+    bad = not all(_tolist([g.isfinite().all() for g in grads]))
     if bad: warnings.warn(f"a gradient is not finite at optimizer step {step}: neither this update nor this step is taken", stacklevel=4)
     return bad
 
@@ -162,7 +163,7 @@ def _update(self, live, opt, step, pct):
     with _averaged(self, live):
         if _nonfinite(live, step): return self.replaces_step
         if needs(self, 'momentum') and any(momentum(l.p, opt) is None for l in live): return False
-        rewire(self, live, opt, self.sparsity_pos(step, pct) if self.sparsity_sched_f else 1., step=step, pct=pct)
+        rewire(self, unfold(live), opt, self.sparsity_pos(step, pct) if self.sparsity_sched_f else 1., step=step, pct=pct)
     return self.replaces_step
 
 # %% ../nbs/05_methods.ipynb #b51c83b4
@@ -172,23 +173,27 @@ def _leads_up(self, step, pct):
     if self.grad_steps==1 or not 0 < ahead < (self.grad_steps or self.batches_per_update): return False
     return step==1 or self.due(step+ahead, pct*(step+ahead-1)/(step-1))
 
+def _dense(l): return l.p.grad if l.mask is not None else l.module.dense_gradient()
+
 def _collect(self, live, step, pct):
     "Add this step's gradient to the sum, or forget a sum that no update will come for"
     adds = _leads_up(self, step, pct)
     for l in live if self.grad_steps!=1 and not self.due(step, pct) else []:
         if not adds: l.forget('grad')
-        elif l.recall('grad') is None: l.remember('grad', l.p.grad.clone())
-        else: l.recall('grad').add_(l.p.grad)
+        elif l.recall('grad') is None: l.remember('grad', _dense(l).clone())
+        else: l.recall('grad').add_(_dense(l))
 
 @contextmanager
 def _averaged(self, live):
     "For a while, each parameter's gradient is the average over `grad_steps` steps"
     sums = [(l, l.p.grad, s) for l in live if self.grad_steps!=1 and (s := l.recall('grad')) is not None]
-    for l,g,s in sums: l.p.grad = (s+g)/(self.grad_steps or self.batches_per_update)
+    for l,g,s in sums:
+        if l.mask is None: l.remember('grad', (s+_dense(l))/(self.grad_steps or self.batches_per_update))
+        else: l.p.grad = (s+g)/(self.grad_steps or self.batches_per_update)
     try: yield
     finally:
         for l,g,s in sums:
-            l.p.grad = g
+            if l.mask is not None: l.p.grad = g
             l.forget('grad')
 
 # %% ../nbs/05_methods.ipynb #6187bac1
@@ -212,7 +217,26 @@ def update(self:DSTMethod,
     pct:float, # Share of training done before it
 )->bool: # Does the update take the optimizer step's place?
     "Rewire if due. A non-finite gradient, or momentum that does not exist yet, changes nothing"
-    return self.due(step, pct) and _update(self, _live(sparse_layers(modules)), opt, step, pct)
+    layers = sparse_layers(modules)
+    _check_stored(self, layers, opt)
+    done = self.due(step, pct) and _update(self, _live(layers), opt, step, pct)
+    _look_ahead(self, layers, step, pct)
+    return done
+
+# %% ../nbs/05_methods.ipynb #18e0c75d
+def _look_ahead(self, layers, step, pct):
+    "Tell layers that store active weights only whether the next step may look at the gradients of all"
+    fs = [f for f in (self.keep_score_f, self.grow_score_f, self.grow_value_f) if f and attribute(f, 'needs_grad', True)]
+    ahead = pct*step/(step-1) if step>1 else 0.                              # after the first step nobody knows how long training is
+    for l in layers:
+        if l.mask is None: l.module.kept = bool(fs) and (self.due(step+1, ahead) or _leads_up(self, step+1, ahead))
+
+def _check_stored(self, layers, opt):
+    "Refuse what layers that store active weights only cannot serve"
+    if not (stored := [l for l in layers if l.mask is None]): return
+    why = ("grows by the momentum of weights that are not active" if needs(self, 'momentum') else "trains weights outside the masks" if self.explore_pct else
+           "is to keep several processes in step" if stored[0].group else "is used with Lookahead, which keeps a slow copy of each weight" if hasattr(opt, 'slow_weights') else '')
+    if why: raise ValueError(f"this method {why}, and {stored[0].module} stores active weights only: call `to_masked_layers(model, opt)`")
 
 # %% ../nbs/05_methods.ipynb #2d51c0e3
 def _check_opt(self, opt):
@@ -263,8 +287,9 @@ def check(self:DSTMethod,
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
     layers = sparse_layers(modules)
     _check_opt(self, opt)
+    _check_stored(self, layers, opt)
     _check_known(layers, opt)
-    _check_layers(self, layers)
+    _check_layers(self, unfold(layers))
     if total is not None: _check_total(self, total)
 
 # %% ../nbs/05_methods.ipynb #52d0e70c
@@ -275,8 +300,11 @@ def enforce(self:DSTMethod,
     opt=None, # Its optimizer, if there is one yet
 )->None:
     "Bring weights and optimizer state in line with the masks, after a checkpoint was loaded say"
-    layers = [m for m in ([modules] if isinstance(modules, nn.Module) else modules) if any(True for _ in masked_params(m))]
+    layers = [m for m in ([modules] if isinstance(modules, nn.Module) else modules) if any(True for _ in masked_params(m)) or any(map(is_stored, m.modules()))]
     for l in sparse_layers(layers) if layers else []:
+        if l.mask is None:
+            l.module.kept = True                                             # until a step says what the next one needs
+            continue
         zero_masked_(l.p.data, l.mask)
         if opt is not None and not needs(self, 'momentum'): self.reset_state_f(l.p, opt, ~(l.mask if l.recall('trains') is None else l.recall('trains')))
 
@@ -286,10 +314,11 @@ def _prepare(self, live, due, time):
     dense = needs(self, 'momentum') or due and not self.replaces_step and needs(self, 'grad', True)
     for l in live:
         if self.explore_pct: bring_in(self, l, time)
-        elif not dense: zero_masked_(l.p.grad, l.mask)
+        elif not (dense or l.mask is None): zero_masked_(l.p.grad, l.mask)
 
 def _check_end(self, live):
     "Warn if the schedule of sparsity has not been followed to its end"
+    live = unfold(live)
     nnz = _count([l.mask for l in live]) if live else []
     if any(n>g for n,g in zip(nnz, goals(self, live, nnz, 1., {}) if self.prune_share_f is None else [])):
         warnings.warn("training ends, and no update has brought the masks to their final sparsity: use a shorter batches_per_update", stacklevel=4)
@@ -306,13 +335,15 @@ def before_step(self:DSTMethod,
     "What comes before `opt.step()`: gradients made ready, or the update in the step's place"
     layers = sparse_layers(modules)
     _check_opt(self, opt)
+    _check_stored(self, layers, opt)
     if step==1:
         _check_known(layers, opt)
-        _check_layers(self, layers)
-        _check_start(self, layers)
+        _check_layers(self, unfold(layers))
+        _check_start(self, unfold(layers))
         self.enforce(modules, opt)                                           # what a dense checkpoint remembers of weights that are gone now
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                            # fastai decays a weight that has a stale gradient, frozen or not
+    _look_ahead(self, layers, step, pct)
     due,live = self.due(step, pct),_live(layers)
     _collect(self, live, step, pct)
     if due and self.replaces_step and _update(self, live, opt, step, pct): return False
@@ -334,7 +365,7 @@ def after_step(self:DSTMethod,
     live = _live(sparse_layers(modules))
     for l in live:
         if self.explore_pct: take_out(l)
-        else: zero_masked_(l.p.data, l.mask)
+        elif l.mask is not None: zero_masked_(l.p.data, l.mask)
     if not self.replaces_step and self.due(step, pct): _update(self, live, opt, step, pct)
 
 @patch

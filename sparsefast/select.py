@@ -45,7 +45,7 @@ def is_transposed(
     m:nn.Module, # A module with a weight
 )->bool: # Of shape (inputs, outputs, ...)?
     "Does the weight have its outputs in the second dimension? So do transposed convolutions, and `Conv1D` of Hugging Face"
-    return isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) or _is(m, 'transformers.pytorch_utils.Conv1D')
+    return isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) or _is(m, 'transformers.pytorch_utils.Conv1D') or getattr(m, '_swapped', False)
 
 # %% ../nbs/01b_select.ipynb #d53d3d16
 def weight_names(

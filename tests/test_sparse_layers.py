@@ -5,7 +5,11 @@ from hypothesis import given, strategies as st
 from torch import nn
 from helpers import *
 from sparsefast.core import *
-from sparsefast.layers import SparseConv2d, SparseLinear
+from sparsefast import presets
+from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
+from sparsefast.masks import attribute
+from sparsefast.methods import DSTMethod
+from sparsefast.scores import gradient_magnitude
 from sparsefast.sparse_ops import check_index, index_of, positions, product, sampled, transposed_index
 
 def random_index(rows, n_col, density, seed=0):
@@ -272,3 +276,291 @@ def test_changed_gradients_are_refused():
     sparse.values.grad.clamp_(-.1, .1)
     with pytest.raises(ValueError, match='not what its backward passes gave'): sparse.dense_gradient()
     with pytest.raises(ValueError, match='has not kept'): twin_of(masked(nn.Linear(9, 13))).dense_gradient()
+
+# ------------------------------------------------------------ models there and back
+def net(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 40, dtype=dtype), nn.ReLU(), nn.Linear(40, 30, dtype=dtype), nn.ReLU(), nn.Linear(30, 3, dtype=dtype))
+
+def pair(method=None, sparsity=.8, make=net, **kw):
+    "A masked model and the same one with sparse layers"
+    both = [make(), make()]
+    for m in both:
+        torch.manual_seed(7)
+        sparsify_model(m, sparsity, **{**(method.start(sparsity) if method else {}), **kw})
+    to_sparse_layers(both[1], least=0.)
+    return both
+
+def sparse_modules(model): return [m for m in model.modules() if isinstance(m, SparseLayer)]
+def stored(model): return [(m.weight.detach(), m.weight_mask, m.values) for m in sparse_modules(model)]
+
+def assert_same(masked_model, model, opts=None, tol=1e-9):
+    "The same masks, weights and optimizer state"
+    ours = stored(model)
+    assert len(ours)==len(sparse_params(masked_model))
+    for (p,mask,_),(w,m,v) in zip(sparse_params(masked_model), ours):
+        assert torch.equal(mask, m) and torch.allclose(p, w, rtol=tol, atol=tol)
+        if not opts: continue
+        a,b = opt_tensors(opts[0], p),opt_tensors(opts[1], v)
+        assert set(a)==set(b) and all(torch.allclose(a[k][mask], b[k], rtol=tol, atol=tol) for k in a)
+    rest = {k: v for k,v in masked_model.state_dict().items() if k.endswith('bias')}
+    assert all(torch.allclose(v, model.state_dict()[k], rtol=tol, atol=tol) for k,v in rest.items())
+
+def test_model_there_and_back():
+    model = net()
+    sparsify_model(model, .8, sparsities={-1: .5})
+    before = snapshot(model)
+    assert to_sparse_layers(model)==['0', '2'] and type(model[4]) is nn.Linear
+    assert to_masked_layers(model)==['0', '2'] and to_masked_layers(model)==[] and not changed(before, snapshot(model))
+
+@pytest.mark.parametrize('opt', [*TORCH_OPTS, 'fastai adam', 'fastai wrapper'])
+def test_optimizer_goes_along(opt):
+    from fastai.optimizer import Adam as FastaiAdam, OptimWrapper
+    a,b = net(),net()
+    for m in (a, b): torch.manual_seed(7), sparsify_model(m, .8)
+    make = {'fastai adam': lambda ps: FastaiAdam(list(ps), lr=.01), 'fastai wrapper': lambda ps: OptimWrapper(list(ps), opt=torch.optim.AdamW, lr=.01)}.get(opt) or TORCH_OPTS[opt]
+    opts = [make(m.parameters()) for m in (a, b)]
+    method = DSTMethod(**{**RigL_presets, 'batches_per_update': 20})
+    for step,(x,y) in enumerate(batches(60, dtype=torch.float64), 1):
+        if step==10: to_sparse_layers(b, opts[1])
+        if step in (10, 50): assert_same(a, b, opts)
+        if step==50:
+            to_masked_layers(b, opts[1])
+            assert not [k for k,t in snapshot(b, opts[1]).items() if not torch.allclose(t, snapshot(a, opts[0])[k], rtol=1e-9, atol=1e-9)]
+        for m,o in zip((a, b), opts):
+            m.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+            method.step(m, o, step, (step-1)/60)
+    assert same_masks(masks(a), masks(b)) and all(torch.allclose(p, q, rtol=1e-9, atol=1e-9) for p,q in zip(a.parameters(), b.parameters()))
+
+def test_what_stays_masked():
+    model = nn.ModuleDict(dict(attn=nn.MultiheadAttention(8, 2), depth=nn.Conv2d(4, 4, 3, groups=2), a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 20), table=nn.Embedding(20, 8), conv1=nn.Conv1d(4, 4, 3)))
+    model['b'].weight,model['table'].weight = model['a'].weight,nn.Parameter(model['c'].weight.data)
+    model['table'].weight = model['c'].weight
+    sparsify_model(model, .5)
+    with pytest.raises(ValueError, match='no layer of this model'): to_sparse_layers(model, least=0.)
+
+@pytest.mark.parametrize('model', [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4))])
+def test_nothing_to_convert(model):
+    with pytest.raises(ValueError, match='sparsify_model'): to_sparse_layers(model)
+
+def test_single_layer():
+    with pytest.raises(ValueError, match='from_masked'): to_sparse_layers(masked(nn.Linear(9, 13), .9))
+
+def test_optimizers_that_cannot_follow():
+    from fastai.optimizer import Adam as FastaiAdam, Lookahead
+    model = net()
+    sparsify_model(model, .9)
+    with pytest.raises(ValueError, match='Lookahead'): to_sparse_layers(model, Lookahead(FastaiAdam(list(model.parameters()), lr=.1)))
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    opt.state[model[0].weight] = dict(row=torch.zeros(40))
+    with pytest.raises(ValueError, match="'row'"): to_sparse_layers(model, opt)
+    assert not sparse_modules(model)
+
+def test_transformer_layer_in_evaluation():
+    "PyTorch's own fast path takes the weights of the linear layers"
+    layer,x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(),torch.randn(2, 5, 16)
+    sparsify_model(layer, .8)
+    with torch.no_grad(): want = layer(x)
+    assert to_sparse_layers(layer)==['linear1', 'linear2']
+    with torch.no_grad(): assert torch.allclose(layer(x), want, atol=1e-5)
+
+# ------------------------------------------------------------ the same training
+SUPPORTED = {n.removesuffix('_presets'): p for n,p in vars(presets).items() if n.endswith('_presets') and not p.get('explore_pct') and not attribute(p.get('grow_score_f', gradient_magnitude), 'needs_momentum')}
+
+def same_training(method, opt='adam', total=200, sparsity=.8, make=net, data=None, scale=None, start=None, **kw):
+    a,b = pair(method, sparsity, make, **kw)
+    opts = [TORCH_OPTS[opt](m.parameters()) for m in (a, b)]
+    moved = 0
+    for step,(x,y) in enumerate(data or batches(total, dtype=torch.float64), 1):
+        for m,o in zip((a, b), opts):
+            if step==1: method.check(m, o)
+            if step==1: method.enforce(m, o)
+            m.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+        before = masks(a)
+        for m,o in zip((a, b), opts): method.step(m, o, step, (step-1)/total)
+        moved += not same_masks(before, masks(a))
+        if not same_masks(before, masks(a)) or step%20==0: assert_same(a, b, opts)
+    assert all(len(v)==int(mask.count_nonzero()) for _,mask,v in stored(b))
+    return a,b,moved
+
+@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'adamw'])
+@pytest.mark.parametrize('preset', ['RigL', 'SET'])
+def test_same_training_for_hundreds_of_steps(opt, preset):
+    a,_,moved = same_training(DSTMethod(**{**PRESETS[preset], 'batches_per_update': 10, 'stop_pct': .9}), opt, 400)
+    assert moved>=30
+
+EVERY = dict(batches_per_update=10, stop_pct=.9)
+@pytest.mark.parametrize('preset', SUPPORTED)
+def test_same_training_by_every_method(preset):
+    settings = {**SUPPORTED[preset], **(EVERY if preset not in ('Static',) else {})}
+    if settings.get('grad_steps') is not None: settings['grad_steps'] = min(settings.get('grad_steps', 1), 3)
+    a,b,moved = same_training(DSTMethod(**settings), 'adamw', 120, .75)
+    assert (moved>0)==(preset!='Static')
+
+def test_methods_whose_layers_change_size():
+    "Pruning and redistribution: the parameter stays the same object, whatever is still held of the last graph"
+    a,b = pair(method := DSTMethod(**{**SUPPORTED['GMP'], **EVERY}), .9)
+    values,opt,loss,sizes = [m.values for m in sparse_modules(b)],torch.optim.Adam(b.parameters(), lr=.01),None,set()
+    for step,(x,y) in enumerate(batches(100, dtype=torch.float64), 1):
+        opt.zero_grad()
+        loss = F.cross_entropy(b(x), y)                                      # the last one is still alive here
+        loss.backward()
+        method.step(b, opt, step, (step-1)/100)
+        sizes.add(sum(map(len, values)))
+        assert all(p.grad is None or p.grad.shape==p.shape for p in values)
+    assert len(sizes)>5 and all(m.values is v for m,v in zip(sparse_modules(b), values)) and sum(map(len, values))==sum(round(.1*m.shape.numel()) for m in sparse_modules(b))
+
+@pytest.mark.parametrize('grad_steps', [1, 4, None])
+def test_same_training_with_accumulation_and_averages(grad_steps):
+    method = DSTMethod(**{**RigL_presets, **EVERY, 'grad_steps': grad_steps})
+    a,b = pair(method)
+    opts = [TORCH_OPTS['momentum'](m.parameters()) for m in (a, b)]
+    for m,o in zip((a, b), opts): method.check(m, o, 100), method.enforce(m, o)
+    data = batches(300, dtype=torch.float64)
+    for step in range(1, 101):
+        for m,o in zip((a, b), opts):
+            o.zero_grad(set_to_none=step%2==0)
+            for x,y in data[3*step-3:3*step]: F.cross_entropy(m(x), y).backward()
+            method.step(m, o, step, (step-1)/100)
+        assert_same(a, b, opts)
+    assert not any(m._held and not m.kept for m in sparse_modules(b))
+
+@pytest.mark.parametrize('pattern', ['fan_in_pattern', 'drop_grow'])
+@pytest.mark.parametrize('density', ['erdos_renyi_sparsity', 'uniform_sparsity'])
+def test_same_training_of_convolutions(pattern, density):
+    from sparsefast import distributions, patterns
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Unflatten(1, (2,2,2)), nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 16, 2), nn.Flatten(), nn.Linear(16, 3)).double()
+    method = DSTMethod(**{**RigL_presets, **EVERY, 'pattern_f': getattr(patterns, pattern)})
+    a,b,moved = same_training(method, 'adam', 100, .6, make, sparse_f=getattr(distributions, density))
+    assert moved>5 and len(sparse_modules(b))>=3
+
+def test_same_training_of_conv1d():
+    "Weights with their outputs in the second dimension, and a pattern by outputs"
+    Conv1D = pytest.importorskip('transformers.pytorch_utils').Conv1D
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(40, 8), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), Conv1D(3, 30)).double()
+    for preset in ('RigL', 'SET', 'SRigL'): assert same_training(DSTMethod(**{**SUPPORTED[preset], **EVERY}), 'adam', 60, .6, make)[2]>3
+
+def test_mixed_storage():
+    "Some layers sparse, some masked: still the same"
+    a,b = net(),net()
+    for m in (a, b): torch.manual_seed(7), sparsify_model(m, .8, sparsities={2: .5})
+    to_sparse_layers(b, least=.7)
+    assert [type(m) for m in b[::2]]==[SparseLinear, SparseLinear, nn.Linear]
+    method = DSTMethod(**{**SUPPORTED['RigL'], **EVERY, 'grow_score_f': SET_presets['grow_score_f']})
+    for m in (a, b): plain_loop(m, TORCH_OPTS['adam'](m.parameters()), method, 60, dtype=torch.float64)
+    to_masked_layers(b)
+    assert same_masks(masks(a), masks(b)) and all(torch.allclose(p, q, rtol=1e-9, atol=1e-9) for p,q in zip(a.parameters(), b.parameters()))
+
+def test_frozen_layers_stay():
+    _,b = pair()
+    b[2].requires_grad_(False)
+    before = snapshot(b[2])
+    plain_loop(b, TORCH_OPTS['adam'](p for p in b.parameters() if p.requires_grad), DSTMethod(**{**RigL_presets, **EVERY}), 60, dtype=torch.float64)
+    assert not changed(before, snapshot(b[2]))
+
+@pytest.mark.parametrize('where', ['gradient', 'input'])
+def test_nonfinite_gradients_change_nothing(where):
+    _,b = pair()
+    opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10})
+    method.enforce(b, opt)
+    x,y = batches(1, dtype=torch.float64)[0]
+    if where=='input': x[0,0] = float('inf')
+    backward(b, x, y)
+    if where=='gradient': b[0].values.grad[0] = float('nan')
+    before = snapshot(b, opt)
+    with pytest.warns(UserWarning, match='not finite'): method.step(b, opt, 10, .1)
+    assert not changed(before, snapshot(b, opt))
+
+def test_fresh_state_for_grown_weights():
+    _,b = pair()
+    opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10})
+    for step,(x,y) in enumerate(batches(10, dtype=torch.float64), 1):
+        backward(b, x, y)
+        before = [(mask, w.clone(), {k: v.clone() for k,v in opt_tensors(opt, p).items()}) for m,(w,mask,p) in zip(sparse_modules(b), stored(b))]
+        method.step(b, opt, step, (step-1)/100)
+    for m,(mask,w,state) in zip(sparse_modules(b), before):
+        new = m.weight_mask
+        grown,stays = new & ~mask, new & mask
+        assert grown.any() and (m.weight[grown]==0).all() and torch.equal(m.weight[stays], w[stays])
+        for k,v in opt_tensors(opt, m.values).items():
+            assert len(v)==len(m.values) and (v[grown[new]]==0).all() and torch.equal(v[stays[new]], state[k][stays[mask]])
+
+REFUSALS = dict(SNFS=('momentum of weights', SNFS_presets), TopKAST=('outside the masks', presets.TopKAST_presets), SR_STE=('outside the masks', presets.SR_STE_presets))
+@pytest.mark.parametrize('preset', REFUSALS)
+@pytest.mark.parametrize('verb', ['check', 'step', 'update'])
+@pytest.mark.filterwarnings('ignore:updates take')
+def test_methods_that_are_refused(preset, verb):
+    _,b = pair()
+    opt,method = TORCH_OPTS['momentum'](b.parameters()),DSTMethod(**{**REFUSALS[preset][1], 'batches_per_update': 10})
+    backward(b, *batches(1, dtype=torch.float64)[0])
+    before = snapshot(b, opt)
+    with pytest.raises(ValueError, match=REFUSALS[preset][0]+'.*to_masked_layers'): method.check(b, opt) if verb=='check' else getattr(method, verb)(b, opt, 10, .1)
+    assert not changed(before, snapshot(b, opt))
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET'])
+def test_attached(preset):
+    method = DSTMethod(**{**PRESETS[preset], **EVERY})
+    a,b = pair()
+    for m in (a, b):
+        opt = TORCH_OPTS['adamw'](m.parameters())
+        attached = attach(method, m, opt, 60)
+        for x,y in batches(60, dtype=torch.float64):
+            backward(m, x, y)
+            opt.step()
+    assert_same(a, b)
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'GMP', 'RigL_avg'])
+@pytest.mark.parametrize('opt', ['fastai', 'torch'])
+def test_in_a_learner(preset, opt):
+    from fastai.callback.core import Callback
+    from fastai.callback.training import GradientClip
+    from fastai.optimizer import Adam as FastaiAdam
+    both = pair(DSTMethod(**{**SUPPORTED[preset], 'batches_per_update': 4}), make=lambda: net(torch.float32), sparsity=.8)
+    for m in both:
+        learn = learner(m, FastaiAdam if opt=='fastai' else wrapped(torch.optim.AdamW), DynamicSparseTrainingCallback(**{**SUPPORTED[preset], 'batches_per_update': 4}))
+        learn.fit(4, .01)
+    to_masked_layers(both[1])
+    assert same_masks(masks(both[0]), masks(both[1])) and all(torch.allclose(p, q, atol=1e-4) for p,q in zip(both[0].parameters(), both[1].parameters()))
+
+def test_grad_scaler():
+    "The values' gradient is unscaled before the update, and the dense one follows"
+    a,b = pair()
+    method = DSTMethod(**{**RigL_presets, **EVERY})
+    for m in (a, b):
+        opt,scaler = TORCH_OPTS['momentum'](m.parameters()),torch.amp.GradScaler('cpu', init_scale=1024.)
+        attached = attach(method, m, opt, 60)
+        for x,y in batches(60, dtype=torch.float64):
+            opt.zero_grad()
+            scaler.scale(F.cross_entropy(m(x), y)).backward()
+            scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+    assert_same(a, b)
+
+def test_first_step_that_needs_what_nobody_kept():
+    _,b = pair()
+    opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10})
+    backward(b, *batches(1, dtype=torch.float64)[0])
+    before = snapshot(b, opt)
+    with pytest.raises(ValueError, match='method.check'): method.step(b, opt, 10, .1)
+    assert not changed(before, snapshot(b, opt))
+
+def test_resumed_from_state():
+    "A state of a training goes on in a model of another mask, of another number of weights"
+    method = DSTMethod(**{**SUPPORTED['GMP'], **EVERY})
+    _,b = pair(method, .9)
+    _,c = pair(method, .9, sparse_f=lambda ps, s: [.5 if p.numel()>1000 else s for p in ps])
+    opts,data = [TORCH_OPTS['adamw'](m.parameters()) for m in (b, c)],batches(80, dtype=torch.float64)
+    def train(m, o, steps):
+        for step in steps: backward(m, *data[step-1]), method.step(m, o, step, (step-1)/80)
+    train(b, opts[0], range(1, 41))
+    c.load_state_dict(copy.deepcopy(b.state_dict()))
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    for m,o in zip((b, c), opts): train(m, o, range(41, 81))
+    assert not changed(snapshot(b, opts[0]), snapshot(c, opts[1]))
