@@ -79,10 +79,10 @@ def measure_net(arch, batch, threads, folder):
         fast,table = to_fastest(model, x, seconds=0.04*batch**0.5)
         with torch.no_grad(): error[f'sparse {s}'] = float((fast(x)-model(x)).abs().max()/model(x).abs().max())
         fs[f'sparse {s}'],chosen[f'sparse {s}'] = partial(fast, x),[sum(r.form!='dense' for r in table.rows), len(table.rows)]
-    times = paired_times(fs, seconds=35, least=7)
+    times = paired_times(fs, seconds=25, least=7)
     for n in fs:
         r,lo,hi = ratio(times, 'dense', n)
-        add(out, dict(arch=arch, batch=batch, threads=threads, form=n, ms=round(1000*median(times[n]), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times[n]),
+        add(out, dict(arch=arch, batch=batch, form=n, ms=round(1000*median(times[n]), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times[n]),
                       layers=chosen.get(n), error=error.get(n), **hardware(threads)))
         print(arch, batch, threads, n, f'{1000*median(times[n]):.1f} ms', f'{r:.2f}x', chosen.get(n, ''), flush=True)
 
@@ -108,7 +108,7 @@ def measure_layers(threads):
                 unsparsify_model(m)
                 times = paired_times(dict(dense=partial(m, x), sparse=partial(fast, x)), seconds=0.5)
                 r,lo,hi = ratio(times, 'dense', 'sparse')
-                add(out, dict(layer=name, batch=batch, sparsity=s, threads=threads, dense=round(1000*median(times['dense']), 4), sparse=round(1000*median(times['sparse']), 4),
+                add(out, dict(layer=name, batch=batch, sparsity=s, dense=round(1000*median(times['dense']), 4), sparse=round(1000*median(times['sparse']), 4),
                               gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times['dense']), **hardware(threads)))
 
 if __name__=='__main__':
