@@ -58,7 +58,8 @@ MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
                   callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','sparse_ops'],
                   files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'],
-                  deploy=['layers','masks','patterns','shrink','sparsify'])
+                  deploy=['layers','masks','patterns','shrink','sparsify'],
+                  export=['checkpoint','deploy','shrink','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
     rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)
