@@ -3,6 +3,7 @@
     python nbs/benchmarks/deploy.py onnx FOLDER                      # writes the models for onnxruntime; some minutes
     python nbs/benchmarks/deploy.py net ARCH BATCH THREADS FOLDER    # appends to deploy_nets.jsonl; one to three minutes each
     python nbs/benchmarks/deploy.py layers THREADS                   # appends to deploy_layers.jsonl; some minutes, in parts
+    python nbs/benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
 Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. All forms of a network take turns, in changing
 order; a number is a median over rounds, and a ratio is a median of ratios within rounds. What is there already is skipped."""
@@ -11,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 warnings.simplefilter('ignore')
-import numpy as np, timm, torch
+import timm, torch
 from torch import nn
-from sparsefast.deploy import _call, paired_times, processor, ratio, sparse_form, to_fastest
-from sparsefast.masks import masked_params
-from sparsefast.shrink import output_error
+from sparsefast.deploy import paired_times, processor, ratio, sparse_form, to_fastest
 from sparsefast.sparsify import sparsify_model, unsparsify_model
 
 archs      = dict(resnet18='resnet18', resnet50='resnet50', vit384='vit_small_patch16_224')
@@ -111,9 +110,32 @@ def measure_layers(threads):
                 add(out, dict(layer=name, batch=batch, sparsity=s, dense=round(1000*median(times['dense']), 4), sparse=round(1000*median(times['sparse']), 4),
                               gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times['dense']), **hardware(threads)))
 
+# ------------------------------------------------------------ zeros in other runtimes
+def measure_zeros(arch, threads, folder):
+    "The same network without zeros and with 95 % of them: files and times"
+    from sparsefast.export import export_model, to_onnx
+    from sparsefast.files import save_sparse
+    out = here/'deploy_zeros.jsonl'
+    if any((r['arch'], r['threads'])==(arch, threads) for r in rows(out)): return
+    torch.set_num_threads(threads)
+    x,fs,size = images(1),{}, {}
+    for n,model in {'no zeros': net(arch), '95 % zeros': sparse(arch, 0.95)}.items():
+        f = to_onnx(model, x, folder/'zeros.onnx')
+        fs[f'onnxruntime, {n}'] = partial(session(f, threads).run, None, {session(f, threads).get_inputs()[0].name: x.numpy()})
+        size[f'onnxruntime, {n}'] = f.stat().st_size
+        program = export_model(model, x)
+        torch.export.save(program, folder/'zeros.pt2')
+        fs[f'torch.export, {n}'],size[f'torch.export, {n}'] = partial(program.module(), x),(folder/'zeros.pt2').stat().st_size
+        size[f'save_sparse, {n}'] = save_sparse(model, folder/'zeros.safetensors').stat().st_size
+    times = paired_times(fs, seconds=20, least=7)
+    for n in size:
+        r = ratio(times, n.replace('95 %', 'no'), n) if n in fs else None
+        add(out, dict(arch=arch, form=n, bytes=size[n], ms=round(1000*median(times[n]), 3) if r else None, gain=round(r[0], 3) if r else None, quartiles=[round(q, 3) for q in r[1:]] if r else None, **hardware(threads)))
+
 if __name__=='__main__':
     what,*args = sys.argv[1:]
     with torch.no_grad():
         if what=='onnx': Path(args[0]).mkdir(exist_ok=True, parents=True); write_onnx(Path(args[0]))
         elif what=='net': measure_net(args[0], int(args[1]), int(args[2]), Path(args[3]))
+        elif what=='zeros': measure_zeros(args[0], int(args[1]), Path(args[2]))
         elif what=='layers': measure_layers(int(args[0]))
