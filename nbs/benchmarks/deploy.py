@@ -5,8 +5,8 @@
     python nbs/benchmarks/deploy.py layers THREADS                   # appends to deploy_layers.jsonl; some minutes, in parts
     python nbs/benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
-Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. All forms of a network take turns, in changing
-order; a number is a median over rounds, and a ratio is a median of ratios within rounds. What is there already is skipped."""
+Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. PyTorch's forms of a network take turns, in changing
+order; a number is a median over rounds, and a ratio is a median of ratios within rounds. onnxruntime comes after them, each form alone, and its ratio is one of medians. What is there already is skipped."""
 import json, sys, warnings
 from functools import partial
 from pathlib import Path
@@ -71,16 +71,20 @@ def measure_net(arch, batch, threads, folder):
     x = images(batch)
     dense,half,hx,nx = net(arch),net(arch).bfloat16(),x.bfloat16(),x.numpy()
     fs = {'dense': partial(dense, x), 'bfloat16': partial(half, hx)}
-    for n,f in {'onnxruntime': f'{arch}.onnx', 'onnxruntime int8': f'{arch}.int8.onnx'}.items(): fs[n] = partial(session(folder/f, threads).run, None, {'x': nx})
     chosen,error = {}, {}
     for s in sparsities:
         model = sparse(arch, s)
         fast,table = to_fastest(model, x, seconds=0.04*batch**0.5)
         with torch.no_grad(): error[f'sparse {s}'] = float((fast(x)-model(x)).abs().max()/model(x).abs().max())
         fs[f'sparse {s}'],chosen[f'sparse {s}'] = partial(fast, x),[sum(r.form!='dense' for r in table.rows), len(table.rows)]
-    times = paired_times(fs, seconds=25, least=7)
-    for n in fs:
-        r,lo,hi = ratio(times, 'dense', n)
+    times = paired_times(fs, seconds=20, least=7)
+    for n,f in {'onnxruntime': f'{arch}.onnx', 'onnxruntime int8': f'{arch}.int8.onnx'}.items():
+        s = session(folder/f, threads)                                       # its threads go on spinning for a while after each run: not in turn with others
+        times |= paired_times({n: partial(s.run, None, {'x': nx})}, seconds=4, least=7)
+        del s
+    for n,ts in times.items():
+        quarter = sorted(ts)[len(ts)//4],sorted(ts)[-1-len(ts)//4]
+        r,lo,hi = ratio(times, 'dense', n) if n in fs else (median(times['dense'])/median(ts), median(times['dense'])/quarter[1], median(times['dense'])/quarter[0])
         add(out, dict(arch=arch, batch=batch, form=n, ms=round(1000*median(times[n]), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times[n]),
                       layers=chosen.get(n), error=error.get(n), **hardware(threads)))
         print(arch, batch, threads, n, f'{1000*median(times[n]):.1f} ms', f'{r:.2f}x', chosen.get(n, ''), flush=True)
