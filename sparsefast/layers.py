@@ -15,12 +15,11 @@ from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from .masks import adopt_memory, apply_masks, memory_name, memory_names
 from .scores import inner_opt, opt_state
-from .sparse_ops import check_index, chunk, index_of, positions, product, sampled, transposed_index
+from .sparse_ops import as_csr, check_index, index_of, is_for_csr, positions, product, sampled, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)
 
-@torch.no_grad()
 def _forward(layer, values, bias, x):
     "(images, outputs, columns)"
     m = layer._matrix(values)
@@ -33,7 +32,7 @@ class _Product(torch.autograd.Function):
         x = x.contiguous()
         ctx.layer = layer
         ctx.save_for_backward(values, x)
-        return _forward(layer, values, bias, x)
+        return _forward(layer, values.detach(), bias, x.detach())
 
     @staticmethod
     @once_differentiable
@@ -80,7 +79,7 @@ class SparseLayer(nn.Module):
         super().__init__()
         w,mask = module.weight,_mask_of(module)
         self.shape,self.dense_type = w.shape,type(module)
-        self.kept,self._held,self._enforced = False,[],any(_is_ours(h) for h in module._forward_pre_hooks.values())
+        self.kept,self._held,self._cached,self._enforced = False,[],None,any(_is_ours(h) for h in module._forward_pre_hooks.values())
         self.values,self.bias = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad), module.bias
         self.register_buffer('weight_sparsity', module._buffers.get('weight_sparsity'))
         for n in ('crow', 'col'): self.register_buffer(n, None)
@@ -95,14 +94,14 @@ class SparseLayer(nn.Module):
     def _n_out(self): return self.shape[int(self._swapped)]
 
     def _set_index(self, crow, col):
-        self.crow,self.col = crow,col
+        self.crow,self.col,self._cached = crow,col,None
         self.t_crow,self.t_col,self.t_perm = transposed_index(crow, col, self._matrix_shape[1])
 
     def _matrix(self, values, back=False):
         "The matrix that multiplies inputs, or (`back`) gradients of outputs"
-        return (self.crow, self.col, values) if back==self._swapped else (self.t_crow, self.t_col, values[self.t_perm])
+        return (self.crow, self.col, values) if back==self._swapped else (self.t_crow, self.t_col, values.index_select(0, self.t_perm))
 
-    def __getstate__(self): return {**self.__dict__, '_held': []}
+    def __getstate__(self): return {**self.__dict__, '_held': [], '_cached': None}
 
 # %% ../nbs/10_layers.ipynb #e135309a
 @patch
@@ -122,13 +121,17 @@ def weight(self:SparseLayer): return _spread(self, self.values)
 @patch(as_prop=True)
 def weight_mask(self:SparseLayer): return _spread(self, torch.ones_like(self.col, dtype=torch.bool))
 
-# %% ../nbs/10_layers.ipynb #a022bc65
+# %% ../nbs/10_layers.ipynb #82194e4e
+@patch
+def _learns(self:SparseLayer, x):
+    return torch.is_grad_enabled() and (x.requires_grad or self.values.requires_grad or self.bias is not None and self.bias.requires_grad)
+
 @patch
 def _run(self:SparseLayer, x):
     "(images, outputs, columns), differentiable where something asks for it"
-    if torch.is_autocast_enabled(x.device.type): x = x.to(self.values.dtype)
-    ps = [t for t in (self.values, self.bias, x) if t is not None]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in ps)): return _forward(self, self.values.detach(), self.bias, x)
+    if torch.is_autocast_enabled(x.device.type):                             # half precision is no quicker here, and not all operations know it
+        with torch.autocast(x.device.type, enabled=False): return self._run(x.to(self.values.dtype))
+    if not self._learns(x): return _forward(self, self.values.detach(), self.bias, x)
     if self._held and self._begins(): self._held.clear()
     return _Product.apply(self.values, self.bias, x, self)
 
@@ -200,7 +203,7 @@ class SparseLinear(SparseLayer):
         super().__init__(module)
         self.out_features,self.in_features = reversed(self.shape) if self._swapped else self.shape
 
-    def _pieces(self, x): return x.split(chunk, 1) if x.shape[1] else [x]
+    def _pieces(self, x): return x.split(width(len(x)), 1) if x.shape[1] else [x]
     def _pairs(self, g, x): return [(x[0], g[0]) if self._swapped else (g[0], x[0])]
     def _back(self, gx, size): return gx
     def _dense_grad(self, g, x): return x[0]@g[0].t() if self._swapped else g[0]@x[0].t()
@@ -210,12 +213,28 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x):
         if x.shape[-1]!=self.in_features: raise ValueError(f"{self} takes inputs with {self.in_features} features in the last dimension, not a tensor of shape {tuple(x.shape)}")
-        y = self._run(x.reshape(-1, self.in_features).t().unsqueeze(0))[0].t()
+        rows = x.reshape(-1, self.in_features)
+        y = self._few(rows) if is_for_csr(self.values, len(rows)) and not (self._swapped or self._learns(x) or torch.is_autocast_enabled(x.device.type)) else self._run(rows.t().unsqueeze(0))[0].t()
         return y if x.dim()==2 else y.reshape(*x.shape[:-1], self.out_features).contiguous()
 
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, active={len(self.values)}'
 
-# %% ../nbs/10_layers.ipynb #b3188729
+# %% ../nbs/10_layers.ipynb #4135e5a2
+@patch
+def _csr(self:SparseLinear):
+    "The layer's matrix as a tensor of `torch.sparse`, made anew when values or index lie somewhere else"
+    key = self.values.data_ptr(),self.col.data_ptr()
+    if self._cached is None or self._cached[0]!=key: self._cached = key,as_csr(self.crow, self.col, self.values.detach(), self.in_features)
+    return self._cached[1]
+
+@patch
+def _few(self:SparseLinear, x):
+    "The layer's output for a few examples, without gradients"
+    if len(x)>1: y = (self._csr()@x.t()).t()
+    else: y = self._csr().mv(x.view(-1)).unsqueeze(0)
+    return y if self.bias is None else y.add_(self.bias)
+
+# %% ../nbs/10_layers.ipynb #6b4c3566
 def _misfit(layer, new):
     "Why a state is none for this layer; empty if it is"
     if missing := [n for n,t in new.items() if t is None]: return f"{' and '.join(missing)} missing"
@@ -240,7 +259,7 @@ def _adopt(self:SparseLayer, names, state_dict, prefix):
     for n in [n for n in self._buffers if n.startswith(memory_name('weight', ''))]: del self._buffers[n]
     for n in names: self.register_buffer(n, torch.empty_like(state_dict[prefix+n], device=self.values.device))
 
-# %% ../nbs/10_layers.ipynb #96b401b9
+# %% ../nbs/10_layers.ipynb #43fac8a0
 def _set_data(p, data, grad=None):
     "Give a parameter data of another length. The dtype in between makes autograd forget the length it had"
     p.data,p.grad = torch.empty(0, dtype=torch.float32 if p.dtype==torch.float64 else torch.float64, device=p.device), None
@@ -255,7 +274,7 @@ def _resize(self:SparseLayer, crow, col, values):
     else: _set_data(self.values, values)
     self._set_index(crow, col)
 
-# %% ../nbs/10_layers.ipynb #7ed218b3
+# %% ../nbs/10_layers.ipynb #f3f1e700
 def _windows(x, kernel, stride, dilation):
     "A view (channels, kernel height, kernel width, height out, width out) of an image (channels, height, width)"
     (c,h,w),(sc,sh,sw) = x.shape,x.stride()
@@ -266,7 +285,7 @@ def _unwindow(g, size, kernel, stride, dilation):
     "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
     return F.fold(g.unsqueeze(0), size[1:], kernel, dilation, 0, stride)[0]
 
-# %% ../nbs/10_layers.ipynb #d30cd69b
+# %% ../nbs/10_layers.ipynb #742bcc45
 class SparseConv2d(SparseLayer):
     "`nn.Conv2d` on its active weights"
     @classmethod
@@ -285,13 +304,13 @@ class SparseConv2d(SparseLayer):
         self._form = self.kernel_size,self.stride,self.dilation
 
     def _pieces(self, x):
-        if self._pointwise: return x.split(chunk, 1) if x.shape[1] else [x]
+        if self._pointwise: return x.split(width(len(x)), 1) if x.shape[1] else [x]
         v = _windows(x, *self._form)
-        return [r.reshape(self._matrix_shape[1], -1) for r in v.split(max(1, chunk//max(v.shape[-1], 1)), 3)]
+        return [r.reshape(self._matrix_shape[1], -1) for r in v.split(max(1, width(self._matrix_shape[1])//max(v.shape[-1], 1)), 3)]
 
     def _pairs(self, g, x):
         for gi,xi in zip(g, x):
-            pieces = self._pieces(xi)
+            pieces = [xi] if self._pointwise else self._pieces(xi)
             yield from zip(gi.split([p.shape[1] for p in pieces], 1), pieces)
 
     def _back(self, gx, size): return gx if self._pointwise else _unwindow(gx, size, *self._form)
@@ -301,7 +320,7 @@ class SparseConv2d(SparseLayer):
         out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip(x.shape[2:], *self._form)]
         return nn.grad.conv2d_weight(x, self.shape, g.view(*g.shape[:2], *out), self.stride, 0, self.dilation)
 
-# %% ../nbs/10_layers.ipynb #7f4c06b1
+# %% ../nbs/10_layers.ipynb #1143cae7
 @patch
 def _dense_twin(self:SparseConv2d):
     return nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, 1, False, self.padding_mode, device='meta')
@@ -320,7 +339,7 @@ def forward(self:SparseConv2d, x):
 def extra_repr(self:SparseConv2d):
     return f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, bias={self.bias is not None}, active={len(self.values)}'
 
-# %% ../nbs/10_layers.ipynb #8d01c49a
+# %% ../nbs/10_layers.ipynb #1382abc4
 def _entries(state, n):
     "Names of the optimizer's memory of single weights, of which there are `n`"
     return [k for k,v in state.items() if torch.is_tensor(v) and v.shape==(n,)]
@@ -348,7 +367,7 @@ def as_dense(self:SparseLayer,
         _exchange(self.values, data, old_grad)
         state.update(had)
 
-# %% ../nbs/10_layers.ipynb #010b7510
+# %% ../nbs/10_layers.ipynb #4b5ec944
 @patch
 @contextmanager
 @torch.no_grad()
@@ -370,7 +389,7 @@ def moving(self:SparseLayer,
     self._set_index(*index_of(new.view(self._matrix_shape)))
     self._held.clear()
 
-# %% ../nbs/10_layers.ipynb #2ab57c18
+# %% ../nbs/10_layers.ipynb #b7ab19ca
 def _served(m, owners):
     "Can a masked module of a model be stored sparsely?"
     w = m._parameters.get('weight')
@@ -398,7 +417,7 @@ def _put(model, made):
         for n,child in parent._modules.items():
             if child in made: parent._modules[n] = made[child]
 
-# %% ../nbs/10_layers.ipynb #5d65a5f7
+# %% ../nbs/10_layers.ipynb #6d42e049
 min_sparsity = {SparseLinear: .8, SparseConv2d: .9}                # below these, dense is as quick: see nbs/benchmarks/layers.py
 
 def _is_sparse_enough(m, kind, least): return 1-int(m.weight_mask.count_nonzero())/m.weight_mask.numel()>=(min_sparsity[kind] if least is None else least)

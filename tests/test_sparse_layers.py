@@ -564,3 +564,17 @@ def test_resumed_from_state():
     opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
     for m,o in zip((b, c), opts): train(m, o, range(41, 81))
     assert not changed(snapshot(b, opts[0]), snapshot(c, opts[1]))
+
+@pytest.mark.parametrize('n', [1, 2, 16, 17])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_inference_sees_every_change(n, dtype):
+    "The matrix that is kept from call to call shares the values"
+    sparse,x = twin_of(masked(nn.Linear(9, 13, dtype=dtype))),torch.randn(n, 9, dtype=dtype)
+    def check():
+        with torch.no_grad(): assert torch.allclose(sparse(x).double(), F.linear(x.double(), sparse.weight.double(), sparse.bias.double()), atol=1e-5 if dtype!=torch.bfloat16 else .1)
+    check()
+    sparse.values.data.mul_(2.); check()
+    sparse.values.data = torch.randn_like(sparse.values); check()
+    sparse.load_state_dict(twin_of(masked(nn.Linear(9, 13, dtype=dtype), .4)).state_dict()); check()
+    copy.deepcopy(sparse).values.data.zero_(); check()
+    sparse.values.data.copy_(torch.randn_like(sparse.values)); check()

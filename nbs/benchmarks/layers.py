@@ -1,0 +1,252 @@
+"""Sparse layers against dense ones, and against what else there is for a CPU.
+
+    python nbs/benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
+    python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
+
+Parts: `linear` (inference of one layer), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
+columns, from which `sparse_ops.few` and `_widths` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
+outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
+import argparse, copy, json, math, platform, statistics, sys, time, warnings
+from pathlib import Path
+import torch, torch.nn.functional as F
+from torch import nn
+warnings.simplefilter('ignore')
+from sparsefast.core import *
+from sparsefast.layers import *
+from sparsefast.masks import sparse_params
+from sparsefast.methods import DSTMethod
+from sparsefast.sparse_ops import as_csr, index_of
+
+out = Path(__file__).with_suffix('.jsonl')
+
+def cpu(): return next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
+
+def quartiles(xs):
+    xs = sorted(xs)
+    return [xs[len(xs)//4], xs[len(xs)//2], xs[(3*len(xs))//4]]
+
+def interleaved(fs, rounds, least=.004):
+    "name -> (median microseconds, quartiles of the ratio to the first)"
+    reps,times = {}, {n: [] for n in fs}
+    for n,f in fs.items():
+        f()
+        start = time.perf_counter()
+        f()
+        reps[n] = max(1, int(least/(time.perf_counter()-start)))
+    for _ in range(rounds):
+        for n,f in fs.items():
+            start = time.perf_counter()
+            for _ in range(reps[n]): f()
+            times[n].append((time.perf_counter()-start)/reps[n]*1e6)
+    first = times[next(iter(fs))]
+    return {n: dict(us=round(statistics.median(ts), 1), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(first, ts)])]) for n,ts in times.items()}
+
+def write(part, threads, **row):
+    import onnxruntime
+    row = dict(part=part, threads=threads, **row, cpu=cpu(), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
+    with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
+    print(json.dumps({k: v for k,v in row.items() if k not in ('cpu','torch','onnxruntime','when')}), flush=True)
+
+# ------------------------------------------------------------ inference
+def onnx_session(layer, x, threads, int8=False):
+    import io, onnxruntime as ort, tempfile, logging
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as d:
+        torch.onnx.export(layer, (x,), f'{d}/a.onnx', dynamo=False)
+        if int8:
+            from onnxruntime.quantization import quantize_dynamic
+            quantize_dynamic(f'{d}/a.onnx', f'{d}/b.onnx')
+        o = ort.SessionOptions()
+        o.intra_op_num_threads,o.log_severity_level = threads,3
+        s = ort.InferenceSession(f'{d}/{"b" if int8 else "a"}.onnx', o, providers=['CPUExecutionProvider'])
+    name,v = s.get_inputs()[0].name,x.numpy()
+    return lambda: s.run(None, {name: v})[0]
+
+def blocks(layer, size=32):
+    "The same share of weights in whole blocks"
+    o,i = layer.weight.shape
+    keep = torch.rand(o//size, i//size).flatten().argsort()[:max(1, round(float(layer.weight_mask.float().mean())*(o//size)*(i//size)))]
+    m = torch.zeros((o//size)*(i//size), dtype=torch.bool)
+    m[keep] = True
+    return (torch.randn(o, i)*m.view(o//size, i//size).repeat_interleave(size, 0).repeat_interleave(size, 1)).to_sparse_bsr(size)
+
+def check(fs, dense, tol):
+    want = fs[dense]()
+    for n in tol:
+        if n in fs: assert (e := float((torch.as_tensor(fs[n]()).float()-want).norm()/want.norm()))<tol[n], (n, e)
+
+@torch.no_grad()
+def linear(threads, rounds=21, **kw):
+    for o,i in ((1024,1024), (768,3072), (3072,768), (4096,1024)):
+        for s in (.8, .9, .95, .98):
+            torch.manual_seed(0)
+            layer = nn.Linear(i, o)
+            masked = copy.deepcopy(layer)
+            sparsify_model(masked, s)
+            sparse = SparseLinear.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            half,csr,bsr = copy.deepcopy(layer).bfloat16(),layer.weight.detach().to_sparse_csr(),blocks(masked)
+            for b in (1, 16, 128):
+                x = torch.randn(b, i)
+                xb = x.bfloat16()
+                fs = dict(dense=lambda: layer(x), sparse=lambda: sparse(x), masked=lambda: masked(x), csr=lambda: F.linear(x, csr, layer.bias))
+                if s in (.9, .95):
+                    fs |= dict(bfloat16=lambda: half(xb), bsr=lambda: F.linear(x, bsr, layer.bias), onnx=onnx_session(layer, x, threads), onnx_int8=onnx_session(layer, x, threads, True))
+                check(fs, 'dense', dict(sparse=1e-5, masked=1e-6, csr=1e-5, bfloat16=.02, onnx=1e-5, onnx_int8=.1))
+                write('linear', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds, .002))
+
+@torch.no_grad()
+def convs(part, threads, cases, sparsities=(.9, .95), rounds=11):
+    for c,o,k,hw in cases:
+        for s in sparsities:
+            torch.manual_seed(0)
+            layer = nn.Conv2d(c, o, k, padding=k//2)
+            masked = copy.deepcopy(layer)
+            sparsify_model(masked, s)
+            sparse = SparseConv2d.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            for b in (1, 8):
+                x = torch.randn(b, c, hw, hw)
+                fs = dict(dense=lambda: layer(x), sparse=lambda: sparse(x), masked=lambda: masked(x))
+                if b==1: fs |= dict(onnx=onnx_session(layer, x, threads))
+                check(fs, 'dense', dict(sparse=1e-5, onnx=1e-5))
+                write(part, threads, shape=[o, c, k, k], pixels=hw, sparsity=s, batch=b, **interleaved(fs, rounds))
+
+def pointwise(threads, **kw): convs('pointwise', threads, ((64,256,1,56), (256,64,1,56), (512,128,1,28), (256,1024,1,14), (1024,256,1,14), (2048,512,1,7), (512,2048,1,7)))
+def three(threads, **kw): convs('three', threads, ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7)))
+
+# ------------------------------------------------------------ training
+def mlp(h): return nn.Sequential(nn.Linear(784, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
+opts = dict(sgd=lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, lr=1e-3))
+
+class Run:
+    "A model in training: `step()` is one optimizer step, `update()` one that rewires"
+    def __init__(self, model, opt, dst=False, every=100):
+        self.model,self.opt,self.n = model,opts[opt](model.parameters()),0
+        self.dst = DSTMethod(**{**RigL_presets, 'batches_per_update': every}) if dst else None
+        if self.dst: self.dst.check(model, self.opt), self.dst.enforce(model, self.opt)
+    def __call__(self, x, y):
+        self.n += 1
+        self.opt.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+        if self.dst: self.dst.step(self.model, self.opt, self.n, (self.n-1)/1e6)
+        else: self.opt.step()
+
+def other_mlp(h, s, folder):
+    "The same network of sparselab's layers"
+    sys.path.insert(0, folder)
+    import sparselab
+    return nn.Sequential(sparselab.SparseLinear(784, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, 10, sparsity=s))
+
+def train(threads, h=1024, rounds=30, other=None, only=None, **kw):
+    "Ordinary steps in interleaved rounds; then whole periods of an update and what comes before it, to amortise the update over 100 steps"
+    x,y = torch.randn(128, 784),torch.randint(10, (128,))
+    for s in only or (.8, .9, .95, .98):
+        for opt in ('sgd', 'adam'):
+            def make(kind):
+                torch.manual_seed(0)
+                model = mlp(h)
+                if kind in ('masked', 'sparse'): sparsify_model(model, s)
+                if kind=='sparse': to_sparse_layers(model, least=0.)
+                return Run(other_mlp(h, s, other) if kind=='sparselab' else model, opt, kind in ('masked', 'sparse'))
+            runs = {k: make(k) for k in ('dense', 'sparse', 'masked', *(['sparselab'] if other else []))}
+            for r in runs.values(): r(x, y), r(x, y)
+            ts,extra = {k: [] for k in runs}, {}
+            for _ in range(rounds):
+                for k,r in runs.items():
+                    start = time.perf_counter()
+                    r(x, y)
+                    ts[k].append((time.perf_counter()-start)*1e3)
+            for k in ('sparse', 'masked'):                                   # a step that looks at gradients and rewires, in place of an ordinary one
+                extra[k] = []
+                for _ in range(5):
+                    runs[k].n = 98
+                    runs[k](x, y)
+                    start = time.perf_counter()
+                    runs[k](x, y)
+                    extra[k].append((time.perf_counter()-start)*1e3)
+            row = {}
+            for k in runs:
+                u = statistics.median(extra[k]) if k in extra else 0
+                whole = [t if k not in extra else (99*t+u)/100 for t in ts[k]]
+                row[k] = dict(ms=round(statistics.median(whole), 3), update_ms=round(u, 2), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(ts['dense'], whole)])])
+            write('train', threads, hidden=h, batch=128, sparsity=s, opt=opt, **row)
+
+# ------------------------------------------------------------ memory
+def tensors(model, opt):
+    "Bytes of weights, gradients, optimizer state and what a sparse layer has besides"
+    seen = {}
+    for t in [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *(v for st in opt.state.values() for v in st.values() if torch.is_tensor(v))]: seen[t.data_ptr()] = t.numel()*t.element_size()
+    return sum(seen.values())
+
+def allocated(f):
+    "Most bytes allocated at a time while `f()` runs, beyond those before"
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p: f()
+    now = most = 0
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name()=='[memory]'), key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        most = max(most, now)
+    return most
+
+def memory(threads, **kw):
+    for h in (1024, 4096):
+        x,y = torch.randn(128, 784),torch.randint(10, (128,))
+        for s in (.9, .95, .98):
+            row = {}
+            for kind in ('dense', 'masked', 'sparse'):
+                torch.manual_seed(0)
+                model = mlp(h)
+                if kind!='dense': sparsify_model(model, s)
+                if kind=='sparse': to_sparse_layers(model, least=0.)
+                run = Run(model, 'adam', kind!='dense')
+                for _ in range(3): run(x, y)
+                row[kind] = dict(resident=tensors(model, run.opt), step=allocated(lambda: run(x, y)))
+                if kind!='dense':
+                    run.n = 98
+                    run(x, y)
+                    row[kind]['update'] = allocated(lambda: run(x, y))
+            write('memory', threads, hidden=h, sparsity=s, opt='adam', **row)
+
+# ------------------------------------------------------------ which product
+@torch.no_grad()
+def ops(threads, rounds=7, **kw):
+    def bag(crow, col, v, x, w):
+        if w>=x.shape[1]: return torch.embedding_bag(x, col, crow, False, 0, False, v, True)[0]
+        res = x.new_empty(len(crow)-1, x.shape[1])
+        for o,p in zip(res.split(w, 1), x.split(w, 1)): o.copy_(torch.embedding_bag(p.contiguous(), col, crow, False, 0, False, v, True)[0])
+        return res
+    for o,i in ((1024,1024), (1024,2048), (768,3072), (4096,4096), (1024,8192)):
+        crow,col = index_of(torch.rand(o, i)>.9)
+        v = torch.randn(len(col))
+        m = as_csr(crow, col, v, i)
+        for n in (1, 2, 8, 16, 32, 128):
+            x = torch.randn(i, n)
+            write('ops', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'bag': lambda: bag(crow, col, v, x, 1000), 'csr': lambda: m@x, **{f'bag{w}': lambda w=w: bag(crow, col, v, x, w) for w in (32, 64) if w<n}}, rounds))
+
+# ------------------------------------------------------------ tables
+def table():
+    rows = {}
+    for r in map(json.loads, open(out)): rows[json.dumps([r.get(k) for k in ('part', 'threads', 'shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns')])] = r
+    for part in dict.fromkeys(r['part'] for r in rows.values()):
+        for threads in (1, 2):
+            mine = [r for r in rows.values() if r['part']==part and r['threads']==threads]
+            if not mine: continue
+            kinds = list(dict.fromkeys(k for r in mine for k,v in r.items() if isinstance(v, dict)))
+            print(f"\n{part}, {threads} thread{'s' if threads>1 else ''}: {mine[0]['cpu']}, torch {mine[0]['torch']}" + (', bytes' if part=='memory' else '; times as fast as the first (quartiles)'))
+            for r in mine:
+                what = ' '.join(f"{k} {'x'.join(map(str, r[k])) if isinstance(r[k], list) else r[k]}" for k in ('shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns') if k in r)
+                cell = lambda v: ' '.join(f'{k} {n/1e6:.1f}M' for k,n in v.items()) if part=='memory' else f"{v['times'][1]:.2f} ({v['times'][0]:.2f}-{v['times'][2]:.2f})"
+                print(what, *(f'| {k} {cell(r[k])}' for k in kinds if k in r))
+
+if __name__=='__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', nargs='?', choices=['linear', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops'])
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--other')
+    parser.add_argument('--sparsity', type=float, nargs='*')
+    parser.add_argument('--table', action='store_true')
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.part=='train4096': train(a.threads, 4096, 8, a.other, a.sparsity or (.9, .95, .98))
+    elif a.part: globals()[a.part](a.threads, other=a.other, **(dict(only=a.sparsity) if a.sparsity else {}))
+    if a.table: table()
