@@ -13,9 +13,9 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
-from .masks import adopt_memory, apply_masks, memory_name, memory_names
+from .masks import adopt_memory, memory_name
 from .scores import inner_opt, opt_state
-from .sparse_ops import as_csr, check_index, index_of, is_for_csr, positions, product, sampled, transposed_index, width
+from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, places, positions, product, sampled, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)
@@ -60,7 +60,7 @@ def _mask_of(module):
 
 _hook_dicts = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks')
 
-def _is_ours(hook): return getattr(hook, 'func', hook) is apply_masks
+def _is_ours(hook): return getattr(getattr(hook, 'func', hook), '__module__', '') in ('sparsefast.masks', 'sparsefast.sparsify')     # what enforces masks
 
 def _take_over(old, new):
     "The user's own hooks, what a method remembers, training or not"
@@ -79,7 +79,7 @@ class SparseLayer(nn.Module):
         super().__init__()
         w,mask = module.weight,_mask_of(module)
         self.shape,self.dense_type = w.shape,type(module)
-        self.kept,self._held,self._cached,self._enforced = False,[],None,any(_is_ours(h) for h in module._forward_pre_hooks.values())
+        self.kept,self._held,self._cached,self._enforced = False,[],None,next((h for h in module._forward_pre_hooks.values() if _is_ours(h)), None)
         self.values,self.bias = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad), module.bias
         self.register_buffer('weight_sparsity', module._buffers.get('weight_sparsity'))
         for n in ('crow', 'col'): self.register_buffer(n, None)
@@ -144,7 +144,7 @@ def to_masked(self:SparseLayer)->nn.Module: # A layer of the type that this one 
     if self.weight_sparsity is not None: m.register_buffer('weight_sparsity', self.weight_sparsity)
     m.register_load_state_dict_pre_hook(adopt_memory)
     _take_over(self, m)
-    if self._enforced: m.register_forward_pre_hook(apply_masks)
+    if self._enforced: m.register_forward_pre_hook(self._enforced)
     return m
 
 # %% ../nbs/10_layers.ipynb #fd898bab
@@ -377,7 +377,7 @@ def moving(self:SparseLayer,
     state:dict, # What an optimizer remembers of `values`
 ): # A context with (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
     "From one set of active weights to another"
-    both = (mask|new).view(-1).nonzero().squeeze(1)
+    both = places(mask|new)
     was,will = mask.view(-1)[both], new.reshape(-1)[both]
     fill = lambda t: None if t is None else t.new_zeros(len(both)).masked_scatter_(was, t)
     names = _entries(state, len(self.values))
@@ -386,7 +386,7 @@ def moving(self:SparseLayer,
     yield was.clone(), will
     state.update({k: state[k][will] for k in names})
     _set_data(self.values, self.values.data[will], None if self.values.grad is None else self.values.grad[will])
-    self._set_index(*index_of(new.view(self._matrix_shape)))
+    self._set_index(*index_at(both[will], self._matrix_shape))
     self._held.clear()
 
 # %% ../nbs/10_layers.ipynb #b7ab19ca
@@ -431,7 +431,7 @@ def to_sparse_layers(
     model = model if isinstance(model, nn.Module) else model.model
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     kinds = {m: kind for m in model.modules() if (kind := _served(m, owners)) and _is_sparse_enough(m, kind, least)}
-    if not kinds or model in kinds: raise ValueError(f"{'a single layer is' if kinds else 'no layer of this model can be'} stored sparsely{': use `from_masked`' if kinds else ': call `sparsify_model` first, or give a smaller `least`'}")
+    if not kinds or model in kinds: raise ValueError(f"{'a single layer is not converted in place: use `from_masked`' if kinds else 'no layer of this model can be stored sparsely, or would win by it: call `sparsify_model` first, or give a smaller `least`'}")
     if opt is not None: _check_opt(opt, [m.weight for m in kinds])
     names,made = [n for n,m in model.named_modules() if m in kinds], {m: kind.from_masked(m) for m,kind in kinds.items()}
     for m,new in made.items():

@@ -43,10 +43,9 @@ def is_stored(m): return hasattr(type(m), 'dense_gradient')         # a layer of
 
 def _in_order(mod):
     "Masked parameters and those of layers that store active weights only, in the model's order"
-    stored,masked = [(m, 'weight', m.values, None) for m in mod.modules() if is_stored(m)], masked_params(mod)
-    if not stored: return masked
     place = {m: i for i,m in enumerate(mod.modules())}
-    return sorted([*masked, *stored], key=lambda found: place[found[0]])
+    stored,masked = [(m, 'weight', m.values, None) for m in place if is_stored(m)], masked_params(mod)
+    return sorted([*masked, *stored], key=lambda found: place[found[0]]) if stored else masked
 
 def sparse_layers(
     modules, # A module, or a list of modules
@@ -54,7 +53,8 @@ def sparse_layers(
     "Every masked parameter; none at all is a `ValueError`"
     found = {p: (m, n, p, mask) for mod in ([modules] if isinstance(modules, nn.Module) else modules) for m,n,p,mask in _in_order(mod)}
     if not found: raise ValueError("there is no mask to train with: call `sparsify_model(model, sparsity)` first")
-    for m,n,p,_ in found.values(): check_whole(p, f'`{n}` of {m}')
+    for p,(m,n,*_) in found.items():
+        if hasattr(p, 'device_mesh'): check_whole(p, f'`{n}` of {m}')             # (to name a layer takes longer than to look)
     group = group_of(modules)
     return [Layer(i, *l, is_last=i+1==len(found), group=group) for i,l in enumerate(found.values())]
 

@@ -234,7 +234,8 @@ def _split(state_dict):
 
 def _misfit(model, rest, masked):
     "What of a state does not fit a model, as one sentence; empty if all does"
-    own = _split(model.state_dict())[2]
+    sizes = tuple(f'{n}.' for n,m in model.named_modules() if hasattr(type(m), 'dense_gradient'))     # layers that store active weights only take, and check, any number of them
+    own,rest = ({k: v for k,v in sd.items() if not k.startswith(sizes)} for sd in (_split(model.state_dict())[2], rest))
     for what,keys in (('is not in the model', rest.keys()-own.keys()), ('is missing in the state', own.keys()-rest.keys())):
         if keys: return f"{sorted(keys)[0]!r} {what}{f', nor are {len(keys)-1} others' if len(keys)>1 else ''}"
     for k,v in rest.items():

@@ -578,3 +578,24 @@ def test_inference_sees_every_change(n, dtype):
     sparse.load_state_dict(twin_of(masked(nn.Linear(9, 13, dtype=dtype), .4)).state_dict()); check()
     copy.deepcopy(sparse).values.data.zero_(); check()
     sparse.values.data.copy_(torch.randn_like(sparse.values)); check()
+
+@pytest.mark.parametrize('preset', ['RigL', 'GMP', 'RigL_avg'])
+def test_checkpoint(preset, tmp_path):
+    "A training that is stopped goes on, whatever the number of active weights was"
+    from fastai.optimizer import Adam as FastaiAdam
+    from sparsefast.checkpoint import CheckpointCallback
+    settings = {**SUPPORTED[preset], 'batches_per_update': 4}
+    def fresh(where, stop=None):
+        model = pair(DSTMethod(**settings), make=lambda: net(torch.float32), sparsity=.8)[1]
+        cbs = [DynamicSparseTrainingCallback(**settings), CheckpointCallback()]
+        if stop is not None:
+            def cut(learn):
+                if learn.epoch==stop: raise KeyError('cut')
+            cbs.append(Watch('after_batch', cut))
+        return learner(model, FastaiAdam, cbs, tmp=tmp_path/where)
+    whole = fresh('whole')
+    whole.fit(4, .01)
+    with pytest.raises(KeyError, match='cut'): fresh('cut', 2).fit(4, .01)
+    again = fresh('cut')
+    again.fit(4, .01)
+    assert not changed(snapshot(whole.model, whole.opt), snapshot(again.model, again.opt))
