@@ -13,11 +13,14 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'spar
            'synflow_score', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal',
            'alternate', 'denser', 'global_share', 'threshold_share', 'importance_redistribution',
            'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach',
-           'sync_masks', 'FlopCount', 'count_flops', 'official_flops', 'training_flops', 'Static_presets',
-           'SET_presets', 'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets',
-           'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets',
-           'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets',
-           'RigL_avg_presets']
+           'sync_masks', 'FlopCount', 'count_flops', 'official_flops', 'training_flops', 'sparse_summary',
+           'SparseSummary', 'SparseRecorderCallback', 'sparse_doctor', 'plot_sparsity', 'show_masks', 'plot_churn',
+           'plot_weights', 'show_inputs', 'show_start_end', 'plot_runs', 'Static_presets', 'SET_presets',
+           'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets', 'RigL_ITOP_presets',
+           'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets', 'GraNet_presets',
+           'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets', 'RigL_avg_presets', 'SparseLinear',
+           'SparseConv2d', 'to_sparse_layers', 'to_masked_layers', 'as_masked', 'save_sparse', 'load_sparse',
+           'shrink_model', 'to_fastest', 'from_fastest', 'bake', 'export_model', 'to_onnx']
 
 # %% ../nbs/00_core.ipynb #f2db49e4
 from .masks import *
@@ -36,6 +39,15 @@ from .attach import *
 from .checkpoint import *
 from .ranks import *
 from .flops import *
+from .analysis import *
+from .recorder import *
+from .plots import *
+from .doctor import *
+from .layers import *
+from .files import *
+from .shrink import *
+from .deploy import *
+from .export import *
 
 # %% ../nbs/00_core.ipynb #99af41d4
 _all_ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'sparse_params', 'apply_masks', 'is_sparseable_module', 'sparseable_modules',
@@ -48,8 +60,14 @@ _all_ = ['random_score', 'weight_magnitude', 'per_sign_magnitude', 'random_elsew
          'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score', 'grasp_score', 'synflow_score',
          'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal', 'alternate', 'denser',
          'global_share', 'threshold_share', 'importance_redistribution', 'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach', 'sync_masks',
-         'FlopCount', 'count_flops', 'official_flops', 'training_flops']
+         'FlopCount', 'count_flops', 'official_flops', 'training_flops',
+         'sparse_summary', 'SparseSummary', 'SparseRecorderCallback', 'sparse_doctor',
+         'plot_sparsity', 'show_masks', 'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'plot_runs']
 
 # %% ../nbs/00_core.ipynb #4b9b4b0b
 _all_ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets', 'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets',
          'TopKAST_presets', 'GMP_presets', 'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets', 'RigL_avg_presets']
+
+# %% ../nbs/00_core.ipynb #ef2222a4
+_all_ = ['SparseLinear', 'SparseConv2d', 'to_sparse_layers', 'to_masked_layers', 'as_masked', 'save_sparse', 'load_sparse', 'shrink_model', 'to_fastest', 'from_fastest',
+         'bake', 'export_model', 'to_onnx']

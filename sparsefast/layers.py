@@ -168,7 +168,7 @@ def _hold(self:SparseLayer, x, g):
 @torch.no_grad()
 def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
     "The gradient of all weights over the backward passes since the last optimizer step"
-    if not self._held: raise ValueError(f"{self} has not kept what the gradient of all weights is made of: call `method.check(model, opt)`, or `keep_gradient()` on the layer, before the first backward pass")
+    if not self._held: raise ValueError(f"{self} has not kept what the gradient of all weights is made of: call `method.enforce(model, opt)`, or `keep_gradient()` on the layer, before the first backward pass")
     dense = sum(self._dense_grad(*h) for h in self._held).to(self.values.dtype)
     dense.mul_(_factor(dense.view(-1)[self.positions()], self.values.grad, self))
     dense.view(-1)[self.positions()] = self.values.grad

@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted(p.stem for p in HERE.glob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','flops','analysis','plots','sparse_ops','layers']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','flops','analysis','plots','sparse_ops','layers','shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -54,16 +54,18 @@ def test_no_module_wants_everything(module):
     assert not re.search(r'fastai\.vision\.all', (HERE/f'{module}.py').read_text())
 
 def test_core_brings_in_little():
-    "Beside fastai.basics no package but torch, fastai and this one: `import sparsefast.core` is to cost next to nothing more"
+    "Beside fastai.basics no package but torch, fastai, safetensors and this one: `import sparsefast.core` is to cost next to nothing more"
     done = python("""import fastai.basics; before = set(sys.modules)
 import sparsefast.core
 print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_module_names)))""")
-    assert done.returncode==0 and set(done.stdout.split())<={'sparsefast','fastai','torch'}, done.stdout+done.stderr
+    assert done.returncode==0 and set(done.stdout.split())<={'sparsefast','fastai','torch','safetensors'}, done.stdout+done.stderr
 
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','select'], plots=['analysis','masks','select'],
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[],
+                  files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'], deploy=['layers','masks','patterns','shrink','sparsify'],
+                  export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','select'], plots=['analysis','masks','select'],
                   recorder=['analysis','callback','flops','masks','rewire','select'],
                   doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)

@@ -1,0 +1,390 @@
+"Compact checkpoints: what comes back is what was saved, and what is wrong is refused before anything changes"
+import json, math, random
+from copy import deepcopy
+from functools import partial
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as FastaiSGD
+from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
+from sparsefast import files
+from sparsefast.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
+from sparsefast.layers import SparseConv2d, SparseLinear
+from sparsefast.masks import masked_params, sparse_mask
+from sparsefast.methods import DSTMethod
+from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets
+from sparsefast.sparsify import sparsify_model, unsparsify_model
+
+def same_state(a, b): return a.keys()==b.keys() and all(a[k].dtype==b[k].dtype and a[k].shape==b[k].shape and torch.equal(a[k], b[k]) for k in a)
+
+# ------------------------------------------------------------ codes of masks
+def gaps_by_hand(bits):
+    "The format, in a loop"
+    code,run = [], 0
+    for b in [*bits, 1]:
+        if not b: run += 1; continue
+        code += [255]*(run//255) + [run%255]
+        run = 0
+    return code
+
+@given(st.integers(0, 1200), st.floats(0, 1), st.integers(0, 9))
+def test_codes(n, sparsity, seed):
+    mask = sparse_mask((n,), sparsity, torch.Generator().manual_seed(seed))
+    assert to_gaps(mask).tolist()==gaps_by_hand(mask.tolist())
+    how,code = pack_mask(mask)
+    assert len(code)<=-(-n//8) and check_code(how, code, n)==int(mask.sum()) and torch.equal(unpack_mask(how, code, (n,)), mask)
+    gaps = to_gaps(mask)
+    assert check_code('gaps', gaps, n)==int(mask.sum()) and torch.equal(unpack_mask('gaps', gaps, (n,)), mask)
+    for wrong in (n+8, n-8, 8*n+8):
+        if wrong<0: continue
+        for h,c in ((how, code), ('gaps', gaps)):
+            with pytest.raises(ValueError, match='is not one of'): check_code(h, c, wrong)
+
+@pytest.mark.parametrize('how, code, numel', [('bits', [255], 7), ('bits', [], 1), ('gaps', [], 0), ('gaps', [255], 255), ('gaps', [0, 255], 256), ('gaps', [3, 0], 3)])
+def test_codes_that_are_none(how, code, numel):
+    with pytest.raises(ValueError, match='is not one of'): check_code(how, torch.tensor(code, dtype=torch.uint8), numel)
+
+# ------------------------------------------------------------ round trips
+def nets():
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    tied[2].weight = tied[0].weight
+    return dict(mlp=mlp(20, 30, 5), double=mlp(20, 30, 5, dtype=torch.float64), half=mlp(20, 30, 5, dtype=torch.bfloat16), tied=tied, lstm=nn.LSTM(10, 12, 2),
+                conv=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()).to(memory_format=torch.channels_last),
+                transformer=nn.TransformerEncoderLayer(16, 2, 32), transposed=nn.ConvTranspose2d(4, 6, 3), scalar=nn.Sequential(nn.PReLU(), nn.Linear(4, 1)))
+
+@pytest.mark.parametrize('name', nets())
+@pytest.mark.parametrize('sparsity', [0.3, 0.9, 1.])
+@pytest.mark.filterwarnings('ignore:a layer of')
+def test_round_trip(name, sparsity, tmp_path):
+    model = nets()[name]
+    sparsify_model(model, sparsity)
+    state = {k: v.clone() for k,v in model.state_dict().items()}
+    save_sparse(model, tmp_path/'m')
+    assert same_state(load_sparse(tmp_path/'m'), state) and not changed(state, model.state_dict())
+    for other in (nets()[name], model, nets()[name]):
+        if other is not model and sparsity<0.5: sparsify_model(other, 0.6)               # masks of its own, which go
+        with torch.no_grad():
+            for p in other.parameters(): p.add_(1)
+        assert load_sparse(tmp_path/'m', other) is other and same_state(other.state_dict(), state)
+    assert sum(len(m._forward_pre_hooks) for m in other.modules())==sum(len(m._forward_pre_hooks) for m in model.modules())
+
+def test_dense_models_and_learners(tmp_path):
+    from helpers import learner
+    model = mlp(8, 5, 3)
+    save_sparse(model, tmp_path/'dense')
+    assert same_state(load_sparse(tmp_path/'dense'), model.state_dict())
+    learn,other = learner(tmp=tmp_path), sparse_mlp(seed=1)
+    save_sparse(learn, tmp_path/'learn')
+    load_sparse(tmp_path/'learn', other)
+    assert same_state(other.state_dict(), learn.model.state_dict())
+    save_sparse(other, tmp_path/'learn')
+    load_sparse(tmp_path/'learn', learn)
+    unsparsify_model(other)
+    load_sparse(tmp_path/'dense', unsparsify_model(mlp(8, 5, 3)))
+
+def test_what_is_masked_is_not_written(tmp_path):
+    model = sparse_mlp(0.9)
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(7.)
+    save_sparse(model, tmp_path/'m')
+    assert all((p==7).all() for p in model.parameters())                                  # the model itself is left alone
+    state = load_sparse(tmp_path/'m')
+    assert all((state[f'{i}.weight'][~state[f'{i}.weight_mask']]==0).all() for i in (0, 2, 4))
+
+@pytest.mark.parametrize('preset', [SR_STE_presets, TopKAST_presets], ids=['SR-STE','Top-KAST'])
+def test_memory_of_methods(preset, tmp_path):
+    torch.manual_seed(0)
+    model,twin = mlp(8, 24, 20, 4), mlp(8, 24, 20, 4)
+    method = DSTMethod(**{**preset, 'batches_per_update': 3})
+    sparsify_model(model, 0.5, **method.start(0.5))
+    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step,(x,y) in enumerate(batches(12, n_out=4), 1):
+        backward(model, x, y)
+        method.step(model, opt, step, (step-1)/40)
+    assert any('_dst_' in k for k in model.state_dict())
+    save_sparse(model, tmp_path/'m', opt)
+    twin_opt = torch.optim.SGD(twin.parameters(), lr=0.1)
+    load_sparse(tmp_path/'m', twin, twin_opt)
+    assert not changed(snapshot(model, opt), snapshot(twin, twin_opt)) and same_state(model.state_dict(), twin.state_dict())
+
+def by_fastai(f, **kw): return lambda ps: f([list(ps)], **kw)
+OPTS = {**TORCH_OPTS, 'fastai sgd': by_fastai(FastaiSGD, lr=0.05, mom=0.9), 'fastai adam': by_fastai(FastaiAdam, lr=1e-2),
+        'lookahead': lambda ps: Lookahead(FastaiAdam([list(ps)], lr=1e-2), k=3), 'wrapped': lambda ps: OptimWrapper(list(ps), torch.optim.AdamW, lr=1e-2)}
+
+@pytest.mark.parametrize('name', OPTS)
+def test_training_goes_on_as_if_nothing_had_been(name, tmp_path):
+    "The same weights, bit for bit, as a run that was not interrupted"
+    def run(model, opt, a, b):
+        method = DSTMethod(**{**RigL_presets, 'batches_per_update': 8})
+        for step,(x,y) in list(enumerate(batches(40), 1))[a:b]:
+            backward(model, x, y)
+            method.step(model, opt, step, (step-1)/40)
+    model,fresh = sparse_mlp(), sparse_mlp(seed=3)
+    opt = OPTS[name](model.parameters())
+    run(model, opt, 0, 20)
+    save_sparse(model, tmp_path/'m', opt)
+    fresh_opt = OPTS[name](fresh.parameters())
+    load_sparse(tmp_path/'m', fresh, fresh_opt)
+    assert not changed(snapshot(model, opt), snapshot(fresh, fresh_opt))
+    for m,o in ((model, opt), (fresh, fresh_opt)): run(m, o, 20, 40)
+    assert not changed(snapshot(model, opt), snapshot(fresh, fresh_opt))
+
+def test_group_settings_come_back(tmp_path):
+    model = sparse_mlp()
+    groups = lambda m: [dict(params=m[0].parameters(), lr=0.3), dict(params=[*m[2].parameters(), *m[4].parameters()], betas=(0.5, 0.6))]
+    opt,other = torch.optim.Adam(groups(model), lr=0.1), torch.optim.Adam(groups(model), lr=0.2)
+    save_sparse(model, tmp_path/'m', opt)
+    load_sparse(tmp_path/'m', model, other)
+    assert other.state_dict()==opt.state_dict()
+
+# ------------------------------------------------------------ sizes
+@pytest.mark.parametrize('sparsity, most', [(0.8, 0.235), (0.9, 0.135), (0.95, 0.075), (0.98, 0.04), (0.99, 0.025)])
+def test_size(sparsity, most, tmp_path):
+    model = mlp(784, 300, 100, 10)
+    save_file(model.state_dict(), tmp_path/'dense')
+    opt = torch.optim.Adam(model.parameters())
+    sparsify_model(model, sparsity)
+    for p in model.parameters(): p.grad = p.detach().clone()                             # zero where the weights are
+    opt.step()
+    save_sparse(model, tmp_path/'m')
+    save_sparse(model, tmp_path/'with', opt)
+    dense = (tmp_path/'dense').stat().st_size
+    assert (tmp_path/'m').stat().st_size<=most*dense and (tmp_path/'with').stat().st_size<=3*most*dense
+
+# ------------------------------------------------------------ damage
+@pytest.fixture
+def saved(tmp_path):
+    model = sparse_mlp(0.8, sizes=(8, 12, 3))
+    opt = torch.optim.Adam(model.parameters())
+    backward(model, *batches(1)[0])
+    DSTMethod(**Static_presets).step(model, opt, 1, 0.)
+    save_sparse(model, tmp_path/'m', opt)
+    return model,opt,tmp_path/'m'
+
+def refuses(path, match=None, opt=True):
+    "Without a model, and with one that stays as it is, bit for bit"
+    model = sparse_mlp(0.5, sizes=(8, 12, 3), seed=5)
+    o = torch.optim.Adam(model.parameters())
+    backward(model, *batches(1)[0])
+    o.step()
+    before = snapshot(model, o)
+    with pytest.raises(ValueError, match=match or 'cannot be loaded'): load_sparse(path, model, o if opt else None)
+    assert not changed(before, snapshot(model, o))
+
+def test_cut_off_anywhere(saved, tmp_path):
+    whole = saved[2].read_bytes()
+    for n in [*range(0, len(whole), 97), len(whole)-1]:
+        (tmp_path/'cut').write_bytes(whole[:n])
+        refuses(tmp_path/'cut')
+        with pytest.raises(ValueError, match='cannot be loaded'): load_sparse(tmp_path/'cut')
+
+def test_one_bit_changed_anywhere(saved, tmp_path):
+    whole,state = saved[2].read_bytes(), load_sparse(saved[2])
+    rng = random.Random(0)
+    for i in rng.sample(range(len(whole)), 600):
+        (tmp_path/'bit').write_bytes(whole[:i] + bytes([whole[i]^(1<<rng.randrange(8))]) + whole[i+1:])
+        with pytest.raises(ValueError, match='cannot be loaded'): load_sparse(tmp_path/'bit')
+
+def forge(path, change, to):
+    "A file with a right checksum, whose content `change(data, description)` has altered"
+    with safe_open(path, 'pt') as f: desc = json.loads(f.metadata()['sparsefast'].partition(' ')[2])
+    data = load_file(path)
+    change(data, desc)
+    desc = json.dumps(desc)
+    save_file(data, to, {'sparsefast': f'{files._digest(desc, data)} {desc}'})
+    return to
+
+def _set(**kw):
+    def f(data, desc): data.update({k.replace('__', '.'): v for k,v in kw.items()})
+    return f
+def _how(name, **kw): return lambda data, desc: desc['how'].__setitem__(name, kw)
+def _tree(old, new):
+    def f(data, desc): desc['opt'] = json.loads(json.dumps(desc['opt']).replace(old, new))
+    return f
+W,M = '0.weight','0.weight_mask'
+def _moment(shape):
+    def f(data, desc): n = 'optimizer/state/0/exp_avg'; desc['how'][n] = {}; data[n] = torch.zeros(shape)
+    return f
+def _huge(data, desc):
+    data[M] = torch.tensor([255]*10_000+[0], dtype=torch.uint8)
+    data[W] = torch.zeros(0)
+    desc['how'][M] = {'as': 'gaps', 'shape': [2_550_000]}
+    for n in list(desc['how']):
+        if n.startswith('optimizer/state/0'): desc['how'][n],data[n] = {}, torch.zeros(1)
+    for i in range(10_000): desc['how'][f'x{i}'],data[f'x{i}'] = {'on': M}, torch.zeros(0)
+u8 = partial(torch.tensor, dtype=torch.uint8)
+FORGED = dict(
+    values_too_few      = (_set(**{'0__weight': torch.ones(3)}), 'has room for'),
+    values_too_many     = (_set(**{'0__weight': torch.ones(96)}), 'has room for'),
+    values_of_two_dims  = (_set(**{'0__weight': torch.ones(12, 8)}), 'has room for'),
+    code_too_short      = (_set(**{'0__weight_mask': u8([1, 2])}), 'is not one of'),
+    code_too_long       = (_set(**{'0__weight_mask': u8([0]*500)}), 'is not one of'),
+    code_of_floats      = (_set(**{'0__weight_mask': torch.ones(12)}), 'no mask in bits'),
+    unknown_code        = (_how(M, **{'as': 'zip', 'shape': [12, 8]}), 'no mask in bits'),
+    huge_shape          = (_how(M, **{'as': 'gaps', 'shape': [10**6, 10**6]}), 'is not one of'),
+    shape_overflows     = (_how(M, **{'as': 'gaps', 'shape': [2**40, 2**40]}), 'is no shape'),
+    shape_of_nothing    = (_how(M, **{'as': 'gaps', 'shape': [0, 2**63]}), 'is no shape'),
+    negative_shape      = (_how(M, **{'as': 'gaps', 'shape': [-12, -8]}), 'is no shape'),
+    shape_of_floats     = (_how(M, **{'as': 'gaps', 'shape': [12., 8.]}), 'is no shape'),
+    shape_of_booleans   = (_how(M, **{'as': 'gaps', 'shape': [True, 96]}), 'is no shape'),
+    shape_is_a_word     = (_how(M, **{'as': 'gaps', 'shape': '96'}), 'is no shape'),
+    other_shape         = (_how(M, **{'as': 'bits', 'shape': [8, 12]}), 'has shape|does not fit'),
+    many_huge           = (_huge, 'claims to hold'),
+    no_such_mask        = (_how(W, on='0.nothing'), 'no mask of the file'),
+    its_own_mask        = (_how(W, on=W), 'no mask of the file'),
+    both_sides          = (_how(W, on=M, off=M), 'description'),
+    mask_is_no_word     = (_how(W, on=[M]), 'described by'),
+    same_as_itself      = (_how('0.bias', same='0.bias'), 'both stored and described'),
+    nothing_described   = (lambda data, desc: desc['how'].pop(W), 'both stored and described'),
+    more_described      = (_how('3.weight'), 'both stored and described'),
+    more_stored         = (_set(**{'3__weight': torch.ones(1)}), 'both stored and described'),
+    nan_target          = (_set(**{'0__weight_sparsity': torch.tensor(math.nan)}), 'not a number from 0 to 1'),
+    target_of_2         = (_set(**{'0__weight_sparsity': torch.tensor(2.)}), 'not a number from 0 to 1'),
+    target_of_dims      = (_set(**{'0__weight_sparsity': torch.tensor([0.5])}), 'not a number from 0 to 1'),
+    whole_numbers       = (_set(**{'0__bias': torch.ones(12, dtype=torch.int64)}), 'torch.int64'),
+    wrong_bias          = (_set(**{'0__bias': torch.ones(13)}), 'has shape'),
+    not_a_list          = (lambda data, desc: desc.update(how=[1]), 'description'),
+    not_in_model        = (lambda data, desc: desc.update(model=desc['model']+['9.weight']), 'not all tensors'),
+    model_lacks_one     = (lambda data, desc: desc['model'].remove('0.bias'), 'missing in the state'),
+    later_version       = (lambda data, desc: desc.update(version=2), 'version'),
+    no_optimizer        = (lambda data, desc: desc.pop('opt'), 'no optimizer state'),
+    moment_of_4_dims    = (_moment((8, 12)), "'exp_avg' in the optimizer state has shape"),
+    moment_of_one       = (_moment((1,)), "'exp_avg' in the optimizer state has shape"),
+    state_of_nobody     = (_tree('[[0, {"dict": [["step"', '[[99, {"dict": [["step"'), "entry '99'"),
+    other_optimizer     = (_tree('amsgrad', 'nesterov'), 'another kind'),
+    other_numbering     = (_tree('["params", {"list": [0, 1', '["params", {"list": [1, 0'), 'numbers its parameters'),
+    no_such_tensor      = (_tree('optimizer/state/0/exp_avg"', 'optimizer/state/7"'), 'cannot be loaded'),
+    other_groups        = (lambda data, desc: desc['opt'].update(shapes=[[[12, 8], [12], [3, 12]], [[3]]]), 'other shapes, order or groups'),
+    deep                = (lambda data, desc: desc['opt'].update(tree=json.loads('{"list":['*300+'1'+']}'*300)), 'cannot be loaded'))
+
+@pytest.mark.parametrize('change, says', FORGED.values(), ids=list(FORGED))
+def test_forged_with_the_right_checksum(saved, tmp_path, change, says):
+    path = forge(saved[2], change, tmp_path/'forged')
+    assert path.read_bytes()!=saved[2].read_bytes()
+    refuses(path, says)
+
+def test_forging_itself_is_no_reason(saved, tmp_path):
+    path = forge(saved[2], lambda data, desc: None, tmp_path/'forged')
+    model = sparse_mlp(0.5, sizes=(8, 12, 3), seed=5)
+    load_sparse(path, model, opt := torch.optim.Adam(model.parameters()))
+    assert not changed(snapshot(saved[0], saved[1]), snapshot(model, opt))
+
+def test_a_huge_claim_costs_nothing(saved, tmp_path):
+    "Refused by arithmetic: nothing the size of the claim is allocated"
+    path = forge(saved[2], _huge, tmp_path/'forged')
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(files, 'decode', lambda *args: pytest.fail('decoded'))
+        mp.setattr(files, 'unpack_mask', lambda *args: pytest.fail('unpacked'))
+        with pytest.raises(ValueError, match='claims to hold'): load_sparse(path)
+
+def test_the_code_runs_too_deep(tmp_path):
+    desc = '{"version":1,"how":' + '['*100_000 + ']'*100_000 + '}'
+    save_file(dict(a=torch.ones(1)), tmp_path/'deep', {'sparsefast': f"{files._digest(desc, dict(a=torch.ones(1)))} {desc}"})
+    with pytest.raises(ValueError, match='cannot be loaded'): load_sparse(tmp_path/'deep')
+
+@pytest.mark.parametrize('other, says', [(lambda: mlp(8, 12, 4), 'has shape'), (lambda: mlp(8, 12, 3, 3), 'missing in the state'), (lambda: mlp(8, 3), 'not in the model'),
+                                         (lambda: mlp(8, 12, 3, bias=False), 'not in the model')])
+def test_another_model(saved, other, says):
+    model = other()
+    sparsify_model(model, 0.5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=says): load_sparse(saved[2], model)
+    assert not changed(before, snapshot(model)) and all(m._forward_pre_hooks for m in model if isinstance(m, nn.Linear))
+
+@pytest.mark.parametrize('other', ['SGD', 'fastai adam', 'groups'])
+def test_another_optimizer(saved, other):
+    model = sparse_mlp(0.5, sizes=(8, 12, 3), seed=5)
+    opt = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=0.1), groups=lambda ps: torch.optim.Adam([dict(params=[p]) for p in ps]), **{'fastai adam': OPTS['fastai adam']})[other](list(model.parameters()))
+    before = snapshot(model, opt)
+    with pytest.raises(ValueError, match='optimizer state'): load_sparse(saved[2], model, opt)
+    assert not changed(before, snapshot(model, opt))
+
+def test_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError): load_sparse(tmp_path/'nothing')
+    torch.save(dict(a=torch.ones(1)), tmp_path/'pickle')
+    save_file(dict(a=torch.ones(1)), tmp_path/'plain')
+    (tmp_path/'empty').write_bytes(b'')
+    for f in ('pickle', 'plain', 'empty'):
+        with pytest.raises(ValueError, match=f"{f}' cannot be loaded"): load_sparse(tmp_path/f)
+    with pytest.raises(ValueError, match='did not write it'): load_sparse(tmp_path/'plain')
+
+def test_what_cannot_be_saved(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self): return dict(a=1)
+    with pytest.raises(ValueError, match='_extra_state'): save_sparse(Extra(2, 2), tmp_path/'m')
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt.param_groups[0]['f'] = print
+    with pytest.raises(ValueError, match='optimizer/param_groups/0/f is builtin'): save_sparse(model, tmp_path/'m', opt)
+    assert not list(tmp_path.iterdir())
+
+def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved[2].read_bytes()
+    def half(data, path, *args): path.write_bytes(b'half'); raise KeyboardInterrupt
+    monkeypatch.setattr(files, 'save_file', half)
+    with pytest.raises(KeyboardInterrupt): save_sparse(sparse_mlp(seed=9), saved[2])
+    assert saved[2].read_bytes()==before
+
+def test_files_hold_no_pickle(saved):
+    whole = saved[2].read_bytes()
+    assert b'\x80\x04' != whole[:2] and b'torch._utils' not in whole and not whole.startswith(b'PK')
+
+# ------------------------------------------------------------ sparse layers
+def in_layers(model):
+    "Sparse layers in place of masked ones"
+    for n,m in list(model.named_modules()):
+        if 'weight_mask' in m._buffers: model.set_submodule(n, (SparseLinear if isinstance(m, nn.Linear) else SparseConv2d).from_masked(m))
+    return model
+
+def convs(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8*16, 3))
+def sparse_convs(seed=0, sparsity=0.7):
+    torch.manual_seed(seed)
+    sparsify_model(model := convs(), sparsity, exclude=[0])
+    return model
+
+def test_sparse_layers_are_written_as_masked_ones(tmp_path):
+    model = sparse_convs()
+    a = save_sparse(model, tmp_path/'a').read_bytes()
+    b = save_sparse(in_layers(deepcopy(model)), tmp_path/'b')
+    assert same_state(load_sparse(b), model.state_dict()) and abs(len(a)-b.stat().st_size)<100
+
+@pytest.mark.parametrize('source', ['masked', 'layers'])
+@pytest.mark.parametrize('target', ['masked', 'layers', 'dense', 'other layers'])
+def test_files_go_between_forms(source, target, tmp_path):
+    make = dict(masked=sparse_convs, layers=lambda *a: in_layers(sparse_convs(*a)), dense=lambda *a: convs())
+    make['other layers'] = lambda *a: in_layers(sparse_convs(5, 0.4))
+    x = torch.randn(4, 3, 6, 6)
+    def trained(kind, seed, steps=4):
+        model = make[kind](seed)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        method = DSTMethod(**Static_presets)
+        for step in range(1, steps+1):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            if list(masked_params(model)): method.step(model, opt, step, 0.)
+            else: opt.step()
+        return model,opt
+    model,opt = trained(source, 0)
+    other,other_opt = trained(target, 3, 2)
+    values = [id(p) for p in other.parameters()]
+    save_sparse(model, tmp_path/'m', opt)
+    load_sparse(tmp_path/'m', other, other_opt)
+    assert [id(p) for p in other.parameters()]==values                                    # the optimizer still has them
+    assert same_state(files.masked_state(model), files.masked_state(other))
+    torch.testing.assert_close(other.eval()(x), model.eval()(x))
+    save_sparse(other, tmp_path/'n', other_opt)
+    a,b = ({k: v for k,v in load_file(tmp_path/f).items() if k.startswith('optimizer/state')} for f in 'mn')
+    assert same_state(a, b)
+
+def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
+    save_sparse(convs(), tmp_path/'dense')
+    model = in_layers(sparse_convs())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no mask for the sparse layer '3'"): load_sparse(tmp_path/'dense', model)
+    assert not changed(before, snapshot(model))
+
+def test_an_optimizer_alone(saved):
+    with pytest.raises(ValueError, match='together with its model'): load_sparse(saved[2], opt=saved[1])
