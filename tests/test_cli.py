@@ -6,10 +6,11 @@ from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
 from sparsefast import cli
-from sparsefast.masks import masked_params
+from sparsefast.layers import SparseLinear, as_masked
+from sparsefast.masks import masked_params, sparse_params
 
 ENTRY = "import sys\nfrom sparsefast.cli import sparsefast_train\nsys.exit(sparsefast_train())\n"
-OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out'.split()
+OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage'.split()
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -110,6 +111,21 @@ def test_methods(command, load, method):
     assert same_counts or method in ('snfs', 'rigl_avg', 'gmp', 'granet')
     dense = all(m.all() for m in before.values())
     assert dense==(method in ('gmp', 'granet'))
+
+@pytest.mark.parametrize('method', ['static', 'set', 'rigl', 'rigl_avg'])
+def test_sparse_storage(command, load, method):
+    "The same masks in the end as with masked layers, and a file that holds active weights only"
+    for storage in ('masked', 'sparse'):
+        code,out,err = command(f'--arch mlp --method {method} --sparsity 0.95 --dist uniform --epochs 2 --storage {storage} --out {storage}.pkl')
+        assert (code,err)==(0, '') and table(out)['total'][3]==0.95
+    masked,sparse = (as_masked(load(f'{s}.pkl').model) for s in ('masked', 'sparse'))
+    assert any(isinstance(m, SparseLinear) for m in load('sparse.pkl').model.modules())
+    counts = lambda model: [int(mask.sum()) for _,mask,_ in sparse_params(model)]
+    assert counts(masked)==counts(sparse) and len(counts(sparse))==3
+
+def test_storage_that_does_not_serve_a_method(command):
+    code,out,err = command('--method snfs --storage sparse')
+    assert code==2 and 'snfs' in err and 'static, set, rigl, rigl_avg' in err and err.count('\n')==1
 
 def test_dense_has_no_twin_and_no_table(command, load):
     code,out,err = command('--arch mlp --method dense --epochs 1')
