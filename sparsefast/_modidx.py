@@ -235,6 +235,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.export.to_onnx': ('export.html#to_onnx', 'sparsefast/export.py')},
             'sparsefast.files': { 'sparsefast.files._AsMasked': ('files.html#_asmasked', 'sparsefast/files.py'),
                                   'sparsefast.files._AsMasked.__init__': ('files.html#_asmasked.__init__', 'sparsefast/files.py'),
+                                  'sparsefast.files._AsMasked.named_modules': ('files.html#_asmasked.named_modules', 'sparsefast/files.py'),
                                   'sparsefast.files._AsMasked.named_parameters': ( 'files.html#_asmasked.named_parameters',
                                                                                    'sparsefast/files.py'),
                                   'sparsefast.files._AsMasked.state_dict': ('files.html#_asmasked.state_dict', 'sparsefast/files.py'),

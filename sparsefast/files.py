@@ -326,6 +326,7 @@ class _AsMasked:
     def __init__(self, model): self.state,self.params = masked_state(model), [n for n,_ in model.named_parameters(remove_duplicate=False)]+[f'{_prefix(n)}weight' for n in _sparse(model)]
     def state_dict(self): return self.state
     def named_parameters(self, **kwargs): return [(n, None) for n in self.params]
+    def named_modules(self): return []                                      # no sparse layers among them, which would take any number of weights
 
 def _check_fit(model, names, shapes):
     "Would `load_sparse_state` take it? Asked with tensors that have a shape and no memory"
