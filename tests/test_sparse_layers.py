@@ -548,7 +548,7 @@ def test_first_step_that_needs_what_nobody_kept():
     opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10})
     backward(b, *batches(1, dtype=torch.float64)[0])
     before = snapshot(b, opt)
-    with pytest.raises(ValueError, match='method.check'): method.step(b, opt, 10, .1)
+    with pytest.raises(ValueError, match='method.enforce'): method.step(b, opt, 10, .1)
     assert not changed(before, snapshot(b, opt))
 
 def test_resumed_from_state():

@@ -119,6 +119,8 @@ ablation = {                                                             # 'RigL
     'half the rate':        (RigL_avg_presets, 1/12, None, dict(lr=0.05)),
     'norms re-estimated':   (RigL_avg_presets, 1/12, None, dict(update_bn=True)),
 }
+def changes(net, m): return m in ('no redistribution', 'no row empties') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
+
 denser   = ('MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
 leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'GMP', 'GraNet')   # those the residual network sees, at 95 and 98 %
 
@@ -219,7 +221,7 @@ def plan():
         for seed,net in product(seeds, nets if telling else list(nets)[:2]):
             if telling: yield net, 'dense', 0., seed, 'epochs'
             known = [m for m in methods if net!='resnet' or m in leading]
-            changed = [m for m in ablation if net=='convnet' or m!='norms re-estimated'] if net!='resnet' and telling else ()
+            changed = [m for m in ablation if changes(net, m)] if telling else ()
             for s,m in product(levels, (*known, 'small dense', *changed)): yield net, m, s, seed, 'epochs'
         for seed,net,s,m in product(seeds, nets if telling else list(nets)[:2], levels, denser):
             if net!='resnet' or m in leading: yield net, m, s, seed, 'flops'
@@ -291,7 +293,7 @@ def target_table():
 
 def ablation_table():
     "What each change costs or gains in points of accuracy, with the standard error over seeds, as Markdown"
-    cases = list(product(('LeNet-300-100', 'convnet'), (.95, .98)))
+    cases = list(product(nets, (.95, .98)))
     rows = ['| | ' + ' | '.join(f'{net}, {s:.0%}' for net,s in cases) + ' |', '|---|' + '---:|'*len(cases)]
     rows.append('| RigL, averaged | ' + ' | '.join(show(accuracies(net, 'RigL, averaged', s)) for net,s in cases) + ' |')
     for m in ablation:
