@@ -9,6 +9,7 @@
 - `sparsefast.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
+- `sparsefast.export`: The model for other runtimes: zeros baked in, no masks, no hooks
 - `sparsefast.files`: A checkpoint as small as its model is sparse: active weights, and where they are
 - `sparsefast.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
 - `sparsefast.layers`: Layers that compute on their active weights only, forward and backward
