@@ -82,7 +82,7 @@ def check_args(
     arch, # What a compact checkpoint is of, or `None`
     sparsity, # From 0 to 1
     dist, # uniform, first_dense or erk
-    batch, # Whole number, 1 or more, as are the following
+    batch, # Whole number, 1 or more; so are size, channels, classes and threads
     size, # Pixels; `None` for 28, or 224 where the model is one of torchvision or timm
     channels, # `None` for 1, or 3 where the model is one of torchvision or timm
     classes, # Outputs of a model by name
