@@ -1,20 +1,31 @@
 """Modules:
 
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
+- `sparsefast.analysis`: What a sparse model consists of: a table to read, and the same as data
+- `sparsefast.bench`: `sparsefast_bench`: is it faster sparse, on this machine? One line in a shell
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
 - `sparsefast.cli`: `sparsefast_train`: a sparse model and its dense twin, from one line in a shell
+- `sparsefast.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
+- `sparsefast.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
+- `sparsefast.export`: The model for other runtimes: zeros baked in, no masks, no hooks
+- `sparsefast.files`: A checkpoint as small as its model is sparse: active weights, and where they are
 - `sparsefast.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
+- `sparsefast.layers`: Layers that compute on their active weights only, forward and backward
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.methods`: Dynamic sparse training, for any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
+- `sparsefast.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.presets`: Published methods, each a dict of functions and numbers
 - `sparsefast.ranks`: Several processes, one set of masks
+- `sparsefast.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.rewire`: One update of the masks: prune or revive, drop, grow, and make weights and optimizer state follow
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
+- `sparsefast.shrink`: Units without a weight, and units that nobody listens to, are cut out for good
+- `sparsefast.sparse_ops`: Matrix products that touch active weights only, from PyTorch's own operations
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back"""
 
 __version__ = "0.1.0"

@@ -47,7 +47,11 @@ class Layer(NamedTuple):
         s = maybe_float(self.module._buffers.get(f'{self.name}_sparsity'))
         return 1-self.mask.float().mean().item() if s is None else s
 
-def is_stored(m): return hasattr(type(m), 'dense_gradient')         # a layer of the room `layers`
+def is_stored(
+    m:nn.Module, # Any module
+)->bool:
+    "Is it a [sparse layer](10_layers.ipynb), which stores active weights only?"
+    return hasattr(type(m), 'dense_gradient')
 
 def _in_order(mod):
     "Masked parameters and those of layers that store active weights only, in the model's order"
@@ -74,7 +78,11 @@ def unfold(
     return [l if l.mask is not None else l._replace(p=l.p.detach().new_zeros(1).expand(l.module.shape), mask=l.module.weight_mask) for l in layers]
 
 @contextmanager
-def as_seen_by(f, l, opt):
+def as_seen_by(
+    f, # Score function: what it asks for decides what is unfolded, gradient and optimizer state
+    l:Layer, # Where to look
+    opt, # Optimizer, or `None`
+): # Context manager that gives a tensor of the mask's shape
     "The parameter that a score sees: for a while, that of a layer that stores active weights only has the weight's shape"
     if not is_stored(l.module):
         yield l.p
@@ -85,7 +93,11 @@ def as_seen_by(f, l, opt):
     with l.module.as_dense(grad, state): yield l.module.values
 
 @contextmanager
-def moving(l, opt, new):
+def moving(
+    l:Layer, # Layer that an update is about to change
+    opt, # Optimizer whose state moves with the weights, or `None`
+    new:torch.Tensor, # Boolean mask of the weight's shape
+): # Context manager that gives (`Layer`, mask)
     "(layer, new mask) to write to: for a while, a layer that stores active weights only has those of both masks"
     if not is_stored(l.module): yield l,new
     else:
