@@ -76,7 +76,8 @@ def bench(what, arch, sparsity, dist, batch, size, channels, classes, threads, m
     x = torch.randn(batch, channels, size, size)
     try:
         with torch.no_grad(): model(x)
-    except Exception as e: raise ValueError(f"{what} cannot take a batch of {' x '.join(map(str, x.shape))}: try another --size or --channels ({(str(e).strip() or type(e).__name__).splitlines()[0]})") from None
+    except Exception as e:
+        raise ValueError(f"{what} cannot take a batch of {' x '.join(map(str, x.shape))}: try another --size or --channels ({(str(e).strip() or type(e).__name__).splitlines()[0]})") from None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)

@@ -57,7 +57,8 @@ def through(
     "What a node makes of channels that are constant"
     if node.op=='call_function' and node.target in _functions:
         return lambda v: node.target(v, *node.args[1:], **{k: x for k,x in node.kwargs.items() if k!='inplace'})
-    if node.op in ('call_function', 'call_method') and node.target in (torch.flatten, 'flatten'): return _same if tuple(node.args[1:])==(1,) and not node.kwargs and (conv or flat) else None
+    if node.op in ('call_function', 'call_method') and node.target in (torch.flatten, 'flatten'):
+        return _same if tuple(node.args[1:])==(1,) and not node.kwargs and (conv or flat) else None
     if node.op!='call_module': return None
     m = modules[node.target]
     if isinstance(m, _BatchNorm): return _norm(m) if conv or flat else None
@@ -243,7 +244,8 @@ def shrink_model(
         found = chains(small, *inputs, **kwargs)
         while sum(shorten(c) for c in found): pass
         new = small(*inputs, **kwargs)
-    if (err := output_error(out, new)): raise RuntimeError(f"the smaller model's outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
+    if (err := output_error(out, new)):
+        raise RuntimeError(f"the smaller model's outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
     for m,t in zip(small.modules(), was): m.training = t
     before,after = _shapes(model), _shapes(small)
     return small, {n: (before[n], s) for n,s in after.items() if s!=before[n]}

@@ -56,7 +56,7 @@ def test_no_module_wants_everything(module):
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','sparse_ops'],
+                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=[], layers=['masks','scores','sparse_ops'],
                   files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'],
                   deploy=['layers','masks','patterns','shrink','sparsify'],
                   export=['checkpoint','deploy','shrink','sparsify'])
