@@ -267,6 +267,7 @@ def _check_opt(model, opt, saved, shapes):
         for k in _moments & s.keys():
             if isinstance(s[k], tuple) and s[k]!=params[i]: raise ValueError(f"{k!r} in the optimizer state has shape {s[k]}, and its parameter {params[i]}")
 
+# %% ../nbs/11_files.ipynb #cc99f753
 def _for(p, layer, v, fastai):
     "A tensor of the state, as the parameter needs it"
     if not torch.is_tensor(v): return v
@@ -330,6 +331,7 @@ def _check_targets(names, data):
             if t.dim() or not t.is_floating_point() or not 0<=t.item()<=1:
                 raise ValueError(f"{n!r} is {tuple(t.shape) if t.dim() else t.item()}, not a number from 0 to 1")
 
+# %% ../nbs/11_files.ipynb #5698415f
 class _AsMasked:
     "What of a model is compared with a file"
     def __init__(self, model): self.state,self.params = masked_state(model), [n for n,_ in model.named_parameters(remove_duplicate=False)]+[f'{_prefix(n)}weight' for n in _sparse(model)]
@@ -353,6 +355,7 @@ def _check_fit(model, names, shapes):
     for n,t in own.state.items():
         if n in rest and kind(t)!=kind(rest[n]): raise ValueError(f"{n!r} is {rest[n].dtype}, and the model's {t.dtype}")
 
+# %% ../nbs/11_files.ipynb #1518db56
 def _checked(path, model, opt):
     "(data, description) of a file that is in order and fits model and optimizer"
     try:

@@ -191,6 +191,7 @@ def _merge(e, n, units, const):
         m[:,units[0]] = m[:,units].any(1)
         e._buffers['weight_mask'] = m.reshape(mask.shape)
 
+# %% ../nbs/11a_shrink.ipynb #9a834d3a
 def _first(sticks, consts, ends):
     "The units of which one is enough, that one first; it must be seen by everybody who sees the others"
     padded = [c for c,e in zip(consts, ends) if _pads(e)]
