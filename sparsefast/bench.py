@@ -43,7 +43,15 @@ def _of_file(path, arch, size, channels):
     if not last: raise ValueError(f"'{path}' has no linear layer, so it is none of {arch}")
     return load_sparse(path, shape_like(make_model(arch, size, channels, len(last[-1])), state))
 
-def get_model(what, arch, sparsity, dist, size, channels, classes):
+def get_model(
+    what:str, # A name or a file
+    arch:str, # What a compact checkpoint is of, or `None`
+    sparsity:float, # Of a model by name
+    dist:str, # A name in `dists`
+    size:int, # Side of the images, in pixels
+    channels:int, # Of the images
+    classes:int, # Outputs of a model by name
+)->nn.Module:
     "A model with masks; a `ValueError` says what is wrong with what was asked for"
     path = Path(what).expanduser()
     if path.is_dir(): raise ValueError(f"'{what}' is a folder, and neither a file nor a model")
@@ -61,7 +69,19 @@ def get_model(what, arch, sparsity, dist, size, channels, classes):
     return model
 
 # %% ../nbs/21_bench.ipynb #8ce5707d
-def check_args(what, arch, sparsity, dist, batch, size, channels, classes, threads, margin, seed):
+def check_args(
+    what, # A name or a file
+    arch, # What a compact checkpoint is of, or `None`
+    sparsity, # Of a model by name
+    dist, # A name in `dists`
+    batch, # Images in a batch
+    size, # Side of the images, in pixels
+    channels, # Of the images
+    classes, # Outputs of a model by name
+    threads, # Of the processor; `None` leaves them as they are
+    margin, # As in `to_fastest`
+    seed, # Of masks and weights
+)->dict:
     "All values with the defaults filled in; a `ValueError` names the first wrong one"
     check_choice('dist', dist, dists)
     small = (arch or what) in nets or str(what).endswith('.pkl')
@@ -69,7 +89,19 @@ def check_args(what, arch, sparsity, dist, batch, size, channels, classes, threa
         size=check_number('size', size, 1) or (28 if small else 224), channels=check_number('channels', channels, 1) or (1 if small else 3), classes=check_number('classes', classes, 1),
         threads=check_number('threads', threads, 1), margin=check_number('margin', margin, 1, 1e9, whole=False), seed=check_number('seed', seed, 0, 2**32-1))
 
-def bench(what, arch, sparsity, dist, batch, size, channels, classes, threads, margin, seed)->SpeedTable:
+def bench(
+    what, # A name or a file
+    arch, # What a compact checkpoint is of, or `None`
+    sparsity, # Of a model by name
+    dist, # A name in `dists`
+    batch, # Images in a batch
+    size, # Side of the images, in pixels
+    channels, # Of the images
+    classes, # Outputs of a model by name
+    threads, # Of the processor; `None` leaves them as they are
+    margin, # As in `to_fastest`
+    seed, # Of masks and weights
+)->SpeedTable:
     "The table, for values that `check_args` has passed"
     set_seed(seed)
     model = get_model(what, arch, sparsity, dist, size, channels, classes).cpu().eval()

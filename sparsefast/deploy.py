@@ -35,7 +35,10 @@ def sparse_form(
 # %% ../nbs/11b_deploy.ipynb #3de6aa05
 class StoredLinear(nn.Module):
     "A linear layer whose weight is kept in one of torch's sparse layouts, for inference"
-    def __init__(self, module, stored):
+    def __init__(self,
+        module:nn.Linear, # A masked layer, whose bias and mask are taken over
+        stored:torch.Tensor, # Its weight, in a sparse layout
+    ):
         super().__init__()
         self.in_features,self.out_features,self.bias = module.in_features,module.out_features,module.bias
         for n in ('weight_mask', 'weight_sparsity'): self.register_buffer(n, module._buffers.get(n))
@@ -80,7 +83,7 @@ def semi_structured_form(
     except (RuntimeError, NotImplementedError) as e:
         raise ValueError(f"2:4 does not take a weight of shape {tuple(mask.shape)} in {module.weight.dtype}: {str(e).splitlines()[0]}") from None
 
-all_forms = {'sparse': sparse_form, 'bsr': bsr_form, '2:4': semi_structured_form}
+all_forms = {'sparse': sparse_form, 'bsr': bsr_form, '2:4': semi_structured_form}     # by the names that `to_fastest` takes
 
 # %% ../nbs/11b_deploy.ipynb #b4a25eff
 def _synchronize(device):
@@ -140,7 +143,11 @@ class LayerTime(NamedTuple):
 
 class SpeedTable:
     "What `to_fastest` has measured and chosen: a row for each masked weight, and the model as a whole"
-    def __init__(self, rows, whole, machine): self.rows,self.whole,self.machine = rows,whole,machine
+    def __init__(self,
+        rows:list, # Of `LayerTime`
+        whole:dict, # 'dense' and 'fast' in milliseconds; 'gain': (median, lower, upper quartile) of dense over fast
+        machine:str, # What it was measured on
+    ): self.rows,self.whole,self.machine = rows,whole,machine
 
     @property
     def gain(self): return self.whole['gain'][0]

@@ -24,9 +24,15 @@ from .sparse_ops import index_of
 from .sparsify import _misfit, _split, load_sparse_state
 
 # %% ../nbs/11_files.ipynb #c80ed1ca
-def to_bits(mask): return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+def to_bits(
+    mask:torch.Tensor, # Boolean, on the CPU
+)->torch.Tensor: # uint8
+    "Eight weights in a byte, the first in the highest bit"
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
-def to_gaps(mask):
+def to_gaps(
+    mask:torch.Tensor, # Boolean, on the CPU
+)->torch.Tensor: # uint8
     "Zeros before each active weight, and after the last: a byte each, 255 for 255 zeros and no weight yet"
     idx,edge = mask.reshape(-1).nonzero().squeeze(1), torch.tensor([mask.numel()])
     gap = torch.cat([idx, edge]) - torch.cat([edge-mask.numel()-1, idx]) - 1

@@ -70,7 +70,12 @@ def through(
 # %% ../nbs/11a_shrink.ipynb #a4587b1e
 class Chain:
     "A layer, what follows channel by channel, and the layers that use it"
-    def __init__(self, head, steps, ends, modules): self.head,self.steps,self.ends,self.modules = head,steps,ends,modules
+    def __init__(self,
+        head, # Node of the layer
+        steps:list, # Of (node, what it makes of constants)
+        ends:list, # Nodes of the layers that use it
+        modules:dict, # Name -> module
+    ): self.head,self.steps,self.ends,self.modules = head,steps,ends,modules
 
     def constants(self):
         "What each unit of the head puts out if it has no weights, as it arrives at each end"
@@ -86,7 +91,12 @@ def _plain(m, node, single):
     if m not in single or type(m) not in (nn.Linear, *_convs) or getattr(m, 'groups', 1)!=1 or 'weight' not in m._parameters: return False
     return len(node.args)==1 and not node.kwargs and isinstance(node.args[0], fx.Node)
 
-def chain_from(head, modules, single, shapes):
+def chain_from(
+    head, # A node of the graph
+    modules:dict, # Name -> module
+    single:set, # Modules that are called once and share nothing
+    shapes:dict, # Module -> shape of its output
+): # A `Chain`, or `None`
     "The chain that starts at a node, or `None`"
     p = modules.get(head.target) if head.op=='call_module' else None
     if p is None or not _plain(p, head, single) or p not in shapes: return None
@@ -141,7 +151,9 @@ def _by_unit(t, n):
 
 def _pads(m): return isinstance(m, _convs) and m.padding_mode=='zeros' and m.padding!='valid' and (m.padding=='same' or any(m.padding))
 
-def which(chain):
+def which(
+    chain:Chain, # From `chains`
+): # Three boolean vectors
     "(units to cut because they are constant, because nobody listens, those of which one is enough)"
     p,ends = chain.modules[chain.head.target], [chain.modules[e.target] for e in chain.ends]
     n,consts = len(p.weight), chain.constants()
@@ -156,7 +168,11 @@ def _set(m, name, t):
     if name in m._parameters: m._parameters[name] = nn.Parameter(t, requires_grad=m._parameters[name].requires_grad)
     else: m._buffers[name] = t
 
-def cut(m, keep, dim):
+def cut(
+    m:nn.Module, # A linear layer or convolution, changed in place
+    keep:torch.Tensor, # Indices
+    dim:int, # 0: outputs, 1: inputs
+)->None:
     "Keep some outputs (`dim` 0) or inputs (1) of a layer, in its mask too"
     for n in memory_names(m, list(m._buffers)): del m._buffers[n]
     for n in ('weight', 'weight_mask', *(('bias',) if dim==0 and m.bias is not None else ())):
@@ -202,7 +218,9 @@ def _first(sticks, consts, ends):
     return units if all((c[units[0]]!=0) or not c[units].any() for c in consts) else None
 
 @torch.no_grad()
-def shorten(chain):
+def shorten(
+    chain:Chain, # From `chains`; its layers are changed in place
+)->int: # How many units went
     "Cut what can be cut from one chain; returns how many units went"
     p,ends = chain.modules[chain.head.target], [chain.modules[e.target] for e in chain.ends]
     n,consts,(dead,deaf,sticks) = len(p.weight), chain.constants(), which(chain)
