@@ -1,4 +1,7 @@
-"""Modules:
+"""**sparsefast** trains networks in which most weights are zero from the first step to the last, while the pattern moves to where it is needed: dynamic sparse training, as in SET, SNFS and RigL. You add two lines to a
+fastai script, or replace one in a PyTorch loop, and end with a model of a tenth or a twentieth of the weights, in a file as small, that computes on these weights only.
+
+Modules:
 
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.analysis`: What a sparse model consists of: a table to read, and the same as data

@@ -52,10 +52,10 @@ def _of_file(path, arch, size, channels):
     return load_sparse(path, shape_like(make_model(arch, size, channels, len(last[-1])), state))
 
 def get_model(
-    what:str, # convnet, mlp, a model of torchvision or timm, or a file: a .pkl of `sparsefast_train`, or a compact checkpoint
-    arch:str, # Of a compact checkpoint: convnet, mlp, or a model of torchvision or timm; else `None`
-    sparsity:float, # Of a model by name: fraction of zeros, from 0 to 1
-    dist:str, # Of a model by name: uniform, first_dense or erk
+    what:str, # A name or a file
+    arch:str, # What a compact checkpoint is of, or `None`
+    sparsity:float, # Of a model by name
+    dist:str, # A name in `dists`
     size:int, # Side of the images, in pixels
     channels:int, # Of the images
     classes:int, # Outputs of a model by name
@@ -78,18 +78,18 @@ def get_model(
 
 # %% ../nbs/21_bench.ipynb #8ce5707d
 def check_args(
-    what, # Model by name, or file
+    what, # A name or a file
     arch, # What a compact checkpoint is of, or `None`
-    sparsity, # From 0 to 1
-    dist, # uniform, first_dense or erk
-    batch, # Whole number, 1 or more; so are size, channels, classes and threads
-    size, # Pixels; `None` for 28, or 224 where the model is one of torchvision or timm
-    channels, # `None` for 1, or 3 where the model is one of torchvision or timm
+    sparsity, # Of a model by name
+    dist, # A name in `dists`
+    batch, # Images in a batch
+    size, # Side of the images, in pixels
+    channels, # Of the images
     classes, # Outputs of a model by name
-    threads, # `None` for as many as torch takes
-    margin, # 1 or more
-    seed, # Whole number from 0 to 2**32-1
-)->dict: # Of the same names
+    threads, # Of the processor; `None` leaves them as they are
+    margin, # As in `to_fastest`
+    seed, # Of masks and weights
+)->dict:
     "All values with the defaults filled in; a `ValueError` names the first wrong one"
     check_choice('dist', dist, dists)
     small = (arch or what) in nets or str(what).endswith('.pkl')
@@ -98,17 +98,17 @@ def check_args(
         threads=check_number('threads', threads, 1), margin=check_number('margin', margin, 1, 1e9, whole=False), seed=check_number('seed', seed, 0, 2**32-1))
 
 def bench(
-    what:str, # Model by name, or file
-    arch:str, # Of a compact checkpoint: convnet, mlp, or a model of torchvision or timm; else `None`
-    sparsity:float, # Of a model by name: fraction of zeros, from 0 to 1
-    dist:str, # Of a model by name: uniform, first_dense or erk
-    batch:int, # Images in a batch
-    size:int, # Side of the images, in pixels
-    channels:int, # Of the images; a `ValueError` if the model does not take such a batch
-    classes:int, # Outputs of a model by name
-    threads:int, # Of the processor; `None` for as many as torch takes
-    margin:float, # How many times as fast a sparse layer must be
-    seed:int, # Same seed, same masks
+    what, # A name or a file
+    arch, # What a compact checkpoint is of, or `None`
+    sparsity, # Of a model by name
+    dist, # A name in `dists`
+    batch, # Images in a batch
+    size, # Side of the images, in pixels
+    channels, # Of the images
+    classes, # Outputs of a model by name
+    threads, # Of the processor; `None` leaves them as they are
+    margin, # As in `to_fastest`
+    seed, # Of masks and weights
 )->SpeedTable:
     "The table, for values that `check_args` has passed"
     set_seed(seed)
@@ -116,7 +116,8 @@ def bench(
     x = torch.randn(batch, channels, size, size)
     try:
         with torch.no_grad(): model(x)
-    except Exception as e: raise ValueError(f"{what} cannot take a batch of {' x '.join(map(str, x.shape))}: try another --size or --channels ({(str(e).strip() or type(e).__name__).splitlines()[0]})") from None
+    except Exception as e:
+        raise ValueError(f"{what} cannot take a batch of {' x '.join(map(str, x.shape))}: try another --size or --channels ({(str(e).strip() or type(e).__name__).splitlines()[0]})") from None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)

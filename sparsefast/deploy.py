@@ -40,8 +40,8 @@ def sparse_form(
 class StoredLinear(nn.Module):
     "A linear layer whose weight is kept in one of torch's sparse layouts, for inference"
     def __init__(self,
-        module:nn.Linear, # Layer whose bias, mask and target sparsity are shared
-        stored:torch.Tensor, # Its masked weight in a sparse layout that `F.linear` takes, `(outputs, inputs)`
+        module:nn.Linear, # A masked layer, whose bias and mask are taken over
+        stored:torch.Tensor, # Its weight, in a sparse layout
     ):
         super().__init__()
         self.in_features,self.out_features,self.bias = module.in_features,module.out_features,module.bias
@@ -60,7 +60,8 @@ class StoredLinear(nn.Module):
 def _check_gpu_form(module, what, capability):
     "Can this layer have a form that needs a GPU?"
     if type(module) is not nn.Linear: raise ValueError(f"{what} is for nn.Linear, not {type(module).__name__}")
-    if not module.weight.is_cuda: raise ValueError(f"{what} needs a CUDA device, and the weight is on {module.weight.device}: `model.to('cuda')` where there is one, or leave the form out")
+    if not module.weight.is_cuda:
+        raise ValueError(f"{what} needs a CUDA device, and the weight is on {module.weight.device}: `model.to('cuda')` where there is one, or leave the form out")
     if (have := torch.cuda.get_device_capability(module.weight.device))<capability:
         raise ValueError(f"{what} needs a GPU of compute capability {capability[0]}.{capability[1]}, and this one has {have[0]}.{have[1]}")
 
@@ -80,12 +81,13 @@ def semi_structured_form(
     "2:4, in the layout of NVIDIA's sparse tensor cores"
     _check_gpu_form(module, '2:4', (8, 0))
     mask = module.weight_mask
-    if mask.shape[1]%4 or (mask.view(len(mask), -1, 4).sum(2)>2).any(): raise ValueError("2:4 needs masks with at most 2 active weights in each 4: `pattern_f=nm_pattern`")
+    if mask.shape[1]%4 or (mask.view(len(mask), -1, 4).sum(2)>2).any():
+        raise ValueError("2:4 needs masks with at most 2 active weights in each 4: `pattern_f=nm_pattern`")
     try: return StoredLinear(module, to_sparse_semi_structured((module.weight*mask).detach()))
-    except (RuntimeError, NotImplementedError) as e: raise ValueError(f"2:4 does not take a weight of shape {tuple(mask.shape)} in {module.weight.dtype}: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, NotImplementedError) as e:
+        raise ValueError(f"2:4 does not take a weight of shape {tuple(mask.shape)} in {module.weight.dtype}: {str(e).splitlines()[0]}") from None
 
-# The forms that `to_fastest` knows by name; on a CPU it tries 'sparse' alone
-all_forms = {'sparse': sparse_form, 'bsr': bsr_form, '2:4': semi_structured_form}
+all_forms = {'sparse': sparse_form, 'bsr': bsr_form, '2:4': semi_structured_form}     # by the names that `to_fastest` takes
 
 # %% ../nbs/11b_deploy.ipynb #b4a25eff
 def _synchronize(device):
@@ -147,8 +149,8 @@ class SpeedTable:
     "What `to_fastest` has measured and chosen: a row for each masked weight, and the model as a whole"
     def __init__(self,
         rows:list, # Of `LayerTime`
-        whole:dict, # dense, fast: milliseconds of the whole model, before and after; gain: (median, low, high) of their ratio
-        machine:str, # What it was measured on: processor, threads, torch's version, type of numbers
+        whole:dict, # 'dense' and 'fast' in milliseconds; 'gain': (median, lower, upper quartile) of dense over fast
+        machine:str, # What it was measured on
     ): self.rows,self.whole,self.machine = rows,whole,machine
 
     @property
@@ -280,7 +282,8 @@ def _settle(dense, fast, rows, swaps, example_input, out, seconds, device):
     "Swap, measure, and take back what does not help"
     swaps = sorted(swaps, key=lambda s: -rows[s[0]].gain)
     for _,old,new in swaps: fast = _replace(fast, old, new)
-    if (err := output_error(out, _call(fast, example_input))): raise RuntimeError(f"outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
+    if (err := output_error(out, _call(fast, example_input))):
+        raise RuntimeError(f"outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
     while (whole := _whole(dense, fast, example_input, seconds, device))['gain'][0]<1 and swaps:
         for i,old,new in swaps[len(swaps)//2:]:
             fast,rows[i] = _replace(fast, new, old), rows[i]._replace(form='dense', note='won alone, not in the model')

@@ -29,14 +29,14 @@ from .sparsify import _misfit, _split, load_sparse_state
 
 # %% ../nbs/11_files.ipynb #c80ed1ca
 def to_bits(
-    mask:torch.Tensor, # Boolean, any shape, on the CPU
-)->torch.Tensor: # uint8, `(ceil(n/8),)`
-    "A bit for each weight, eight of them in a byte, the first in its highest bit"
+    mask:torch.Tensor, # Boolean, on the CPU
+)->torch.Tensor: # uint8
+    "Eight weights in a byte, the first in the highest bit"
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 def to_gaps(
-    mask:torch.Tensor, # Boolean, any shape, on the CPU
-)->torch.Tensor: # uint8, `(active weights + 1 + one for each 255 zeros of a gap,)`
+    mask:torch.Tensor, # Boolean, on the CPU
+)->torch.Tensor: # uint8
     "Zeros before each active weight, and after the last: a byte each, 255 for 255 zeros and no weight yet"
     idx,edge = mask.reshape(-1).nonzero().squeeze(1), torch.tensor([mask.numel()])
     gap = torch.cat([idx, edge]) - torch.cat([edge-mask.numel()-1, idx]) - 1
@@ -139,8 +139,10 @@ _kinds = ({'as', 'shape'}, {'on'}, {'off'}, {'same'}, set())
 
 def _check_how(data, how):
     "Is everything described, and nothing else?"
-    if not isinstance(how, dict) or not all(isinstance(h, dict) and set(h) in _kinds for h in how.values()): raise ValueError("its description is not one of tensors")
-    if (stored := {n for n,h in how.items() if 'same' not in h})!=set(data): raise ValueError(f"{sorted(stored ^ set(data))[0]!r} is not both stored and described")
+    if not isinstance(how, dict) or not all(isinstance(h, dict) and set(h) in _kinds for h in how.values()):
+        raise ValueError("its description is not one of tensors")
+    if (stored := {n for n,h in how.items() if 'same' not in h})!=set(data):
+        raise ValueError(f"{sorted(stored ^ set(data))[0]!r} is not both stored and described")
     for n,h in how.items():
         if not all(isinstance(v, str) for k,v in h.items() if k!='shape'): raise ValueError(f"{n!r} is described by {str(h)[:80]}")
         if 'same' in h and h['same'] not in stored: raise ValueError(f"{n!r} is the same as {h['same']!r}, which is not there")
@@ -256,20 +258,26 @@ _moments = {'momentum_buffer','exp_avg','exp_avg_sq','exp_inf','max_exp_avg_sq',
 
 def _check_opt(model, opt, saved, shapes):
     "Does the state fit the optimizer? All of it, before any of it is loaded"
-    if (own := _shapes(model, opt))!=saved.get('shapes'): raise ValueError(f"the optimizer state is for parameters of other shapes, order or groups than those of this {type(inner_opt(opt)).__name__}")
+    if (own := _shapes(model, opt))!=saved.get('shapes'):
+        raise ValueError(f"the optimizer state is for parameters of other shapes, order or groups than those of this {type(inner_opt(opt)).__name__}")
     sd,mine = from_tree(saved['tree'], lambda n: shapes[n][0]), opt.state_dict()
     if not isinstance(sd, dict) or sd.keys()!=mine.keys(): raise ValueError(f"the optimizer state is of another kind than {type(inner_opt(opt)).__name__}")
     groups = 'hypers' if 'hypers' in mine else 'param_groups'
-    if [set(g) for g in sd[groups]]!=[set(g) for g in mine[groups]]: raise ValueError(f"the optimizer state is of another kind than {type(inner_opt(opt)).__name__}: its settings are {sorted(sd[groups][0])}")
-    if groups=='param_groups' and [g['params'] for g in sd[groups]]!=[g['params'] for g in mine[groups]]: raise ValueError("the optimizer state numbers its parameters otherwise")
+    if [set(g) for g in sd[groups]]!=[set(g) for g in mine[groups]]:
+        raise ValueError(f"the optimizer state is of another kind than {type(inner_opt(opt)).__name__}: its settings are {sorted(sd[groups][0])}")
+    if groups=='param_groups' and [g['params'] for g in sd[groups]]!=[g['params'] for g in mine[groups]]:
+        raise ValueError("the optimizer state numbers its parameters otherwise")
     params = [tuple(s) for s in chain(*own)]
     state = sd['state'].items() if isinstance(sd['state'], dict) else enumerate(sd['state'])
-    if groups=='hypers' and len(sd['state'])!=len(params): raise ValueError(f"the optimizer state is for {len(sd['state'])} parameters, and there are {len(params)}")
+    if groups=='hypers' and len(sd['state'])!=len(params):
+        raise ValueError(f"the optimizer state is for {len(sd['state'])} parameters, and there are {len(params)}")
     for i,s in state:
-        if not (type(i) is int and 0<=i<len(params) and isinstance(s, dict)): raise ValueError(f"the optimizer state has an entry {str(i)[:80]!r}, and there are {len(params)} parameters")
+        if not (type(i) is int and 0<=i<len(params) and isinstance(s, dict)):
+            raise ValueError(f"the optimizer state has an entry {str(i)[:80]!r}, and there are {len(params)} parameters")
         for k in _moments & s.keys():
             if isinstance(s[k], tuple) and s[k]!=params[i]: raise ValueError(f"{k!r} in the optimizer state has shape {s[k]}, and its parameter {params[i]}")
 
+# %% ../nbs/11_files.ipynb #cc99f753
 def _for(p, layer, v, fastai):
     "A tensor of the state, as the parameter needs it"
     if not torch.is_tensor(v): return v
@@ -321,7 +329,8 @@ def _open(path):
         if not desc: raise ValueError("`save_sparse` did not write it")
         data = {n: f.get_tensor(n) for n in f.keys()}                       # mapped, not read
     saved = json.loads(desc)
-    if not isinstance(saved, dict) or saved.get('version')!=1: raise ValueError(f"its version is {str(saved.get('version') if isinstance(saved, dict) else None)[:80]!r}, and this library reads 1")
+    if not isinstance(saved, dict) or saved.get('version')!=1:
+        raise ValueError(f"its version is {str(saved.get('version') if isinstance(saved, dict) else None)[:80]!r}, and this library reads 1")
     if digest!=_digest(desc, data): raise ValueError("its checksum is wrong: it has been altered")
     return data,saved
 
@@ -329,8 +338,10 @@ def _check_targets(names, data):
     for n in names:
         if n.endswith('_sparsity') and n[:-9]+'_mask' in names and n in data:
             t = data[n]
-            if t.dim() or not t.is_floating_point() or not 0<=t.item()<=1: raise ValueError(f"{n!r} is {tuple(t.shape) if t.dim() else t.item()}, not a number from 0 to 1")
+            if t.dim() or not t.is_floating_point() or not 0<=t.item()<=1:
+                raise ValueError(f"{n!r} is {tuple(t.shape) if t.dim() else t.item()}, not a number from 0 to 1")
 
+# %% ../nbs/11_files.ipynb #5698415f
 class _AsMasked:
     "What of a model is compared with a file"
     def __init__(self, model): self.state,self.params = masked_state(model), [n for n,_ in model.named_parameters(remove_duplicate=False)]+[f'{_prefix(n)}weight' for n in _sparse(model)]
@@ -348,11 +359,13 @@ def _check_fit(model, names, shapes):
     masked,_,rest = _split(state)
     if problem := _misfit(own, rest, masked): raise ValueError(f"it does not fit {type(model).__name__}: {problem}")
     for n in masked:
-        if state[f'{n}_mask'].shape!=state[n].shape: raise ValueError(f"the mask of {n!r} has shape {tuple(state[n+'_mask'].shape)}, not {tuple(state[n].shape)}")
+        if state[f'{n}_mask'].shape!=state[n].shape:
+            raise ValueError(f"the mask of {n!r} has shape {tuple(state[n+'_mask'].shape)}, not {tuple(state[n].shape)}")
     kind = lambda t: (t.is_floating_point(), t.is_complex())
     for n,t in own.state.items():
         if n in rest and kind(t)!=kind(rest[n]): raise ValueError(f"{n!r} is {rest[n].dtype}, and the model's {t.dtype}")
 
+# %% ../nbs/11_files.ipynb #1518db56
 def _checked(path, model, opt):
     "(data, description) of a file that is in order and fits model and optimizer"
     try:

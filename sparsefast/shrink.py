@@ -61,7 +61,8 @@ def through(
     "What a node makes of channels that are constant"
     if node.op=='call_function' and node.target in _functions:
         return lambda v: node.target(v, *node.args[1:], **{k: x for k,x in node.kwargs.items() if k!='inplace'})
-    if node.op in ('call_function', 'call_method') and node.target in (torch.flatten, 'flatten'): return _same if tuple(node.args[1:])==(1,) and not node.kwargs and (conv or flat) else None
+    if node.op in ('call_function', 'call_method') and node.target in (torch.flatten, 'flatten'):
+        return _same if tuple(node.args[1:])==(1,) and not node.kwargs and (conv or flat) else None
     if node.op!='call_module': return None
     m = modules[node.target]
     if isinstance(m, _BatchNorm): return _norm(m) if conv or flat else None
@@ -74,10 +75,10 @@ def through(
 class Chain:
     "A layer, what follows channel by channel, and the layers that use it"
     def __init__(self,
-        head, # Node of the layer whose units can be cut
-        steps:list, # Of (node, function of `through`), in the order of computation
+        head, # Node of the layer
+        steps:list, # Of (node, what it makes of constants)
         ends:list, # Nodes of the layers that use it
-        modules:dict, # Name in the graph -> module
+        modules:dict, # Name -> module
     ): self.head,self.steps,self.ends,self.modules = head,steps,ends,modules
 
     def constants(self):
@@ -96,11 +97,11 @@ def _plain(m, node, single):
 
 def chain_from(
     head, # A node of the graph
-    modules:dict, # Name in the graph -> module
-    single:set, # Modules that are called once, and share no parameter
+    modules:dict, # Name -> module
+    single:set, # Modules that are called once and share nothing
     shapes:dict, # Module -> shape of its output
-)->Chain: # `None` if its units cannot be cut
-    "The chain that starts at a node"
+): # A `Chain`, or `None`
+    "The chain that starts at a node, or `None`"
     p = modules.get(head.target) if head.op=='call_module' else None
     if p is None or not _plain(p, head, single) or p not in shapes: return None
     conv,flat,steps,ends,todo,seen = isinstance(p, _convs), len(shapes[p])==2, [], [], [head], set()
@@ -155,8 +156,8 @@ def _by_unit(t, n):
 def _pads(m): return isinstance(m, _convs) and m.padding_mode=='zeros' and m.padding!='valid' and (m.padding=='same' or any(m.padding))
 
 def which(
-    chain:Chain, # Where to look
-)->tuple: # Of three boolean tensors, each with an element for each unit of the head
+    chain:Chain, # From `chains`
+): # Three boolean vectors
     "(units to cut because they are constant, because nobody listens, those of which one is enough)"
     p,ends = chain.modules[chain.head.target], [chain.modules[e.target] for e in chain.ends]
     n,consts = len(p.weight), chain.constants()
@@ -172,11 +173,11 @@ def _set(m, name, t):
     else: m._buffers[name] = t
 
 def cut(
-    m:nn.Module, # Linear layer or convolution, changed in place
-    keep:torch.Tensor, # Indices of what stays, in order
-    dim:int, # 0 for outputs, 1 for inputs
-):
-    "Keep some outputs or inputs of a layer, in its mask too"
+    m:nn.Module, # A linear layer or convolution, changed in place
+    keep:torch.Tensor, # Indices
+    dim:int, # 0: outputs, 1: inputs
+)->None:
+    "Keep some outputs (`dim` 0) or inputs (1) of a layer, in its mask too"
     for n in memory_names(m, list(m._buffers)): del m._buffers[n]
     for n in ('weight', 'weight_mask', *(('bias',) if dim==0 and m.bias is not None else ())):
         if (t := m._parameters.get(n, m._buffers.get(n))) is not None: _set(m, n, t.detach().index_select(dim, keep).clone())
@@ -210,6 +211,7 @@ def _merge(e, n, units, const):
         m[:,units[0]] = m[:,units].any(1)
         e._buffers['weight_mask'] = m.reshape(mask.shape)
 
+# %% ../nbs/11a_shrink.ipynb #9a834d3a
 def _first(sticks, consts, ends):
     "The units of which one is enough, that one first; it must be seen by everybody who sees the others"
     padded = [c for c,e in zip(consts, ends) if _pads(e)]
@@ -221,9 +223,9 @@ def _first(sticks, consts, ends):
 
 @torch.no_grad()
 def shorten(
-    chain:Chain, # Its modules are changed in place
+    chain:Chain, # From `chains`; its layers are changed in place
 )->int: # How many units went
-    "Cut what can be cut from one chain"
+    "Cut what can be cut from one chain; returns how many units went"
     p,ends = chain.modules[chain.head.target], [chain.modules[e.target] for e in chain.ends]
     n,consts,(dead,deaf,sticks) = len(p.weight), chain.constants(), which(chain)
     if (units := _first(sticks, consts, ends)) is not None:
@@ -265,7 +267,8 @@ def shrink_model(
         found = chains(small, *inputs, **kwargs)
         while sum(shorten(c) for c in found): pass
         new = small(*inputs, **kwargs)
-    if (err := output_error(out, new)): raise RuntimeError(f"the smaller model's outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
+    if (err := output_error(out, new)):
+        raise RuntimeError(f"the smaller model's outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
     for m,t in zip(small.modules(), was): m.training = t
     before,after = _shapes(model), _shapes(small)
     return small, {n: (before[n], s) for n,s in after.items() if s!=before[n]}
