@@ -51,6 +51,7 @@ def _of_file(path, arch, size, channels):
     if not last: raise ValueError(f"'{path}' has no linear layer, so it is none of {arch}")
     return load_sparse(path, shape_like(make_model(arch, size, channels, len(last[-1])), state))
 
+# %% ../nbs/21_bench.ipynb #ea86a964
 def get_model(
     what:str, # A name or a file
     arch:str, # What a compact checkpoint is of, or `None`
@@ -97,6 +98,7 @@ def check_args(
         size=check_number('size', size, 1) or (28 if small else 224), channels=check_number('channels', channels, 1) or (1 if small else 3), classes=check_number('classes', classes, 1),
         threads=check_number('threads', threads, 1), margin=check_number('margin', margin, 1, 1e9, whole=False), seed=check_number('seed', seed, 0, 2**32-1))
 
+# %% ../nbs/21_bench.ipynb #3a40d654
 def bench(
     what, # A name or a file
     arch, # What a compact checkpoint is of, or `None`

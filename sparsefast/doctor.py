@@ -189,6 +189,7 @@ def check_frozen(
     for n,l in case.layers:
         if not l.p.requires_grad: yield Finding('note', 'frozen', n, 'the layer is frozen, so its mask will not change', 'nothing, or `learn.unfreeze()`')
 
+# %% ../nbs/08c_doctor.ipynb #02f92f1c
 def _params(opt): return {p for g in getattr(opt, 'param_lists', None) or [g['params'] for g in getattr(opt, 'param_groups', [])] for p in g}
 
 def check_optimizer(

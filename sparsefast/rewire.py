@@ -47,6 +47,7 @@ class Layer(NamedTuple):
         s = maybe_float(self.module._buffers.get(f'{self.name}_sparsity'))
         return 1-self.mask.float().mean().item() if s is None else s
 
+# %% ../nbs/04a_rewire.ipynb #711ed405
 def is_stored(
     m:nn.Module, # Any module
 )->bool:

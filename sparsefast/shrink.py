@@ -88,6 +88,7 @@ class Chain:
         for node,f in self.steps: val[node] = f(val[node.args[0]])
         return [val[e.args[0]].double() for e in self.ends]
 
+# %% ../nbs/11a_shrink.ipynb #ba307232
 def _owns(m): return any(True for _ in m.parameters()) or any(True for _ in m.buffers())
 
 def _plain(m, node, single):
