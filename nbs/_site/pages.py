@@ -17,7 +17,7 @@ nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 # From beginner to researcher. A notebook in `tutorials` that is not named here stops the build.
 tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'choosing', 'large_batches', 'ship', 'distributed']
 # Rooms by number: a group reaches to the next one's first
-rooms = [(1, 'Foundations'), (4, 'Methods'), (6, 'In fastai'), (7, 'See it'), (10, 'Fast'), (20, 'Command line')]
+rooms = [(1, 'Foundations'), (4, 'Methods'), (6, 'In fastai'), (7, 'See it'), (9, 'Fast'), (20, 'Command line')]
 
 # ------------------------------------------------------------ notebooks and their names
 def notebooks():

@@ -262,7 +262,8 @@ def spread(net, s):
 def level(net, s):
     "Methods that cannot be told apart from the best of a column: less than two standard errors of a difference behind"
     runs = {m: a for m in methods if (a := accuracies(net, m, s))}
-    least = max(map(mean, runs.values()), default=0) - 2*spread(net, s)*(2/len(seeds))**.5
+    if (sd := spread(net, s))==math.inf: return set()                         # one seed alone tells of no error
+    least = max(map(mean, runs.values()), default=0) - 2*sd*(2/len(seeds))**.5
     return {m for m,a in runs.items() if mean(a)>=least}
 
 def table(net, only=methods, costs=True):
