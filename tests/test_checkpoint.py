@@ -206,7 +206,8 @@ import os, signal, sys, torch
 from sparsefast.checkpoint import atomic_save
 atomic_save(dict(a=torch.ones(1000)), sys.argv[1])
 def dies(*args): os.kill(os.getpid(), signal.SIGKILL)
-def half(obj, f): f.write(b'x'*2000); f.flush(); dies()
+def half(obj, path):
+    with open(path, 'wb') as f: f.write(b'x'*2000); f.flush(); dies()
 if sys.argv[2]=='half written': torch.save = half
 else: os.replace = dies
 atomic_save(dict(a=torch.zeros(1000)), sys.argv[1])
