@@ -122,6 +122,7 @@ def fan_in_reference(rows, fan_in, mask, keep, grow, n_drop, n_grow, ablate):
     by_count = sorted(range(rows), key=lambda r: (-count[r], r))
     stay = {r for r in range(rows) if count[r]>=least}|set(by_count[:min(total//fan_in+1, rows)])
     stay = set([r for r in by_count if r in stay][:min(total, len(stay))])
+    if not (n_drop or n_grow): stay = {r for r in range(rows) if any(mask[r*fan_in:(r+1)*fan_in])}     # asked to change nothing, it changes nothing
     k = min(total//max(len(stay), 1), fan_in)
     new = set()
     for r in stay:

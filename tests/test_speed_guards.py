@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.optimizer import Adam as fastAdam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD as fastSGD, ranger
 from helpers import PRESETS, TORCH_OPTS, backward, batches, learner, masked_are_zero, opt_tensors, plain_loop, snapshot, sparse_mlp
-from sparsefast import masks as M, methods, rewire, sparsify
+from sparsefast import masks as M, methods, rewire
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.masks import apply_masks, masked_params, noted, sample_masked, top_k_mask, zero_masked_
 from sparsefast.methods import DSTMethod, keeps_zeros
@@ -175,7 +175,7 @@ def test_training_in_evaluation_mode(make):
 def count_masking(monkeypatch):
     "How many layers a hook masks"
     n = []
-    monkeypatch.setattr(sparsify, 'apply_masks', lambda m: n.append(m) or apply_masks(m))
+    monkeypatch.setattr(M, 'apply_masks', lambda m: n.append(m) or apply_masks(m))
     return n
 
 def test_hooks_do_nothing_where_nothing_happened(monkeypatch):
