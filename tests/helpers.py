@@ -16,6 +16,8 @@ from sparsefast.presets import RigL_presets, SET_presets, SNFS_presets, Static_p
 from sparsefast.scores import inner_opt
 from sparsefast.sparsify import sparsify_model
 
+torch.set_num_threads(1)                                                              # rounding depends on it: also in processes that tests start
+
 PRESETS = dict(SET=SET_presets, SNFS=SNFS_presets, RigL=RigL_presets)
 
 def mlp(*sizes, dtype=None, bias=True):

@@ -224,7 +224,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 SCRIPT = '''
 import sys, warnings; warnings.filterwarnings('ignore')
-import torch; torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import *
 learn = fresh(sys.argv[2], seed=int(sys.argv[3]))
