@@ -615,6 +615,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.scores.gradient_value': ('scores.html#gradient_value', 'sparsefast/scores.py'),
                                    'sparsefast.scores.inner_opt': ('scores.html#inner_opt', 'sparsefast/scores.py'),
                                    'sparsefast.scores.keeps_momentum': ('scores.html#keeps_momentum', 'sparsefast/scores.py'),
+                                   'sparsefast.scores.magnitude_no_empty_rows': ( 'scores.html#magnitude_no_empty_rows',
+                                                                                  'sparsefast/scores.py'),
                                    'sparsefast.scores.momentum': ('scores.html#momentum', 'sparsefast/scores.py'),
                                    'sparsefast.scores.opt_state': ('scores.html#opt_state', 'sparsefast/scores.py'),
                                    'sparsefast.scores.per_sign_magnitude': ('scores.html#per_sign_magnitude', 'sparsefast/scores.py'),

@@ -7,11 +7,11 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'spar
            'sparseable_modules', 'drop_grow', 'nm_pattern', 'block_pattern', 'fan_in_pattern', 'pattern_mask',
            'follows', 'weight_names', 'select_weights', 'uniform_sparsity', 'first_layer_dense_uniform',
            'erdos_renyi_sparsity', 'global_sparsity', 'add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model',
-           'load_sparse_state', 'sparse_kaiming_normal_', 'random_score', 'weight_magnitude', 'per_sign_magnitude',
-           'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'random_value',
-           'gradient_value', 'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score', 'grasp_score',
-           'synflow_score', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal',
-           'alternate', 'denser', 'global_share', 'threshold_share', 'importance_redistribution',
+           'load_sparse_state', 'sparse_kaiming_normal_', 'random_score', 'weight_magnitude', 'magnitude_no_empty_rows',
+           'per_sign_magnitude', 'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum',
+           'random_value', 'gradient_value', 'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score',
+           'grasp_score', 'synflow_score', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal',
+           'step_anneal', 'alternate', 'denser', 'global_share', 'threshold_share', 'importance_redistribution',
            'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach',
            'sync_masks', 'FlopCount', 'count_flops', 'official_flops', 'training_flops', 'sparse_summary',
            'SparseSummary', 'SparseRecorderCallback', 'sparse_doctor', 'plot_sparsity', 'show_masks', 'plot_churn',
@@ -56,7 +56,7 @@ _all_ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'sparse
          'add_mask', 'enforce_masks', 'sparsify_model', 'unsparsify_model', 'load_sparse_state', 'sparse_kaiming_normal_']
 
 # %% ../nbs/00_core.ipynb #aca9e2d2
-_all_ = ['random_score', 'weight_magnitude', 'per_sign_magnitude', 'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'random_value', 'gradient_value',
+_all_ = ['random_score', 'weight_magnitude', 'magnitude_no_empty_rows', 'per_sign_magnitude', 'random_elsewhere', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'random_value', 'gradient_value',
          'exploration_penalty', 'sr_ste_penalty', 'table_score', 'snip_score', 'grasp_score', 'synflow_score',
          'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal', 'alternate', 'denser',
          'global_share', 'threshold_share', 'importance_redistribution', 'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach', 'sync_masks',

@@ -21,8 +21,8 @@ from functools import partial
 from .allocation import global_share, importance_redistribution, survivor_redistribution, threshold_share
 from .patterns import fan_in_pattern, nm_pattern
 from .schedules import alternate, constant_anneal, denser, inverse_power_anneal, step_anneal
-from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, per_sign_magnitude, random_elsewhere, random_score, random_value,
-                               sr_ste_penalty, weight_magnitude)
+from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, magnitude_no_empty_rows, per_sign_magnitude, random_elsewhere,
+                               random_score, random_value, sr_ste_penalty, weight_magnitude)
 
 # %% ../nbs/05a_presets.ipynb #9f239171
 # No updates: the masks stay
@@ -90,6 +90,6 @@ SRigL_presets = {**RigL_presets, 'pattern_f': fan_in_pattern}
 SR_STE_presets = {**TopKAST_presets, 'explore_pct': 1., 'penalty_f': sr_ste_penalty, 'pattern_f': nm_pattern}
 
 # %% ../nbs/05a_presets.ipynb #45ddea40
-# RigL's criteria, gradients averaged between few, large updates, and density that moves between layers
-RigL_avg_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5, batches_per_update=1/12, stop_pct=1.0,
-                        replaces_step=False, redistribute_f=importance_redistribution, grad_steps=None)
+# RigL's criteria with no row left empty, gradients averaged between few, large updates, and density that moves between layers
+RigL_avg_presets = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5, batches_per_update=1/12,
+                        stop_pct=1.0, replaces_step=False, redistribute_f=importance_redistribution, grad_steps=None)

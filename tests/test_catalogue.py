@@ -85,6 +85,21 @@ def test_each_layer_keeps_its_number(name):
     start = nnz(model)
     trained(model, m, every_step=lambda step: [pytest.fail(f'step {step}') for _ in [0] if nnz(model)!=start])
 
+@pytest.mark.parametrize('keep_score_f,stay', [(magnitude_no_empty_rows, True), (weight_magnitude, False)])
+def test_no_row_with_weights_loses_them_all(keep_score_f, stay):
+    "Even weak rows; drop by magnitude alone empties them"
+    m,model = preset('RigL_avg', keep_score_f=keep_score_f, redistribute_f=None), net()
+    started(model, m, .6)                                                                    # so that half of the weights are still enough for all rows
+    for mod in model.modules():
+        if hasattr(mod, 'weight'): mod.weight.data[::2] *= 1e-3
+    has = lambda: [k.any(1) for k in masks(model)]
+    before,held = has(),[]
+    def look(step):
+        held.append(all((now|~was).all() for was,now in zip(before, has())))
+        before[:] = has()
+    trained(model, m, every_step=look, opt=momentum_sgd(model, lr=1e-4))
+    assert all(held)==stay
+
 @pytest.mark.parametrize('name', DYNAMIC)
 def test_same_seed_same_run(name):
     runs = []

@@ -95,8 +95,8 @@ def test_random_score():
 
 def test_what_scores_need():
     needs = lambda f: (f.needs_grad, getattr(f, 'needs_momentum', False))
-    assert {f.__name__: needs(f) for f in (random_score, weight_magnitude, gradient_magnitude, gradient_momentum)} == dict(
-        random_score=(False,False), weight_magnitude=(False,False), gradient_magnitude=(True,False), gradient_momentum=(False,True))
+    assert {f.__name__: needs(f) for f in (random_score, weight_magnitude, magnitude_no_empty_rows, gradient_magnitude, gradient_momentum)} == dict(
+        random_score=(False,False), weight_magnitude=(False,False), magnitude_no_empty_rows=(False,False), gradient_magnitude=(True,False), gradient_momentum=(False,True))
 
 def test_inner_opt():
     p = nn.Parameter(torch.ones(2))
@@ -107,3 +107,21 @@ def test_inner_opt():
     class Accelerated:                                                                   # accelerate's wrapper keeps it in `optimizer`
         def __init__(self, o): self.optimizer = o
     assert inner_opt(Accelerated(w)) is inner_opt(w)
+
+def test_no_empty_rows():
+    "The strongest active weight of each row, and no other, is out of reach: plain loops agree, in any memory format"
+    for p in (torch.randn(5,7), torch.randn(4,3,2,2).to(memory_format=torch.channels_last), torch.randn(6,1), torch.randn(3,4,dtype=torch.bfloat16)):
+        mask = torch.rand(p.shape)<.4
+        score,before = magnitude_no_empty_rows(p, mask=mask, opt=None, step=1, pct=0., generator=None), p.clone()
+        assert score.shape==p.shape and score.dtype==p.dtype and torch.equal(p, before)
+        for w,k,s in zip(p, mask, score):
+            active = [i for i,on in enumerate(k.flatten().tolist()) if on]
+            if not active: continue
+            best = max(active, key=lambda i: w.flatten()[i].abs())
+            for i in active: assert s.flatten()[i] == (float('inf') if i==best else w.flatten()[i].abs())
+
+def test_no_empty_rows_protects_one_of_equal_weights():
+    zeros = magnitude_no_empty_rows(torch.zeros(2,3), mask=torch.tensor([[False,True,True], [True,True,True]]))
+    assert zeros.isinf().nonzero().tolist()==[[0,1], [1,0]]
+    assert magnitude_no_empty_rows(torch.ones(2,2)).isinf().sum(1).tolist()==[1,1]
+    assert magnitude_no_empty_rows(torch.zeros(0,3)).shape==(0,3) and magnitude_no_empty_rows(torch.zeros(3,0)).shape==(3,0)

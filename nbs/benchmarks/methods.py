@@ -96,13 +96,6 @@ methods = {
 }
 def without(**changes): return {**RigL_avg_presets, **changes}
 
-def strongest_stays(p, mask, **kwargs):
-    "Magnitude, but the largest weight of a row is never dropped, so that no row loses all of its weights"
-    rows = (p.detach().abs()*mask).flatten(1)
-    return weight_magnitude(p).masked_fill((rows==rows.amax(1, keepdim=True)).view(p.shape) & mask, math.inf)
-
-strongest_stays.needs_grad = False
-
 def use(**kw): return lambda *args: kw
 
 ablation = {                                                             # 'RigL, averaged', with one of its ingredients changed: a method as above, and changes of the recipe
@@ -113,13 +106,13 @@ ablation = {                                                             # 'RigL
     'each 100 steps':       (without(batches_per_update=100), None, None),
     'in the step\'s place': (without(replaces_step=True), 1/12, None),
     'sparse-aware init':    (RigL_avg_presets, 1/12, use(init_f=sparse_kaiming_normal_)),
-    'no row empties':       (without(keep_score_f=strongest_stays), 1/12, None),
+    'rows may empty':       (without(keep_score_f=weight_magnitude), 1/12, None),
     'uniform':              (RigL_avg_presets, 1/12, use(sparse_f=uniform_sparsity)),
     'no warm-up':           (RigL_avg_presets, 1/12, None, dict(warmup_epochs=0)),
     'half the rate':        (RigL_avg_presets, 1/12, None, dict(lr=0.05)),
     'norms re-estimated':   (RigL_avg_presets, 1/12, None, dict(update_bn=True)),
 }
-def changes(net, m): return m in ('no redistribution', 'no row empties') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
+def changes(net, m): return m in ('no redistribution', 'rows may empty') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
 
 denser   = ('MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
 leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'GMP', 'GraNet')   # those the residual network sees, at 95 and 98 %
