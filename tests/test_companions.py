@@ -188,14 +188,25 @@ def test_torch_optimizers(opt, preset):
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
 @pytest.mark.parametrize('preset', PRESETS)
 def test_muon(preset):
-    "For matrices; all else by another optimizer. Its steps are dense, and masked all the same"
-    model = sparse_mlp()
-    before = sum(nnz(model))
-    o = torch.optim.Muon([p for p in model.parameters() if p.dim()==2], lr=1e-2)
+    "For matrices; all else by another optimizer. Its steps are dense, and masked all the same; under OptimWrapper too, where it trains as in the plain loop"
+    def bare(): return nn.Sequential(*[nn.Linear(i, o, bias=False) if k%2==0 else nn.ReLU() for k,(i,o) in enumerate([(8,24), (0,0), (24,20), (0,0), (20,3)])])
+    def made():
+        torch.manual_seed(0)
+        sparsify_model(model := bare(), .5)
+        return model
+    model = made()
+    before,first = sum(nnz(model)),masks(model)
     def exact(step): assert sum(nnz(model))==before and masked_are_zero(model)
-    first = masks(model)
-    plain_loop(model, o, DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8}), 40, exact)
+    muon = partial(torch.optim.Muon, lr=1e-2)
+    o,m = muon(model.parameters()),DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8})
+    for step,(x,y) in enumerate(batches(10)*4, 1):
+        backward(model, x, y)
+        m.step(model, o, step, (step-1)/40)
+        exact(step)
     assert not same_masks(first, masks(model))
+    learn = learner(model=made(), opt_func=wrapped(muon), cbs=dst(preset))
+    trained(learn, state=False, lr=1e-2)
+    assert not changed(snapshot(learn.model), snapshot(model))
 
 # ------------------------------------------------------------ copies and files
 def test_copies_train_on_their_own():
