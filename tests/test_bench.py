@@ -1,7 +1,7 @@
 "`sparsefast_bench`: the table, from names and files, and one line for wrong values"
 import runpy, sys
 import pytest, torch
-from sparsefast import bench, cli
+from sparsefast import bench, cli, models
 from sparsefast.deploy import SpeedTable
 from sparsefast.files import save_sparse
 from sparsefast.masks import masked_params
@@ -40,7 +40,7 @@ def test_timm(command):
 
 def test_compact_checkpoint(command, tmp_path):
     torch.manual_seed(0)
-    model = cli.mlp(64, 7)
+    model = models.mlp(64, 7)
     sparsify_model(model, 0.99)
     save_sparse(model, tmp_path/'m.safetensors')
     save_sparse(shrink_model(model, torch.randn(2, 1, 8, 8))[0], tmp_path/'small.safetensors')
@@ -70,7 +70,7 @@ BAD = {'resnet81': 'did you mean', 'nothing.pkl': "no file 'nothing.pkl'", 'no/w
 def test_wrong_values(command, tmp_path, args, says):
     (tmp_path/'folder').mkdir()
     for f in ('broken.pkl', 'broken.safetensors'): (tmp_path/f).write_bytes(b'nothing')
-    sparsify_model(model := cli.mlp(64, 7), 0.9)
+    sparsify_model(model := models.mlp(64, 7), 0.9)
     save_sparse(model, tmp_path/'m.safetensors')
     code,out,err = command(args)
     assert code==2 and out=='' and len(err.splitlines())==1 and err.startswith('sparsefast_bench: ') and says in err and 'Traceback' not in err

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
-from sparsefast import cli
+from sparsefast import cli, datasets, models
 from sparsefast.layers import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
@@ -174,13 +174,13 @@ def test_folder_with_a_seeded_split(command, load, here):
 def test_folder_with_train_and_valid(here):
     folder(here/'train', n=6)
     folder(here/'valid', n=3, start=100)
-    dls = cli.get_dls('.', 16, 3)
+    dls = datasets.get_dls('.', 16, 3)
     assert {f.parent.parent.name for f in dls.train.items}=={'train'} and {f.parent.parent.name for f in dls.valid.items}=={'valid'}
     assert (len(dls.train.items),len(dls.valid.items))==(12, 6)
 
 def test_split_depends_on_the_seed(here):
     folder(here, n=12, side=8)
-    valid = [sorted(cli.image_files(here, seed)[1]) for seed in (1, 1, 2)]
+    valid = [sorted(datasets.image_files(here, seed)[1]) for seed in (1, 1, 2)]
     assert valid[0]==valid[1]!=valid[2]
 
 def test_resnet18_on_a_folder(command, load, here):
@@ -194,29 +194,29 @@ def test_resnet18_on_a_folder(command, load, here):
 def test_fashion_reads_idx_files(here, monkeypatch):
     rng = np.random.default_rng(0)
     images,labels = rng.integers(0, 256, (30, 28, 28)),np.arange(30)%10
-    monkeypatch.setattr(cli, 'fashion_path', here)
+    monkeypatch.setattr(datasets, 'fashion_path', here)
     for part,s in dict(train=slice(20), t10k=slice(20, 30)).items():
         idx(here/f'{part}-images-idx3-ubyte.gz', images[s])
         idx(here/f'{part}-labels-idx1-ubyte.gz', labels[s])
-    items,valid,classes,_ = cli.fashion_source(28, 1, 0)
+    items,valid,classes,_ = datasets.fashion_source(28, 1, 0)
     assert list(valid)==list(range(20, 30)) and len(classes)==10
-    assert all((a==b).all() and l==cli.fashion_classes[i] for (a,l),b,i in zip(items, images, labels))
-    assert cli.get_dls('fashion', 32, 3, 8).one_batch()[0].shape==(8, 3, 32, 32)
+    assert all((a==b).all() and l==datasets.fashion_classes[i] for (a,l),b,i in zip(items, images, labels))
+    assert datasets.get_dls('fashion', 32, 3, 8).one_batch()[0].shape==(8, 3, 32, 32)
 
 def test_fashion_missing(command, here, monkeypatch):
-    monkeypatch.setattr(cli, 'fashion_path', here/'nowhere')
+    monkeypatch.setattr(datasets, 'fashion_path', here/'nowhere')
     code,out,err = command('--data fashion')
     assert code==2 and len(err.splitlines())==1 and 'apt-get install dataset-fashion-mnist' in err and not list(here.iterdir())
 
 def test_mnist(command, here, monkeypatch):
     def offline(url): raise OSError('no route to host')
-    monkeypatch.setattr(cli, 'untar_data', offline)
+    monkeypatch.setattr(datasets, 'untar_data', offline)
     code,out,err = command('--data mnist')
     assert code==2 and len(err.splitlines())==1 and 'no route to host' in err and not list(here.iterdir())
     folder(here/'training', n=6, side=20)
     folder(here/'testing', n=2, side=20, start=50)
-    monkeypatch.setattr(cli, 'untar_data', lambda url: here)
-    dls = cli.get_dls('mnist', 28)
+    monkeypatch.setattr(datasets, 'untar_data', lambda url: here)
+    dls = datasets.get_dls('mnist', 28)
     assert dls.one_batch()[0].shape==(12, 1, 28, 28) and {f.parent.parent.name for f in dls.valid.items}=={'testing'}
 
 # ------------------------------------------------------------ wrong values
@@ -268,7 +268,7 @@ def test_unknown_arch_without_timm(command, monkeypatch):
 
 def test_timm(here):
     pytest.importorskip('timm')
-    model = cli.zoo('resnet10t')(num_classes=7)
+    model = models.zoo('resnet10t')(num_classes=7)
     assert model(torch.zeros(2, 3, 32, 32)).shape==(2, 7)
 
 def test_interrupt(command, here, monkeypatch):
@@ -284,7 +284,7 @@ def test_help(command):
 def test_imports_without_vision():
     "The default run needs neither torchvision nor fastai.vision"
     code = """import sys; sys.modules['torchvision'] = sys.modules['fastai.vision'] = None
-from sparsefast import cli
-dls = cli.get_dls('digits', 8)
-cli.get_model('convnet', dls, 8, 1)"""
+from sparsefast import cli, datasets, models
+dls = datasets.get_dls('digits', 8)
+models.get_model('convnet', dls, 8, 1)"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr==''

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from sparsefast.core import *
-from sparsefast.cli import fashion_arrays
+from sparsefast.datasets import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')
 presets = {'static': Static_presets, 'SET': SET_presets, 'SNFS': SNFS_presets, 'RigL': RigL_presets,

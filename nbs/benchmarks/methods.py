@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import noop
 from sparsefast.core import *
-from sparsefast.cli import fashion_arrays
+from sparsefast.datasets import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')
 sparsities, seeds = (0.9, 0.95, 0.98, 0.99), (0, 1, 2)
