@@ -71,10 +71,10 @@ def language_models():
 
 # ------------------------------------------------------------ one model
 def overlooked(model):
-    "Weights of two dimensions or more that belong to a linear layer, a convolution, attention or a recurrent layer, and are not known as such"
+    "Weights with two dimensions of more than one that belong to a linear layer, a convolution, attention or a recurrent layer, and are not known as such"
     known = {id(w.p) for w in weight_names(model)}
     kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-    return [f'{n}.{k}' for n,m in model.named_modules() if isinstance(m, kinds) for k,p in m._parameters.items() if p is not None and p.dim()>1 and k not in ('bias_k', 'bias_v') and id(p) not in known]
+    return [f'{n}.{k}' for n,m in model.named_modules() if isinstance(m, kinds) for k,p in m._parameters.items() if p is not None and p.dim()>1 and p.numel()>max(p.shape) and k not in ('bias_k', 'bias_v') and id(p) not in known]
 
 def others(model):
     "Share of the weights of two dimensions or more that are in no layer we know, embeddings aside: tables of positions, experts in one tensor"
