@@ -3,7 +3,7 @@
 Progress-bar debris, second forms of a table and warnings of other people's imports are left out; consecutive printed lines are joined."""
 import os, re, sys
 from pathlib import Path
-os.environ['PYTHONWARNINGS'] = 'ignore'
+os.environ |= dict(PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1')     # with one thread, outputs do not depend on the number of cores
 import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
