@@ -214,7 +214,7 @@ def apply_masks(
         else:       p.data = zero_masked_(p.data.clone(), mask)
 
 # %% ../nbs/01_masks.ipynb #08529068
-def _origin(p, mask): return p.stride(), mask._version, vars(mask.untyped_storage()).get('token')
+def _origin(p, mask): return p.stride(), mask._version, mask.untyped_storage().__dict__.get('token')          # (`vars` would be a call more)
 
 def note(
     p:torch.Tensor, # A parameter that is masked now
@@ -234,14 +234,14 @@ def noted(
 )->dict: # The facts; empty if none hold
     "What was noted, if it still holds"
     try:
-        n = vars(p.untyped_storage())['masked'][p.storage_offset()]
+        n = p.untyped_storage().masked[p.storage_offset()]
         return n if n['p']() is p and (written or n['version']==p._version) and n['origin']==_origin(p, mask) else {}
-    except (KeyError, NotImplementedError, RuntimeError): return {}
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError): return {}
 
 # %% ../nbs/01_masks.ipynb #c7ebc697
 def sample_masked(
     mask:torch.Tensor, # Boolean
-    n:int=64, # At most so many
+    n:int=16, # At most so many
 ): # Flat places, or `None` if a sample shows none, or looking would mean waiting for a GPU
     "Some places that are masked, spread over the weight"
     if not mask.is_cpu: return None
@@ -256,7 +256,7 @@ def looks_masked(
     "Are all these places of all these weights zero? Not known without places"
     if any(s is None for s in samples): return False
     seen = [p.detach().take(s) for p,s in zip(ps, samples)]
-    return not seen or not (torch.cat(seen) if len(seen)>1 else seen[0]).any().item()
+    return not seen or not any((torch.cat(seen) if len(seen)>1 else seen[0]).tolist())
 
 # %% ../nbs/01_masks.ipynb #3ea3ebb7
 def _pairs(owner):
@@ -266,8 +266,8 @@ def _pairs(owner):
 
 def _spared(p, mask, trains):
     "Need `p` not be masked before this forward?"
-    n = noted(p, mask)
-    if not n or not trains: return bool(n) and n['evaluated'] and (n['fresh'] or p.grad is None)
+    if not (n := noted(p, mask)): return False
+    if not trains: return n['evaluated'] and (n['fresh'] or p.grad is None)
     fresh = n['fresh']
     n.update(fresh=False, evaluated=False, sure=n['sure'] and fresh)       # after a second forward, somebody else may have stepped since the first
     return fresh and looks_masked([p], [n['places']])
@@ -279,8 +279,10 @@ def keep_masked(
     "`apply_masks` as a forward-pre-hook that knows when there is nothing to do"
     if torch.compiler.is_compiling(): return apply_masks(owner)
     pairs = _pairs(owner)
-    trains = owner.training or getattr(args[0] if args else owner, 'training', False) or torch.is_grad_enabled() and any(p.requires_grad for p,_ in pairs)
-    if all([_spared(p, mask, trains) for p,mask in pairs]): return
+    trains = owner.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs]) or bool(args) and args[0] is not owner and getattr(args[0], 'training', False)
+    spared = True
+    for p,mask in pairs: spared = _spared(p, mask, trains) and spared
+    if spared: return
     apply_masks(owner)
     for p,mask in [] if trains else pairs:
         n = noted(p, mask)
