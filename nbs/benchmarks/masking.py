@@ -131,7 +131,7 @@ def passes(name):
 
 # ------------------------------------------------------------ an evaluation
 def evaluations(name, bs):
-    "A forward pass without gradients, hooks enforced; and by hooks that mask each time"
+    "A forward pass without gradients, hooks enforced; by hooks that mask each time; and by hooks that do nothing at all"
     _,_,shape,n = works[name]
     x = torch.randn(bs, *shape)
     def forward(model):
@@ -139,15 +139,17 @@ def evaluations(name, bs):
         def one():
             with torch.no_grad(): model(x)
         return one
-    always = made(name, True)
-    enforce_nothing(always)
-    for m in {m for m,*_ in masked_params(always)}: m.register_forward_pre_hook(apply_masks)
+    always,nothing = hooked(name, apply_masks), hooked(name, lambda *_: None)
     many = 20 if bs==1 and name=='MLP' else 3
-    return ratios(rounds({'dense': times(forward(made(name, False)), many), 'sparse': times(forward(made(name, True)), many), 'always masking': times(forward(always), many), 'dense again': times(forward(made(name, False)), many)},
+    return ratios(rounds({'dense': times(forward(made(name, False)), many), 'sparse': times(forward(made(name, True)), many), 'always masking': times(forward(always), many), 'empty hooks': times(forward(nothing), many), 'dense again': times(forward(made(name, False)), many)},
                          60 if bs==1 else n))
 
-def enforce_nothing(model):
+def hooked(name, f):
+    "A sparse network with hooks of another kind"
+    model = made(name, True)
     for m in model.modules(): m._forward_pre_hooks.clear()
+    for m in dict.fromkeys(m for m,*_ in masked_params(model)): m.register_forward_pre_hook(f)
+    return model
 
 def times(f, n):
     def many():
@@ -258,10 +260,10 @@ def pass_table():
     return markdown(['network', 'weights', 'by bytes, in pieces: ns a weight', 'by a mask four bytes wide', 'times a number'], rows)
 
 def eval_table():
-    "Evaluations: sparse to dense, masking each time to dense, and dense to dense"
+    "Evaluations: sparse to dense, with hooks that mask each time to dense, with hooks that do nothing to dense, and dense to dense"
     got = done()
-    rows = [[name, str(bs), str(t), show(r, 'sparse'), show(r, 'always masking'), show(r, 'dense again')] for name in works for bs in (works[name][1], 1) for t in (1, 2) if (r := got.get((f'eval {name} batch {bs}', t)))]
-    return markdown(['network', 'batch', 'threads', 'sparse / dense', 'always masking / dense', 'dense / dense'], rows)
+    rows = [[name, str(bs), str(t), show(r, 'sparse'), show(r, 'always masking'), show(r, 'empty hooks'), show(r, 'dense again')] for name in works for bs in (works[name][1], 1) for t in (1, 2) if (r := got.get((f'eval {name} batch {bs}', t)))]
+    return markdown(['network', 'batch', 'threads', 'sparse / dense', 'always masking / dense', 'empty hooks / dense', 'dense / dense'], rows)
 
 def update_table():
     "Updates: seconds and memory"
