@@ -19,9 +19,9 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
-from .masks import adopt_memory, enforced_by, keep_masked, memory_name
+from .masks import adopt_memory, enforced_by, keep_masked, memory_name, places
 from .scores import inner_opt, opt_state
-from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, places, positions, product, sampled, transposed_index, width
+from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, positions, product, sampled, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)

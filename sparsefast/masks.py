@@ -10,7 +10,7 @@ Makers of masks take what they choose from and how many to keep, and return a bo
 
 # %% auto #0
 __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'stored_sparsity', 'sparse_mask', 'sparse_mask_like',
-           'top_k_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks', 'note', 'noted',
+           'places', 'top_k_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks', 'note', 'noted',
            'sample_masked', 'looks_masked', 'keep_masked', 'enforced_by', 'memory_name', 'memory_names', 'adopt_memory',
            'attribute', 'is_sparseable_module', 'sparseable_modules']
 
@@ -76,7 +76,11 @@ def sparse_mask_like(
     return sparse_mask(param.shape, sparsity, generator).to(param.device)
 
 # %% ../nbs/01_masks.ipynb #453e7314
-def _places(where): return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.nonzero().squeeze(1)     # numpy is three times as quick
+def places(
+    where:torch.Tensor, # Boolean, any shape
+)->torch.Tensor: # int64, rising
+    "Flat positions of the ones"
+    return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.reshape(-1).nonzero().squeeze(1)     # numpy is three times as quick
 
 def _first(where, n):
     "The first `n` ones of 1-d boolean `where` only, in place: found by halving"
@@ -85,7 +89,7 @@ def _first(where, n):
         mid = (lo+hi)//2
         c = int(where[lo:mid].count_nonzero())
         lo,hi,have = (lo,mid,have) if have+c>=n else (mid,hi,have+c)
-    ones = _places(where[lo:hi])
+    ones = places(where[lo:hi])
     where[lo+int(ones[n-have-1])+1 if n>have else lo:] = False
     return where
 
@@ -100,7 +104,7 @@ def _top_k(t, k):
 
 def _top_k_nan(t, k):
     "The same with NaN behind all numbers"
-    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), _places(~t.isnan()), _places(t.isnan())
+    mask,num,nan = torch.zeros_like(t, dtype=torch.bool), places(~t.isnan()), places(t.isnan())
     mask[num[_top_k(t[num], min(k, len(num)))]] = True
     mask[nan[:max(k-len(num), 0)]] = True
     return mask
@@ -121,7 +125,7 @@ def _sampled(t, k, among, n):
     def ranked(where): return where if among is None else where.logical_and_(among)
     above = ranked(t>cut)
     if (n_above := int(above.count_nonzero()))>=k:
-        idx = _places(above)
+        idx = places(above)
         above[idx] = _top_k(t[idx], k)
         return above
     ties = ranked(t==cut)
@@ -150,17 +154,17 @@ def top_k_mask(
     few = len(flat)>1<<16 and 0<n_keep<0.5*n and flat.dtype!=torch.bool
     if few and (mask := _sampled(flat, n_keep, cand, n)) is not None: return mask.view(t.shape)
     if among is None: return _top_k(flat, n_keep).view(t.shape)
-    idx,mask = _places(cand), torch.zeros_like(flat, dtype=torch.bool)
+    idx,mask = places(cand), torch.zeros_like(flat, dtype=torch.bool)
     mask[idx] = _top_k(flat[idx], n_keep)
     return mask.view(t.shape)
 
 # %% ../nbs/01_masks.ipynb #ac6b2987
 def masked_params(
-    module:nn.Module, # A layer or a whole model
+    module, # A layer or a whole model, or a list of its modules
 ): # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
     "Each parameter that has a mask beside it; a mask of the wrong shape, dtype or device is a `ValueError`"
     seen = set()
-    for m in module.modules():
+    for m in module.modules() if isinstance(module, nn.Module) else module:
         for n,p in m._parameters.items():
             mask = m._buffers.get(f'{n}_mask')
             if p is None or mask is None or p in seen: continue
@@ -210,9 +214,7 @@ def apply_masks(
         else:       p.data = zero_masked_(p.data.clone(), mask)
 
 # %% ../nbs/01_masks.ipynb #08529068
-def _notes(p): return vars(p.untyped_storage()).setdefault('masked', {})
-
-def _origin(p, mask): return p.stride(), mask._version, vars(mask.untyped_storage()).setdefault('token', object())
+def _origin(p, mask): return p.stride(), mask._version, mask.untyped_storage().__dict__.get('token')          # (`vars` would be a call more)
 
 def note(
     p:torch.Tensor, # A parameter that is masked now
@@ -220,7 +222,9 @@ def note(
     **facts # What to remember
 )->None:
     "Remember something of a masked parameter, at its memory, until `p` or `mask` is written to or has other memory"
-    try: _notes(p)[p.storage_offset()] = dict(p=weakref.ref(p), origin=_origin(p, mask), version=p._version, **facts)
+    try:
+        vars(mask.untyped_storage()).setdefault('token', object())
+        vars(p.untyped_storage()).setdefault('masked', {})[p.storage_offset()] = dict(p=weakref.ref(p), origin=_origin(p, mask), version=p._version, **facts)
     except (NotImplementedError, RuntimeError): pass                # there are tensors without memory, in `torch.func`, or without a count of writes
 
 def noted(
@@ -230,29 +234,29 @@ def noted(
 )->dict: # The facts; empty if none hold
     "What was noted, if it still holds"
     try:
-        n = _notes(p).get(p.storage_offset())
-        return n if n and n['p']() is p and (written or n['version']==p._version) and n['origin']==_origin(p, mask) else {}
-    except (NotImplementedError, RuntimeError): return {}
+        n = p.untyped_storage().masked[p.storage_offset()]
+        return n if n['p']() is p and (written or n['version']==p._version) and n['origin']==_origin(p, mask) else {}
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError): return {}
 
 # %% ../nbs/01_masks.ipynb #c7ebc697
 def sample_masked(
     mask:torch.Tensor, # Boolean
-    n:int=64, # At most so many
-): # Places in the order of memory, or `None` if a sample shows too few
+    n:int=16, # At most so many
+): # Flat places, or `None` if a sample shows none, or looking would mean waiting for a GPU
     "Some places that are masked, spread over the weight"
-    if not mask.is_cpu or (flat := _flat(mask)) is None: return None
-    every = len(flat[0])//(1<<12)|1
-    found = _places(~flat[0][::every])*every
+    if not mask.is_cpu: return None
+    every = mask.numel()//(1<<12)|1
+    found = places(~mask.reshape(-1)[::every])*every
     return found[::max(1, len(found)//n)][:n].clone() if len(found) or every==1 else None
 
 def looks_masked(
-    p:torch.Tensor, # A parameter
-    mask:torch.Tensor, # Its mask
-    places:torch.Tensor, # Of `sample_masked`, or `None`
+    ps, # Parameters
+    samples, # For each, places of `sample_masked`, or `None`
 )->bool:
-    "Are all these places zero? Not known without places"
-    if places is None or (flat := _flat(p.detach(), mask)) is None: return False
-    return not flat[0][places].any().item()
+    "Are all these places of all these weights zero? Not known without places"
+    if any(s is None for s in samples): return False
+    seen = [p.detach().take(s) for p,s in zip(ps, samples)]
+    return not seen or not any((torch.cat(seen) if len(seen)>1 else seen[0]).tolist())
 
 # %% ../nbs/01_masks.ipynb #3ea3ebb7
 def _pairs(owner):
@@ -262,11 +266,11 @@ def _pairs(owner):
 
 def _spared(p, mask, trains):
     "Need `p` not be masked before this forward?"
-    n = noted(p, mask)
-    if not n or not trains: return bool(n) and n['evaluated'] and (n['fresh'] or p.grad is None)
+    if not (n := noted(p, mask)): return False
+    if not trains: return n['evaluated'] and (n['fresh'] or p.grad is None)
     fresh = n['fresh']
     n.update(fresh=False, evaluated=False, sure=n['sure'] and fresh)       # after a second forward, somebody else may have stepped since the first
-    return fresh and looks_masked(p, mask, n['places'])
+    return fresh and looks_masked([p], [n['places']])
 
 def keep_masked(
     owner:nn.Module, # A layer
@@ -275,8 +279,10 @@ def keep_masked(
     "`apply_masks` as a forward-pre-hook that knows when there is nothing to do"
     if torch.compiler.is_compiling(): return apply_masks(owner)
     pairs = _pairs(owner)
-    trains = owner.training or getattr(args[0] if args else owner, 'training', False) or torch.is_grad_enabled() and any(p.requires_grad for p,_ in pairs)
-    if all([_spared(p, mask, trains) for p,mask in pairs]): return
+    trains = owner.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs]) or bool(args) and args[0] is not owner and getattr(args[0], 'training', False)
+    spared = True
+    for p,mask in pairs: spared = _spared(p, mask, trains) and spared
+    if spared: return
     apply_masks(owner)
     for p,mask in [] if trains else pairs:
         n = noted(p, mask)

@@ -362,15 +362,26 @@ def _is_state(refs, others): return len(refs)==len(others) and all(r() is not No
 def _expect(self, l, opt, step):
     "Note whether weight, gradient and state are zero at all masked places, so that a step will leave them there"
     n,turn,g = noted(l.p, l.mask), (step+l.i)%32==0, l.p.grad
-    if fresh := not n or turn: self.reset_state_f(l.p, opt, ~l.mask)
-    sure = fresh or n['sure'] and _is_state(n['state'], _state(opt, l.p))
-    note(l.p, l.mask, fresh=False, evaluated=n.get('evaluated', False), sure=sure, places=n.get('places') if n else None,
-         grad=(weakref.ref(g), g._version) if n and sure and not turn else None)
+    if not n or turn: self.reset_state_f(l.p, opt, ~l.mask)
+    if not n: note(l.p, l.mask, fresh=False, evaluated=False, sure=True, places=None, grad=None)
+    else:
+        sure = turn or n['sure'] and _is_state(n['state'], _state(opt, l.p))
+        n.update(fresh=False, sure=sure, grad=(weakref.ref(g), g._version) if sure and not turn else None)
 
 def _is_kept(l, n):
-    "Has the step left all masked weights at zero?"
+    "Has the step had what leaves all masked weights at zero?"
     g = n.get('grad')
-    return bool(g) and l.p.grad is not None and g[0]() is l.p.grad and g[1]==l.p.grad._version and looks_masked(l.p, l.mask, n['places'])
+    return bool(g) and l.p.grad is not None and g[0]() is l.p.grad and g[1]==l.p.grad._version
+
+def _keep(found, opt):
+    "Mask (layer, what was noted of it) where the step may have moved what is masked, and note that all are masked"
+    kept = [(l,n) for l,n in found if _is_kept(l, n)]
+    if not looks_masked([l.p for l,_ in kept], [n['places'] for _,n in kept]): kept = []
+    kept = {l.i for l,_ in kept}
+    for l,n in found:
+        if l.i not in kept: zero_masked_(l.p.data, l.mask)
+        places = n.get('places')
+        note(l.p, l.mask, fresh=True, evaluated=False, sure='grad' in n and n['sure'], state=_state(opt, l.p), places=sample_masked(l.mask) if places is None else places)
 
 def _prepare(self, live, due, time):
     "Gradients (and weights, where more train than are used) as the optimizer should see them"
@@ -397,9 +408,10 @@ def before_step(self:DSTMethod,
     opt, # Its optimizer
     step:int, # Optimizer step, from 1
     pct:float, # Share of training done before it
+    layers=None, # What `sparse_layers(modules)` gives, if it has been looked up
 )->bool: # Should the optimizer step?
     "What comes before `opt.step()`: gradients made ready, or the update in the step's place"
-    layers = sparse_layers(modules)
+    layers = layers or sparse_layers(modules)
     _check_opt(self, opt)
     _check_stored(self, layers, opt)
     if step==1:
@@ -427,16 +439,12 @@ def after_step(self:DSTMethod,
     opt, # Its optimizer
     step:int, # Optimizer step, from 1
     pct:float, # Share of training done before it
+    layers=None, # What `sparse_layers(modules)` gives, if it has been looked up
 )->None:
     "What comes after `opt.step()`: masked weights made zero, and the update of methods that step first"
-    live = _live(sparse_layers(modules))
-    for l in live:
-        if l.mask is None: continue                                          # only active weights are stored
-        n = noted(l.p, l.mask, written=True)
-        if self.explore_pct: take_out(l)
-        elif not _is_kept(l, n): zero_masked_(l.p.data, l.mask)
-        places = n.get('places')
-        note(l.p, l.mask, fresh=True, evaluated=False, sure='grad' in n and n['sure'], state=_state(opt, l.p), places=sample_masked(l.mask) if places is None else places)
+    live = _live(layers or sparse_layers(modules))
+    for l in live if self.explore_pct else []: take_out(l)
+    _keep([(l, noted(l.p, l.mask, written=True)) for l in live if l.mask is not None], opt)      # else only active weights are stored
     if not self.replaces_step and self.due(step, pct): _update(self, live, opt, step, pct)
 
 @patch
@@ -447,6 +455,7 @@ def step(self:DSTMethod,
     pct:float, # Share of training done before it, `(step-1)/total`
 )->None:
     "In `opt.step()`'s place: mask gradients, step, rewire, in the method's own order"
-    if self.before_step(modules, opt, step, pct):
+    layers = sparse_layers(modules)
+    if self.before_step(modules, opt, step, pct, layers):
         opt.step()
-        self.after_step(modules, opt, step, pct)
+        self.after_step(modules, opt, step, pct, layers)

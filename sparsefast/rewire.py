@@ -56,9 +56,10 @@ def is_stored(
 
 def _in_order(mod):
     "Masked parameters and those of layers that store active weights only, in the model's order"
-    place = {m: i for i,m in enumerate(mod.modules())}
-    stored,masked = [(m, 'weight', m.values, None) for m in place if is_stored(m)], masked_params(mod)
-    return sorted([*masked, *stored], key=lambda found: place[found[0]]) if stored else masked
+    ms = list(mod.modules())
+    if not (stored := [(m, 'weight', m.values, None) for m in ms if is_stored(m)]): return masked_params(ms)
+    place = {m: i for i,m in enumerate(ms)}
+    return sorted([*masked_params(ms), *stored], key=lambda found: place[found[0]])
 
 def sparse_layers(
     modules, # A module, or a list of modules

@@ -418,7 +418,7 @@ def test_weights_written_between_forward_and_step(write):
     assert masked_are_zero(model)
 
 def test_a_single_silent_write_does_not_stay():
-    "Neither 64 places nor torch's count show it; within 32 steps it is gone, and before an evaluation"
+    "Neither 16 places nor torch's count show it; within 32 steps it is gone, and before an evaluation"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 300))
     sparsify_model(model, .9)

@@ -17,7 +17,7 @@ from fastai.basics import DataLoaders, Learner, SGD
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from sparsefast.core import *
-from sparsefast.masks import masked_params
+from sparsefast.masks import masked_params, zero_masked_
 
 out = Path(__file__).with_suffix('.jsonl')
 sparsity = 0.9
@@ -112,9 +112,26 @@ def dl(b, n):
         def __getitem__(self, i): return b[0][i%len(b[0])], b[1][i%len(b[0])]
     return DataLoader(Same(), bs=len(b[0]), num_workers=0, create_batches=lambda idxs: [b for _ in range(n)], device='cpu')
 
+# ------------------------------------------------------------ the pass over the gradients
+def passes(name):
+    "Nanoseconds a weight, just after a backward pass: gradients masked as the engine does, with an integer mask four bytes wide, and multiplied by a number (what reading and writing them takes)"
+    _,bs,shape,n = works[name]
+    model,x,y = made(name, True), torch.randn(bs, *shape), torch.randint(10, (bs,))
+    found = [(p, mask, mask.int()) for *_,p,mask in masked_params(model)]
+    ways = dict(pieces=lambda p, mask, wide: zero_masked_(p.grad, mask), wide=lambda p, mask, wide: p.grad.view(torch.int32).mul_(wide), floor=lambda p, mask, wide: p.grad.mul_(1.))
+    ns,rng = {k: [] for k in ways}, random.Random(0)
+    for _ in range(n//2+2):
+        for k in rng.sample(list(ways), len(ways)):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            start = time.perf_counter()
+            for f in found: ways[k](*f)
+            ns[k].append(1e9*(time.perf_counter()-start)/sum(p.numel() for p,*_ in found))
+    return dict(weights=sum(p.numel() for p,*_ in found), rounds=n//2, ways={k: dict(zip(('low', 'ns', 'high'), (round(q, 4) for q in quantiles(t[2:], n=4)))) for k,t in ns.items()})
+
 # ------------------------------------------------------------ an evaluation
 def evaluations(name, bs):
-    "A forward pass without gradients, hooks enforced; and by hooks that mask each time"
+    "A forward pass without gradients, hooks enforced; by hooks that mask each time; and by hooks that do nothing at all"
     _,_,shape,n = works[name]
     x = torch.randn(bs, *shape)
     def forward(model):
@@ -122,15 +139,17 @@ def evaluations(name, bs):
         def one():
             with torch.no_grad(): model(x)
         return one
-    always = made(name, True)
-    enforce_nothing(always)
-    for m in {m for m,*_ in masked_params(always)}: m.register_forward_pre_hook(apply_masks)
+    always,nothing = hooked(name, apply_masks), hooked(name, lambda *_: None)
     many = 20 if bs==1 and name=='MLP' else 3
-    return ratios(rounds({'dense': times(forward(made(name, False)), many), 'sparse': times(forward(made(name, True)), many), 'always masking': times(forward(always), many), 'dense again': times(forward(made(name, False)), many)},
+    return ratios(rounds({'dense': times(forward(made(name, False)), many), 'sparse': times(forward(made(name, True)), many), 'always masking': times(forward(always), many), 'empty hooks': times(forward(nothing), many), 'dense again': times(forward(made(name, False)), many)},
                          60 if bs==1 else n))
 
-def enforce_nothing(model):
+def hooked(name, f):
+    "A sparse network with hooks of another kind"
+    model = made(name, True)
     for m in model.modules(): m._forward_pre_hooks.clear()
+    for m in dict.fromkeys(m for m,*_ in masked_params(model)): m.register_forward_pre_hook(f)
+    return model
 
 def times(f, n):
     def many():
@@ -195,7 +214,9 @@ def plan():
     yield 'update ResNet-50', 2, updates, (None,)
     for name in works: yield f'plain AdamW {name}', 1, plain_steps, (name, 'AdamW')
     for n in (1, 10, 100): yield f'update {n}M', 1, updates, (n*10**6,)
-    for name in works: yield f'memory {name}', 1, memory, (name,)
+    for name in works:
+        yield f'pass {name}', 1, passes, (name,)
+        yield f'memory {name}', 1, memory, (name,)
 
 def hardware():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
@@ -217,7 +238,7 @@ def main():
         rec = dict(name=name, threads=threads, **f(*arg), **hardware())
         with out.open('a') as o: o.write(json.dumps(rec)+'\n')
         print(rec, flush=True)
-    print(step_table(), eval_table(), update_table(), memory_table(), setting(), sep='\n\n')
+    print(step_table(), pass_table(), eval_table(), update_table(), memory_table(), setting(), sep='\n\n')
 
 # ------------------------------------------------------------ what it came to
 def markdown(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *rows])
@@ -233,11 +254,16 @@ def step_table():
     rows = [[name, kind, str(t), f"{r['ms']/r.get('batches', 1):.1f} ms", show(r, 'sparse'), show(r, 'dense again')] for name in works for kind in ('plain SGD', 'plain AdamW', 'fastai SGD') for t in (1, 2) if (r := got.get((f'{kind} {name}', t)))]
     return markdown(['network', 'loop', 'threads', 'dense step', 'sparse / dense', 'dense / dense'], rows)
 
+def pass_table():
+    "The pass over the gradients"
+    rows = [[name, f"{r['weights']/1e6:.1f} million", *(f"{w['ns']:.2f} ({w['low']:.2f}-{w['high']:.2f})" for w in r['ways'].values())] for name in works if (r := done().get((f'pass {name}', 1)))]
+    return markdown(['network', 'weights', 'by bytes, in pieces: ns a weight', 'by a mask four bytes wide', 'times a number'], rows)
+
 def eval_table():
-    "Evaluations: sparse to dense, masking each time to dense, and dense to dense"
+    "Evaluations: sparse to dense, with hooks that mask each time to dense, with hooks that do nothing to dense, and dense to dense"
     got = done()
-    rows = [[name, str(bs), str(t), show(r, 'sparse'), show(r, 'always masking'), show(r, 'dense again')] for name in works for bs in (works[name][1], 1) for t in (1, 2) if (r := got.get((f'eval {name} batch {bs}', t)))]
-    return markdown(['network', 'batch', 'threads', 'sparse / dense', 'always masking / dense', 'dense / dense'], rows)
+    rows = [[name, str(bs), str(t), show(r, 'sparse'), show(r, 'always masking'), show(r, 'empty hooks'), show(r, 'dense again')] for name in works for bs in (works[name][1], 1) for t in (1, 2) if (r := got.get((f'eval {name} batch {bs}', t)))]
+    return markdown(['network', 'batch', 'threads', 'sparse / dense', 'always masking / dense', 'empty hooks / dense', 'dense / dense'], rows)
 
 def update_table():
     "Updates: seconds and memory"
