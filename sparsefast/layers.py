@@ -29,7 +29,7 @@ def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.
 def _forward(layer, values, bias, x):
     "(images, outputs, columns)"
     m,bias = layer._matrix(values), None if bias is None else bias.detach()
-    return _stack([product(*m, *layer._pieces(xi), bias) for xi in x], x, layer._n_out)
+    return _stack([layer._crop(product(*m, *layer._pieces(xi), bias), xi) for xi in x], x, layer._n_out)
 
 def _lay(x):
     "As `x.contiguous()`, quicker where a single matrix lies transposed"
@@ -203,6 +203,8 @@ def _is_conv1d(m): return f'{type(m).__module__}.{type(m).__qualname__}'=='trans
 
 class SparseLinear(SparseLayer):
     "`nn.Linear`, or `Conv1D` of Hugging Face, on its active weights. An output of two dimensions lies in memory column by column, as the next sparse layer wants it"
+    columns = False                                                # does an output of three dimensions lie so, too?
+
     @classmethod
     def from_masked(cls,
         module:nn.Module, # A masked layer; what this storage does not serve is a `ValueError`
@@ -216,10 +218,10 @@ class SparseLinear(SparseLayer):
     ):
         self._swapped = _is_conv1d(module)
         super().__init__(module)
-        self.columns = False                                           # does an output of three dimensions lie column by column, too?
         self.out_features,self.in_features = reversed(self.shape) if self._swapped else self.shape
 
     def _pieces(self, x): return pieces(x), x.shape[1]
+    def _crop(self, y, x): return y
     def _pairs(self, g, x): return [(x[0], g[0]) if self._swapped else (g[0], x[0])]
     def _back(self, gx, size): return gx
     def _dense_grad(self, g, x): return x[0]@g[0].t() if self._swapped else g[0]@x[0].t()
@@ -306,6 +308,12 @@ def _windows(x, kernel, stride, dilation):
     out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip((h,w), kernel, stride, dilation)]
     return x.as_strided((c,*kernel,*out), (sc, sh*dilation[0], sw*dilation[1], sh*stride[0], sw*stride[1]), x.storage_offset())
 
+def _runs(x, kernel, dilation):
+    "A view (channels, kernel height, kernel width, pixels) of an image, for a stride of 1: pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
+    c,h,w = x.shape
+    n = (h-dilation[0]*(kernel[0]-1)-1)*w + w-dilation[1]*(kernel[1]-1)
+    return x.as_strided((c,*kernel,n), (h*w, w*dilation[0], dilation[1], 1), x.storage_offset())
+
 def _unwindow(g, size, kernel, stride, dilation):
     "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
     return F.fold(g.unsqueeze(0), size[1:], kernel, dilation, 0, stride)[0]
@@ -329,6 +337,7 @@ class SparseConv2d(SparseLayer):
         for n in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'padding_mode'): setattr(self, n, getattr(module, n))
         self._pad,self._pointwise = list(module._reversed_padding_repeated_twice),self.kernel_size==(1,1)
         self._form = self.kernel_size,self.stride,self.dilation
+        self._in_runs = self.stride==(1,1) and not self._pointwise
 
     def _cut(self, x):
         "Views of an image's windows, some rows of pixels at a time"
@@ -337,9 +346,19 @@ class SparseConv2d(SparseLayer):
 
     def _pieces(self, x):
         if self._pointwise: return pieces(x), x.shape[1]
-        n_row,cut = self._matrix_shape[1],self._cut(x)
+        n_row = self._matrix_shape[1]
+        if self._in_runs:
+            v = _runs(x.contiguous(), self.kernel_size, self.dilation)
+            cut = v.split(width(n_row, v.shape[3]), 3)
+        else: cut = self._cut(x)
         sizes = [v.shape[3:].numel() for v in cut]
         return ((full(v, n_row, n), n) for v,n in zip(cut, sizes)), sum(sizes)
+
+    def _crop(self, y, x):
+        "Without what the runs have too much"
+        if not self._in_runs: return y
+        out = [n-d*(k-1) for n,k,d in zip(x.shape[1:], self.kernel_size, self.dilation)]
+        return y.as_strided((len(y),*out), (y.stride(0), x.shape[2], 1)).reshape(len(y), -1)
 
     def _pairs(self, g, x):
         for gi,xi in zip(g, x):

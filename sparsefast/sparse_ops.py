@@ -87,7 +87,7 @@ def transposed(
 
 # %% ../nbs/09a_sparse_ops.ipynb #999f1f93
 few = 16                                                           # columns up to which torch.sparse is quicker; measured: nbs/benchmarks/layers.py ops
-_widths,_register = {1536: 128, 6144: 64}, 16                      # rows of the dense matrix -> columns at a time that the cache has room for; and how many at least make a full step
+_widths,_register = {320: 256, 1536: 128, 6144: 64}, 16                      # rows of the dense matrix -> columns at a time that the cache has room for; and how many at least make a full step
 
 def width(
     n_row:int, # Rows of the dense matrix
