@@ -183,8 +183,11 @@ def _hold(self:SparseLayer, x, g):
 def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
     "The gradient of all weights over the backward passes since the last optimizer step"
     if not self._held: raise ValueError(f"{self} has not kept what the gradient of all weights is made of: call `method.enforce(model, opt)`, or `keep_gradient()` on the layer, before the first backward pass")
-    dense = sum(self._dense_grad(*h) for h in self._held).to(self.values.dtype)
-    dense.mul_(_factor(dense.view(-1)[self.positions()], self.values.grad, self))
+    first,*more = self._held
+    dense = self._dense_grad(*first)
+    for h in more: dense += self._dense_grad(*h)
+    dense = dense.to(self.values.dtype)
+    if (f := _factor(dense.view(-1)[self.positions()], self.values.grad, self))!=1: dense.mul_(f)
     dense.view(-1)[self.positions()] = self.values.grad
     return dense
 
@@ -249,8 +252,10 @@ def _csr(self:SparseLinear):
 @patch
 def _few(self:SparseLinear, x):
     "(examples, outputs) for a few examples, without gradients"
-    y = self._csr()@transposed(x) if len(x)>1 else self._csr().mv(x.reshape(-1)).unsqueeze(1)
-    return y if self.bias is None else y.add_(self.bias.unsqueeze(1))
+    m,b,one = self._csr(), self.bias, len(x)==1
+    if one: return (m.mv(x.reshape(-1)) if b is None else torch.addmv(b, m, x.reshape(-1))).unsqueeze(1)
+    y = m@transposed(x)
+    return y if b is None else y.add_(b.unsqueeze(1))
 
 @patch
 def _infer(self:SparseLinear, x, rows):
