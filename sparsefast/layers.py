@@ -417,12 +417,13 @@ def _exchange(p, data, grad):
 def as_dense(self:SparseLayer,
     grad:torch.Tensor=None, # The gradient of all weights, if it is to be seen
     state:dict=None, # What an optimizer remembers of `values`, if it is to be seen
+    values:bool=True, # Are the weights themselves to be seen? If not, a single zero stands for all of them
 ): # A context, in which `values` has the weight's shape, and `grad` and `state` with it
     "Let a score see a masked layer"
     state = {} if state is None else state
     had = {k: state[k] for k in _entries(state, len(self.values))}
     state.update({k: _spread(self, v) for k,v in had.items()})
-    data,old_grad = _exchange(self.values, _spread(self, self.values.detach()), grad)
+    data,old_grad = _exchange(self.values, _spread(self, self.values.detach()) if values else self.values.detach().new_zeros(1).expand(self.shape), grad)
     try: yield
     finally:
         _exchange(self.values, data, old_grad)

@@ -80,6 +80,14 @@ def test_outputs_in_columns_are_the_same_numbers(batch, tokens):
         assert rows.is_contiguous() and columns.stride(1)==1 and rows.equal(columns) and torch.allclose(rows, trained, atol=1e-5)
         assert sparse(x.transpose(1, 2).contiguous().transpose(1, 2)).equal(columns)
 
+def test_a_score_that_looks_at_gradients_only_sees_no_weights():
+    layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
+    had,grad = layer.values.detach().clone(), torch.randn(5, 6)
+    with layer.as_dense(grad, values=False):
+        assert layer.values.shape==(5, 6) and layer.values.untyped_storage().nbytes()==4 and gradient_magnitude(layer.values).equal(grad.abs())
+    assert layer.values.equal(had) and layer.values.grad is None
+    assert attribute(gradient_magnitude, 'needs_values', True) is False
+
 BAD = dict(first=(0, lambda c: c.add_(1)), falls=(0, lambda c: c.__setitem__(1, 99)), high=(1, lambda c: c.__setitem__(0, 5)), low=(1, lambda c: c.__setitem__(0, -1)),
            twice=(1, lambda c: c.__setitem__(1, int(c[0]))), dtype=(1, lambda c: c.long()), short=(1, lambda c: c[:-1]), rows=(0, lambda c: c[:-1]))
 @pytest.mark.parametrize('bad', BAD)
