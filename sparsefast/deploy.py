@@ -277,17 +277,41 @@ def to_fastest(
     rows += [LayerTime(n, tuple(mask.shape), 1-mask.double().mean().item(), (), {}, 'dense', why) for n,(_,mask,why) in others.items()]
     return _settle(dense, fast, rows, swaps, example_input, out, 10*seconds, device)
 
+# %% ../nbs/11b_deploy.ipynb #80b57c1b
+def _in_columns(model, example_input):
+    "How many sparse linear layers get inputs that lie column by column, in one forward; and its output"
+    n = Counter()
+    def look(m, args): n['yes'] += args[0].dim()>2 and args[0].numel()>m.in_features and args[0].reshape(-1, m.in_features).stride(0)==1
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, SparseLinear)]
+    try: return n,_call(model, example_input)
+    finally:
+        for h in hooks: h.remove()
+
+def _lay_columns(model, example_input, out):
+    "Let sparse linear layers hand their outputs over as columns, where another one takes them so"
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    for m in layers: m.columns = False
+    for m in layers:
+        before,_ = _in_columns(model, example_input)
+        m.columns = True
+        try:
+            after,got = _in_columns(model, example_input)
+            m.columns = after['yes']>before['yes'] and not output_error(out, got)
+        except RuntimeError: m.columns = False                               # a `view` that wants rows
+
 # %% ../nbs/11b_deploy.ipynb #b2bf65f6
 def _settle(dense, fast, rows, swaps, example_input, out, seconds, device):
     "Swap, measure, and take back what does not help"
     swaps = sorted(swaps, key=lambda s: -rows[s[0]].gain)
     for _,old,new in swaps: fast = _replace(fast, old, new)
+    _lay_columns(fast, example_input, out)
     if (err := output_error(out, _call(fast, example_input))):
         raise RuntimeError(f"outputs differ, by {err:.2g} of the largest: does the model give the same twice?")
     while (whole := _whole(dense, fast, example_input, seconds, device))['gain'][0]<1 and swaps:
         for i,old,new in swaps[len(swaps)//2:]:
             fast,rows[i] = _replace(fast, new, old), rows[i]._replace(form='dense', note='won alone, not in the model')
         swaps = swaps[:len(swaps)//2]
+        _lay_columns(fast, example_input, out)
     if not swaps: whole = {**whole, 'fast': whole['dense'], 'gain': (1., 1., 1.)}     # the same layers: what differs is chance
     threads = torch.get_num_threads()
     return fast, SpeedTable(rows, whole, f"{processor(device)}, {threads} thread{'s' if threads>1 else ''}, torch {torch.__version__}, {next(fast.parameters()).dtype}".replace('torch.float', 'float'))

@@ -162,6 +162,7 @@ def check_encoded(
     if size>limit: raise ValueError(f"it claims to hold {size:,} bytes of tensors, more than {most:,} for each that it has")
     return {n: res[h.get('same', n)] for n,h in how.items()}
 
+# %% ../nbs/11_files.ipynb #63686ba0
 def decode(
     data:dict, # Name -> tensor as stored
     how:dict, # Name -> how to read it

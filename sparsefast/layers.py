@@ -21,21 +21,24 @@ from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from .masks import adopt_memory, enforced_by, keep_masked, memory_name, places
 from .scores import inner_opt, opt_state
-from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, positions, product, sampled, transposed_index, width
+from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, full, pieces, positions, product, sampled, transposed, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)
 
 def _forward(layer, values, bias, x):
     "(images, outputs, columns)"
-    m = layer._matrix(values)
-    y = _stack([product(*m, layer._pieces(xi)) for xi in x], x, layer._n_out)
-    return y if bias is None else y.add_(bias.unsqueeze(1))
+    m,bias = layer._matrix(values), None if bias is None else bias.detach()
+    return _stack([layer._crop(product(*m, *layer._pieces(xi), bias), xi) for xi in x], x, layer._n_out)
+
+def _lay(x):
+    "As `x.contiguous()`, quicker where a single matrix lies transposed"
+    return x.contiguous() if len(x)!=1 or x.is_contiguous() else transposed(x[0].t()).unsqueeze(0)
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, bias, x, layer):
-        x = x.contiguous()
+        x = _lay(x)
         ctx.layer = layer
         ctx.save_for_backward(values, x)
         return _forward(layer, values.detach(), bias, x.detach())
@@ -44,11 +47,11 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (values,x),layer = ctx.saved_tensors,ctx.layer
-        g,gv,gb,gx = g.contiguous(),None,None,None
+        g,gv,gb,gx = _lay(g),None,None,None
         if ctx.needs_input_grad[0]:
             gv = sampled(layer.crow, layer.col, layer._pairs(g, x)).to(values.dtype)
             layer._hold(x, g)
-        if ctx.needs_input_grad[1]: gb = g.sum((0,2))
+        if ctx.needs_input_grad[1]: gb = g[0].sum(1) if len(g)==1 else g.sum((0,2))
         if ctx.needs_input_grad[2]:
             m = layer._matrix(values, back=True)
             gx = _stack([layer._back(product(*m, gi), x.shape[1:]) for gi in g], x, 0).view(x.shape)
@@ -180,8 +183,11 @@ def _hold(self:SparseLayer, x, g):
 def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
     "The gradient of all weights over the backward passes since the last optimizer step"
     if not self._held: raise ValueError(f"{self} has not kept what the gradient of all weights is made of: call `method.enforce(model, opt)`, or `keep_gradient()` on the layer, before the first backward pass")
-    dense = sum(self._dense_grad(*h) for h in self._held).to(self.values.dtype)
-    dense.mul_(_factor(dense.view(-1)[self.positions()], self.values.grad, self))
+    first,*more = self._held
+    dense = self._dense_grad(*first)
+    for h in more: dense += self._dense_grad(*h)
+    dense = dense.to(self.values.dtype)
+    if (f := _factor(dense.view(-1)[self.positions()], self.values.grad, self))!=1: dense.mul_(f)
     dense.view(-1)[self.positions()] = self.values.grad
     return dense
 
@@ -200,6 +206,8 @@ def _is_conv1d(m): return f'{type(m).__module__}.{type(m).__qualname__}'=='trans
 
 class SparseLinear(SparseLayer):
     "`nn.Linear`, or `Conv1D` of Hugging Face, on its active weights. An output of two dimensions lies in memory column by column, as the next sparse layer wants it"
+    columns = False                                                # does an output of three dimensions lie so, too?
+
     @classmethod
     def from_masked(cls,
         module:nn.Module, # A masked layer; what this storage does not serve is a `ValueError`
@@ -215,7 +223,8 @@ class SparseLinear(SparseLayer):
         super().__init__(module)
         self.out_features,self.in_features = reversed(self.shape) if self._swapped else self.shape
 
-    def _pieces(self, x): return x.split(width(len(x)), 1) if x.shape[1] else [x]
+    def _pieces(self, x): return pieces(x), x.shape[1]
+    def _crop(self, y, x): return y
     def _pairs(self, g, x): return [(x[0], g[0]) if self._swapped else (g[0], x[0])]
     def _back(self, gx, size): return gx
     def _dense_grad(self, g, x): return x[0]@g[0].t() if self._swapped else g[0]@x[0].t()
@@ -226,8 +235,9 @@ class SparseLinear(SparseLayer):
     def forward(self, x):
         if x.shape[-1]!=self.in_features: raise ValueError(f"{self} takes inputs with {self.in_features} features in the last dimension, not a tensor of shape {tuple(x.shape)}")
         rows = x.reshape(-1, self.in_features)
-        y = self._few(rows) if is_for_csr(self.values, len(rows)) and not (self._swapped or self._learns(x) or torch.is_autocast_enabled(x.device.type)) else self._run(rows.t().unsqueeze(0))[0].t()
-        return y if x.dim()==2 else y.reshape(*x.shape[:-1], self.out_features).contiguous()
+        wide = self._learns(x) or torch.is_autocast_enabled(x.device.type)
+        y = self._run(rows.t().unsqueeze(0))[0].t() if wide else self._infer(rows, x.dim()!=2 and not self.columns)
+        return y if x.dim()==2 else y.view(*x.shape[:-1], self.out_features) if self.columns or not wide else y.contiguous().view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, active={len(self.values)}'
 
@@ -241,10 +251,20 @@ def _csr(self:SparseLinear):
 
 @patch
 def _few(self:SparseLinear, x):
-    "The layer's output for a few examples, without gradients"
-    if len(x)>1: y = (self._csr()@x.t()).t()
-    else: y = self._csr().mv(x.view(-1)).unsqueeze(0)
-    return y if self.bias is None else y.add_(self.bias)
+    "(examples, outputs) for a few examples, without gradients"
+    m,b,one = self._csr(), self.bias, len(x)==1
+    if one: return (m.mv(x.reshape(-1)) if b is None else torch.addmv(b, m, x.reshape(-1))).unsqueeze(1)
+    y = m@transposed(x)
+    return y if b is None else y.add_(b.unsqueeze(1))
+
+@patch
+def _infer(self:SparseLinear, x, rows):
+    "(examples, outputs) without gradients, lying in rows or in columns"
+    if is_for_csr(self.values, len(x)) and not self._swapped:
+        y = self._few(x)
+        return transposed(y) if rows else y.t()
+    y = product(*self._matrix(self.values.detach()), pieces(x.t()), len(x), None if self.bias is None else self.bias.detach(), rows)
+    return y if rows else y.t()
 
 # %% ../nbs/10_layers.ipynb #6b4c3566
 def _misfit(layer, new):
@@ -293,6 +313,12 @@ def _windows(x, kernel, stride, dilation):
     out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip((h,w), kernel, stride, dilation)]
     return x.as_strided((c,*kernel,*out), (sc, sh*dilation[0], sw*dilation[1], sh*stride[0], sw*stride[1]), x.storage_offset())
 
+def _runs(x, kernel, dilation):
+    "A view (channels, kernel height, kernel width, pixels) of an image, for a stride of 1: pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
+    c,h,w = x.shape
+    n = (h-dilation[0]*(kernel[0]-1)-1)*w + w-dilation[1]*(kernel[1]-1)
+    return x.as_strided((c,*kernel,n), (h*w, w*dilation[0], dilation[1], 1), x.storage_offset())
+
 def _unwindow(g, size, kernel, stride, dilation):
     "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
     return F.fold(g.unsqueeze(0), size[1:], kernel, dilation, 0, stride)[0]
@@ -316,16 +342,33 @@ class SparseConv2d(SparseLayer):
         for n in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'padding_mode'): setattr(self, n, getattr(module, n))
         self._pad,self._pointwise = list(module._reversed_padding_repeated_twice),self.kernel_size==(1,1)
         self._form = self.kernel_size,self.stride,self.dilation
+        self._in_runs = self.stride==(1,1) and not self._pointwise
+
+    def _cut(self, x):
+        "Views of an image's windows, some rows of pixels at a time"
+        v = _windows(x, *self._form)
+        return v.split(max(1, width(self._matrix_shape[1])//max(v.shape[-1], 1)), 3)
 
     def _pieces(self, x):
-        if self._pointwise: return x.split(width(len(x)), 1) if x.shape[1] else [x]
-        v = _windows(x, *self._form)
-        return [r.reshape(self._matrix_shape[1], -1) for r in v.split(max(1, width(self._matrix_shape[1])//max(v.shape[-1], 1)), 3)]
+        if self._pointwise: return pieces(x), x.shape[1]
+        n_row = self._matrix_shape[1]
+        if self._in_runs:
+            v = _runs(x.contiguous(), self.kernel_size, self.dilation)
+            cut = v.split(width(n_row, v.shape[3]), 3)
+        else: cut = self._cut(x)
+        sizes = [v.shape[3:].numel() for v in cut]
+        return ((full(v, n_row, n), n) for v,n in zip(cut, sizes)), sum(sizes)
+
+    def _crop(self, y, x):
+        "Without what the runs have too much"
+        if not self._in_runs: return y
+        out = [n-d*(k-1) for n,k,d in zip(x.shape[1:], self.kernel_size, self.dilation)]
+        return y.as_strided((len(y),*out), (y.stride(0), x.shape[2], 1)).reshape(len(y), -1)
 
     def _pairs(self, g, x):
         for gi,xi in zip(g, x):
-            pieces = [xi] if self._pointwise else self._pieces(xi)
-            yield from zip(gi.split([p.shape[1] for p in pieces], 1), pieces)
+            cut = [xi] if self._pointwise else [v.reshape(self._matrix_shape[1], -1) for v in self._cut(xi)]
+            yield from zip(gi.split([p.shape[1] for p in cut], 1), cut)
 
     def _back(self, gx, size): return gx if self._pointwise else _unwindow(gx, size, *self._form)
 
@@ -374,12 +417,13 @@ def _exchange(p, data, grad):
 def as_dense(self:SparseLayer,
     grad:torch.Tensor=None, # The gradient of all weights, if it is to be seen
     state:dict=None, # What an optimizer remembers of `values`, if it is to be seen
+    values:bool=True, # Are the weights themselves to be seen? If not, a single zero stands for all of them
 ): # A context, in which `values` has the weight's shape, and `grad` and `state` with it
     "Let a score see a masked layer"
     state = {} if state is None else state
     had = {k: state[k] for k in _entries(state, len(self.values))}
     state.update({k: _spread(self, v) for k,v in had.items()})
-    data,old_grad = _exchange(self.values, _spread(self, self.values.detach()), grad)
+    data,old_grad = _exchange(self.values, _spread(self, self.values.detach()) if values else self.values.detach().new_zeros(1).expand(self.shape), grad)
     try: yield
     finally:
         _exchange(self.values, data, old_grad)

@@ -92,7 +92,7 @@ def as_seen_by(
     grad = None
     if attribute(f, 'needs_grad', True): grad = l.module.dense_gradient() if (mean := l.recall('grad')) is None else mean
     state = opt_state(opt, l.module.values) if 'opt' in inspect.signature(f).parameters else None
-    with l.module.as_dense(grad, state): yield l.module.values
+    with l.module.as_dense(grad, state, attribute(f, 'needs_values', True)): yield l.module.values
 
 @contextmanager
 def moving(

@@ -62,6 +62,19 @@ def test_a_layer_called_twice_counts_twice(clock):
     rows = {r.name: r for r in to_fastest(model, x)[1].rows}
     assert rows['a'].ms==dict(dense=2000., sparse=800.) and rows['b'].ms==dict(dense=1000., sparse=400.)
 
+class Block(nn.Module):
+    "Two layers with an activation in between, which may ask for rows"
+    def __init__(self, view): super().__init__(); self.view,self.a,self.b = view,nn.Linear(32, 64),nn.Linear(64, 32)
+    def forward(self, x): return x+self.b(torch.relu(self.a(x).view(len(x), -1) if self.view else self.a(x)).reshape(len(x), -1, 64))
+
+@pytest.mark.parametrize('view', [False, True])
+def test_columns_between_sparse_layers(view, clock):
+    model,x = Block(view), torch.randn(2, 20, 32)
+    sparsify_model(model, .9)
+    fast,_ = to_fastest(model, x)
+    assert fast.a.columns!=view and not fast.b.columns and n_sparse(fast)==2
+    assert torch.allclose(fast(x), model.eval()(x), atol=1e-5)
+
 @pytest.mark.parametrize('sparse, margin, form', [(0.95, 1.1, 'dense'), (0.95, 1.05, 'sparse'), (0.9, 1.1, 'sparse'), (1.2, 1, 'dense'), (0.6, 2, 'dense')])
 def test_margin(sparse, margin, form, clock):
     clock['sparse'] = sparse

@@ -10,7 +10,7 @@ from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked
 from sparsefast.masks import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
-from sparsefast.sparse_ops import check_index, index_of, positions, product, sampled, transposed_index
+from sparsefast.sparse_ops import check_index, index_of, pieces, positions, product, sampled, transposed, transposed_index
 
 def random_index(rows, n_col, density, seed=0):
     mask = torch.rand(rows, n_col, generator=torch.Generator().manual_seed(seed))<density
@@ -48,6 +48,45 @@ def test_products(n, dtype, density):
     assert torch.allclose(product(crow, col, w[mask], x.t().contiguous().t()).double(), w.double()@x.double(), rtol=tol, atol=tol)
     got = sampled(crow, col, [(g, x), (2*g, x)])
     assert torch.allclose(got.double(), 3*(g.double()@x.double().t())[mask], rtol=tol, atol=100*tol)
+
+@pytest.mark.parametrize('shape', [(0, 3), (3, 0), (1, 5), (5, 1), (2, 3), (17, 40), (129, 64)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_transposed(shape, dtype):
+    x = (100*torch.randn(shape)).to(dtype)
+    for v in (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:,:shape[1]], torch.cat([x, x])[shape[0]:]):
+        assert transposed(v).equal(v.t()) and transposed(v).is_contiguous()
+
+@pytest.mark.parametrize('n', [1, 2, 16, 17, 49, 64, 197, 300])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_products_with_bias_in_rows_and_columns(n, dtype):
+    mask,crow,col = random_index(7, 5, .5)
+    w,x,b = (torch.randn(7, 5)*mask).to(dtype), torch.randn(n, 5).to(dtype), torch.randn(7).to(dtype)
+    x[0] = float('nan')                                                      # of one example, and of no other
+    want,tol = x.double()@w.double().t()+b.double(), 1e-5 if dtype==torch.float32 else 1e-12
+    for rows in (True, False):
+        got = product(crow, col, w[mask], pieces(x.t()), n, b, rows)
+        assert got.is_contiguous() and torch.allclose((got if rows else got.t())[1:].double(), want[1:], tol, tol)
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('tokens', [5, 40, 197])
+def test_outputs_in_columns_are_the_same_numbers(batch, tokens):
+    layer = nn.Linear(24, 33)
+    sparsify_model(layer, .8)
+    sparse,x = SparseLinear.from_masked(layer), torch.randn(batch, tokens, 24)
+    with torch.no_grad():
+        rows,trained = sparse(x), layer(x)
+        sparse.columns = True
+        columns = sparse(x)
+        assert rows.is_contiguous() and columns.stride(1)==1 and rows.equal(columns) and torch.allclose(rows, trained, atol=1e-5)
+        assert sparse(x.transpose(1, 2).contiguous().transpose(1, 2)).equal(columns)
+
+def test_a_score_that_looks_at_gradients_only_sees_no_weights():
+    layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
+    had,grad = layer.values.detach().clone(), torch.randn(5, 6)
+    with layer.as_dense(grad, values=False):
+        assert layer.values.shape==(5, 6) and layer.values.untyped_storage().nbytes()==4 and gradient_magnitude(layer.values).equal(grad.abs())
+    assert layer.values.equal(had) and layer.values.grad is None
+    assert attribute(gradient_magnitude, 'needs_values', True) is False
 
 BAD = dict(first=(0, lambda c: c.add_(1)), falls=(0, lambda c: c.__setitem__(1, 99)), high=(1, lambda c: c.__setitem__(0, 5)), low=(1, lambda c: c.__setitem__(0, -1)),
            twice=(1, lambda c: c.__setitem__(1, int(c[0]))), dtype=(1, lambda c: c.long()), short=(1, lambda c: c[:-1]), rows=(0, lambda c: c[:-1]))

@@ -3,10 +3,10 @@
     python nbs/benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
-Parts: `linear` (inference of one layer), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
 columns, from which `sparse_ops.few` and `_widths` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, json, math, platform, statistics, sys, time, warnings
+import argparse, copy, itertools, json, math, platform, statistics, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -94,6 +94,24 @@ def linear(threads, rounds=21, **kw):
                     fs |= dict(bfloat16=lambda: half(xb), bsr=lambda: F.linear(x, bsr, layer.bias), onnx=onnx_session(layer, x, threads), onnx_int8=onnx_session(layer, x, threads, True))
                 check(fs, 'dense', dict(sparse=1e-5, masked=1e-6, csr=1e-5, bfloat16=.02, onnx=1e-5, onnx_int8=.1))
                 write('linear', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds, .002))
+
+@torch.no_grad()
+def cold(threads, rounds=21, **kw):
+    "As in a network that no cache holds: copies of a layer take turns, so that each call reads its weights from memory"
+    for o,i in ((1024,1024), (768,3072), (3072,768)):
+        for s in (.9, .95):
+            torch.manual_seed(0)
+            layer = nn.Linear(i, o)
+            sparsify_model(masked := copy.deepcopy(layer), s)
+            sparse = SparseLinear.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            many = int(96e6//(8*len(sparse.values)))
+            turns = {n: itertools.cycle([copy.deepcopy(m) for _ in range(k)]) for n,m,k in (('dense', layer, min(many, 50)), ('sparse', sparse, many))}
+            for b in (1, 16):
+                x = torch.randn(b, i)
+                fs = {n: (lambda n=n: next(turns[n])(x)) for n in turns}
+                check(fs, 'dense', dict(sparse=1e-5))
+                write('cold', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds))
 
 @torch.no_grad()
 def convs(part, threads, cases, sparsities=(.9, .95), rounds=11):
@@ -241,7 +259,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')
