@@ -40,7 +40,7 @@ def maskable(
     if isinstance(m, (nn.RNNBase, nn.RNNCellBase)): return [n for n in _own(m) if n.startswith('weight_')]
     if _is(m, 'fastai.text.models.awdlstm.WeightDropout'): return [n for n in _own(m) if n.endswith('_raw')]
     if not isinstance(m, tuple(additional_types)): return []
-    return ['weight'] if 'weight' in _own(m) else [n for n in _own(m) if (p := m._parameters.get(n)) is not None and p.dim()>1]
+    return ['weight'] if 'weight' in _own(m) or hasattr(type(m), 'weight') else [n for n in _own(m) if (p := m._parameters.get(n)) is not None and p.dim()>1]
 
 # %% ../nbs/01b_select.ipynb #189ce6e4
 def is_transposed(
@@ -90,7 +90,7 @@ def _matches(which, names):
     if isinstance(which, str): return [w for w,n in names.items() if _named(n, which)]
     if isinstance(which, bool): return []
     if isinstance(which, int): return [list(names)[which]] if -len(names)<=which<len(names) else []
-    if isinstance(which, type): return [w for w in names if isinstance(w.module, which)]
+    if isinstance(which, type): return [w for w in names if issubclass(getattr(w.module, 'dense_type', type(w.module)), which) or isinstance(w.module, which)]
     if isinstance(which, nn.Module): return [w for w in names if any(w.module is m for m in which.modules())]
     return []
 
