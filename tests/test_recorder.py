@@ -276,6 +276,48 @@ def test_train_metrics_too():
     learn.fit(1)
     assert 'train_sparsity' in learn.recorder.metric_names and 'valid_sparsity' in learn.recorder.metric_names and len(learn.recorder.log)==len(learn.recorder.metric_names)
 
+def columns(learn): return {n: [row[i-len(NAMES)] for row in learn.recorder.values] for i,n in enumerate(NAMES)}
+
+@pytest.mark.parametrize('form', ['masked', 'sparse'])
+def test_tensorboard(form, tmp_path):
+    "All columns arrive, with the picture of a masked model's graph, and the training is the same"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learns = []
+    for cbs in ([TensorBoardCallback(log_dir=str(tmp_path), log_preds=False, trace_model=form=='masked')], []):
+        learns.append(learn := make('RigL', cbs))
+        if form=='sparse': to_sparse_layers(learn, least=0.)
+        learn.fit(3)
+    log = EventAccumulator(str(tmp_path)).Reload()
+    for n,values in columns(learns[0]).items(): assert [e.value for e in log.Scalars(n)]==pytest.approx(values) and len(values)==3
+    assert log.Tags()['graph']==(form=='masked')
+    assert not changed(*(snapshot(l.model, l.opt) for l in learns)) and learns[0].sparse_recorder.history==learns[1].sparse_recorder.history
+
+def test_a_traced_model_has_its_zeros():
+    "TensorBoard traces a model to draw it; the masks are in force while it does"
+    learn = make('SET', record=False)
+    x = torch.randn(5, 8)
+    y = learn.model(x)
+    with torch.no_grad(): learn.model[0].weight += 1                                    # past the mask
+    traced = torch.jit.trace(learn.model, x)
+    assert masked_are_zero(learn.model) and torch.equal(traced(x), learn.model(x)) and not torch.equal(traced(x), y)
+
+def test_wandb(tmp_path, monkeypatch):
+    "All columns arrive, without a network"
+    wandb = pytest.importorskip('wandb')
+    import fastai.callback.wandb as fw
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.setattr(fw, 'init_args', lambda o, f=fw.init_args: f(o) if hasattr(o, '__dict__') else {})     # fastai 2.8.12 calls it on numbers too, which fastcore 2.2 refuses
+    said,run = [], wandb.init(mode='offline', dir=str(tmp_path), project='sparsefast')
+    monkeypatch.setattr(wandb, 'log', lambda d, log=wandb.log, **kw: (said.append(d), log(d, **kw)))
+    try:
+        learn = make('RigL', [fw.WandbCallback(log_preds=False)])
+        learn.fit(3)
+        summary = {n: run.summary[n] for n in NAMES}
+    finally: run.finish()
+    for n,values in columns(learn).items(): assert [d[n] for d in said if n in d]==pytest.approx(values) and summary[n]==pytest.approx(values[-1])
+
 def test_validate_and_get_preds_are_as_ever():
     learn = make('SET')
     before = learn.validate()
