@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sparsefast/analysis.py'),
                                      'sparsefast.analysis.SparseSummary.to_dict': ( 'analysis.html#sparsesummary.to_dict',
                                                                                     'sparsefast/analysis.py'),
+                                     'sparsefast.analysis._any': ('analysis.html#_any', 'sparsefast/analysis.py'),
                                      'sparsefast.analysis._note': ('analysis.html#_note', 'sparsefast/analysis.py'),
                                      'sparsefast.analysis._row': ('analysis.html#_row', 'sparsefast/analysis.py'),
                                      'sparsefast.analysis.add_rows': ('analysis.html#add_rows', 'sparsefast/analysis.py'),

@@ -21,6 +21,8 @@ from .rewire import Layer, is_stored, _in_order
 from .select import is_depthwise, is_transposed, select_weights, weight_names
 
 # %% ../nbs/08_analysis.ipynb #e2fd9188
+def _any(mask, dim): return mask.view(torch.uint8).amax(dim).bool() if mask.numel() else mask.any(dim)      # twenty times and more as fast as `any`
+
 def live_units(
     module:nn.Module, # The layer that owns the weight
     mask:torch.Tensor, # Boolean, the weight's shape
@@ -28,9 +30,8 @@ def live_units(
     "Which outputs and inputs of a layer have an active weight? With groups, the inputs of each group in turn"
     if mask.dim()<2: return mask,mask
     if isinstance(module, nn.Bilinear): return mask.flatten(1).any(1), torch.cat([mask.any(2).any(0), mask.any(1).any(0)])
-    t = mask.unflatten(0, (getattr(module, 'groups', 1), -1))
-    t = t.flatten(3).any(3) if t.dim()>3 else t
-    first,second = t.any(2).flatten(), t.any(1).flatten()
+    t = mask.unflatten(0, (getattr(module, 'groups', 1), -1)).flatten(2)
+    first,second = _any(t, 2).flatten(), _any(t, 1).view(len(t), mask.shape[1], -1).any(2).flatten()
     return (second,first) if is_transposed(module) or isinstance(module, nn.Embedding) else (first,second)
 
 # %% ../nbs/08_analysis.ipynb #86ab8532

@@ -29,11 +29,10 @@ def mask_change(
     new:list, # Those after it, in the same order
 )->dict: # Counts `dropped`, `grown`, `before`, `after`, and `churn`, the share of active weights replaced
     "What an update did to the masks of a model"
-    each = [[(a & ~b).count_nonzero(), (b & ~a).count_nonzero(), a.count_nonzero()] for a,b in zip(old, new)]
+    each = [[(a^b).count_nonzero(), a.count_nonzero(), b.count_nonzero()] for a,b in zip(old, new)]
     counts = _tolist([c for l in each for c in l]) if each else []
-    dropped,grown,before = (sum(counts[i::3]) for i in range(3))
-    after = before-dropped+grown
-    return dict(dropped=dropped, grown=grown, before=before, after=after, churn=(dropped+grown)/max(before+after, 1))
+    changed,before,after = (sum(counts[i::3]) for i in range(3))
+    return dict(dropped=(changed+before-after)//2, grown=(changed+after-before)//2, before=before, after=after, churn=changed/max(before+after, 1))
 
 # %% ../nbs/08a_recorder.ipynb #2ca31c0e
 def _value(recorder, name): return recorder.now[name]
@@ -81,12 +80,11 @@ def before_fit(self:SparseRecorderCallback):
 def after_fit(self:SparseRecorderCallback): self._hide()
 
 @patch
-def before_train(self:SparseRecorderCallback): self._look(first=not self.explored)
+def before_train(self:SparseRecorderCallback): self._look(self._layers(), first=not self.explored)
 
 @patch
-def _look(self:SparseRecorderCallback, first=False):
+def _look(self:SparseRecorderCallback, layers, first=False):
     "Take in the masks as they are"
-    layers = self._layers()
     for n,l in layers.items():
         seen = self.explored.get(n)
         self.explored[n] = l.mask.clone() if seen is None else seen.to(l.mask.device) | l.mask
@@ -166,9 +164,10 @@ def after_batch(self:SparseRecorderCallback):
     "Has the update come about? Then write down what it did"
     if self.old is None: return
     old,self.old = self.old,None
-    change = mask_change(old, [l.mask for l in self._layers().values()])
+    layers = self._layers()
+    change = mask_change(old, [l.mask for l in layers.values()])
     if not (change['dropped'] or change['grown']): return
-    self._look()
+    self._look(layers)
     fit,n = self.fits[-1], len(self.fits)-1
     pct = (fit['step']-1)/fit['total']
     self.now |= dict(churn=change['churn'], drop=self.method.drop_pct(pct))
