@@ -205,6 +205,14 @@ def _sparsity_axis(ax, xs):
     ax.set_xticks(sorted(set(xs)), [f'{100*s:g}%' for s in sorted(set(xs))])
     ax.xaxis.set_minor_locator(NullLocator())
 
+def _cost_axis(ax):
+    "Shares of a cost, on a scale that gives each factor the same room"
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
+
+# %% ../nbs/08b_plots.ipynb #d37bded2
 def plot_runs(
     runs:list, # Of dicts with `sparsity`, `flops` (a share of the dense cost), `accuracy`, and what `by` names; runs that agree in it, in sparsity and epochs are averaged
     x:str='sparsity', # What to plot against: 'sparsity' or 'flops'
@@ -223,14 +231,10 @@ def plot_runs(
     across = curves.pop(dense, None)
     for (name,pts),(i,marker) in zip(curves.items(), cycle(enumerate('osD^vPX*<>'))):
         xs,mean,lo,hi = (np.array(v) for v in zip(*pts))
-        ax.errorbar(xs, 100*mean, 100*np.stack([mean-lo, hi-mean]).clip(0), fmt='-' if x=='sparsity' else '', ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
+        ax.errorbar(xs, 100*mean, 100*np.stack([mean-lo, hi-mean]).clip(0), ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
     if across: ax.axhline(100*np.mean([m for _,m,*_ in across]), color=grey, ls='--', label=dense)
     if x=='sparsity': _sparsity_axis(ax, [p[0] for pts in curves.values() for p in pts])
-    else:
-        ax.set_xscale('log')
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
+    else: _cost_axis(ax)
     ax.set(xlabel='sparsity' if x=='sparsity' else 'FLOPs of the training, share of the dense one', ylabel=y, title=title or f'{y.capitalize()} against {"sparsity" if x=="sparsity" else "cost of training"}')
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%'))
     ax.grid(alpha=0.3)
