@@ -79,8 +79,8 @@ def sentence():
     got = done()
     part = lambda k: f"{100*got[k]['share']['median']:.1f} %"
     r = got['MLP every=10']
-    return (f"In epochs of {r['batches']} batches, on one thread of an {r['cpu']}, the recorder's events take {part('MLP never')} of the time of a perceptron's training without an update and {part('MLP every=10')} with updates at every tenth step, "
-            f"{part('MLP every=10 sparse')} where its layers store active weights only; the whole training takes {r['variants']['with']['ratio']:.3f} times as long as without a recorder (quartiles {r['variants']['with']['low']:.3f} to {r['variants']['with']['high']:.3f}), "
+    return (f"In epochs of {r['batches']} batches, on one thread of an {r['cpu']}, the recorder's events take {part('MLP never')} of the time of a perceptron's training without an update and {part('MLP every=10')} with an update at every tenth step, "
+            f"in which a look at all masks begins each epoch; the whole training takes {r['variants']['with']['ratio']:.3f} times as long as without a recorder (quartiles {r['variants']['with']['low']:.3f} to {r['variants']['with']['high']:.3f}), "
             f"and a twin without a recorder {r['variants']['without again']['ratio']:.3f} times ({r['variants']['without again']['low']:.3f} to {r['variants']['without again']['high']:.3f}).")
 
 def main():
