@@ -7,7 +7,7 @@
 
 fastai's loop on one thread, 90 % sparse, RigL. The variants take turns, in random order each round, and a round is one epoch; what counts is the ratio to the epoch without a recorder of the same round: the median over the rounds, with the quartiles.
 `without again` is a twin of the first: what differs from 1 there is the noise. Because the cost is smaller than that, it is also measured from inside: `share` is the part of an epoch's time that passes in the recorder's own events. `count_ms` is what happens once,
-on the first batch: counting FLOPs. With `every=10` an update comes ten times as often as RigL's authors have it; with `never` there is none."""
+on the first batch: counting FLOPs. With `every=10` each epoch of 20 batches has one update (at its tenth step; the last step never has one), with `never` none."""
 import argparse, json, re, time, warnings
 from pathlib import Path
 from statistics import median, quantiles
@@ -79,7 +79,7 @@ def sentence():
     got = done()
     part = lambda k: f"{100*got[k]['share']['median']:.1f} %"
     r = got['MLP every=10']
-    return (f"In epochs of {r['batches']} batches, on one thread of an {r['cpu']}, the recorder's events take {part('MLP never')} of the time of a perceptron's training without an update and {part('MLP every=10')} with an update at every tenth step, "
+    return (f"In epochs of {r['batches']} batches, on one thread of an {r['cpu']}, the recorder's events take {part('MLP never')} of the time of a perceptron's training without an update and {part('MLP every=10')} with one in each, "
             f"in which a look at all masks begins each epoch; the whole training takes {r['variants']['with']['ratio']:.3f} times as long as without a recorder (quartiles {r['variants']['with']['low']:.3f} to {r['variants']['with']['high']:.3f}), "
             f"and a twin without a recorder {r['variants']['without again']['ratio']:.3f} times ({r['variants']['without again']['low']:.3f} to {r['variants']['without again']['high']:.3f}).")
 
