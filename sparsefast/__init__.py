@@ -27,6 +27,7 @@ Modules:
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
+- `sparsefast.select`: Which weights can be sparse, and naming them: by name, type, place, or the module itself
 - `sparsefast.shrink`: Units without a weight, and units that nobody listens to, are cut out for good
 - `sparsefast.sparse_ops`: Matrix products that touch active weights only, from PyTorch's own operations
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back"""

@@ -194,7 +194,7 @@ def zero_masked_(
     mask:torch.Tensor, # Boolean, the shape of `t`: `True` stays
 )->torch.Tensor: # `t`
     "Zero `t` where `mask` is `False`, whatever is there"
-    if t.element_size() not in _bits: return t.masked_fill_(~mask, 0)
+    if t.element_size() not in _bits or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)      # (`torch.jit.trace` knows no views as another dtype)
     bits = t.view(_bits[t.element_size()])
     if torch.compiler.is_compiling() or not t.is_cpu or t.numel()<=_piece or (flat := _flat(bits, mask)) is None: bits.mul_(mask)
     else:
@@ -277,7 +277,7 @@ def keep_masked(
     *args, # What a forward-pre-hook passes
 )->None:
     "`apply_masks` as a forward-pre-hook that knows when there is nothing to do"
-    if torch.compiler.is_compiling(): return apply_masks(owner)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return apply_masks(owner)
     pairs = _pairs(owner)
     trains = owner.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs]) or bool(args) and args[0] is not owner and getattr(args[0], 'training', False)
     spared = True

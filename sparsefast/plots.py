@@ -19,9 +19,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import nn
-from .analysis import layer_rows
-from .masks import masked_params
-from .select import is_transposed, select_weights
+from .analysis import layer_rows, named_masks
+from .layers import as_masked
+from .rewire import is_stored
+from .select import is_transposed
 
 # %% ../nbs/08b_plots.ipynb #b652cea6
 # Colours of Okabe and Ito, and the order in which series of a picture take them
@@ -47,7 +48,7 @@ def plot_sparsity(
     figsize:tuple=None, # In inches; by default as high as there are layers
 ): # The axes
     "How sparse each layer is, and how sparse it should be"
-    rows = layer_rows(_model(model))
+    rows = layer_rows(as_masked(_model(model)))
     ax = _axes(ax, figsize or (7, 1.2+0.28*len(rows)))
     y = np.arange(len(rows))
     ax.barh(y, [100*r.sparsity for r in rows], color=sky, height=0.7, label='sparsity')
@@ -121,10 +122,7 @@ def plot_weights(
     axs=None, # As many matplotlib axes as layers
 ): # The axes
     "Histograms of the active weights, by layer"
-    model = _model(model)
-    names = {p: n for n,p in model.named_parameters()}
-    chosen = None if which is None else {w.p for w in select_weights(model, which)}
-    layers = [(names[p], p.detach()[mask]) for *_,p,mask in masked_params(model) if chosen is None or p in chosen]
+    layers = [(n, l.p.detach() if is_stored(l.module) else l.p.detach()[l.mask]) for n,l in named_masks(_model(model), which).items()]
     if not layers: raise ValueError("there is no layer with a mask to draw: call `sparsify_model(model, sparsity)` first")
     axs = _grid(len(layers), 3, (3.4, 2.6), axs)
     for ax,(n,w) in zip(axs, layers):
@@ -170,10 +168,9 @@ def show_inputs(
 
 def _first(model, which):
     "(module, mask) of the layer that is meant"
-    chosen = None if which is None else {w.p for w in select_weights(model, which)}
-    for m,n,p,mask in masked_params(model):
-        if chosen is None or p in chosen: return m,mask
-    raise ValueError("there is no such layer with a mask: call `sparsify_model(model, sparsity)` first")
+    if not (layers := named_masks(model, which)): raise ValueError("there is no such layer with a mask: call `sparsify_model(model, sparsity)` first")
+    first = next(iter(layers.values()))
+    return first.module,first.mask
 
 # %% ../nbs/08b_plots.ipynb #52df48f4
 def show_start_end(
@@ -208,6 +205,14 @@ def _sparsity_axis(ax, xs):
     ax.set_xticks(sorted(set(xs)), [f'{100*s:g}%' for s in sorted(set(xs))])
     ax.xaxis.set_minor_locator(NullLocator())
 
+def _cost_axis(ax):
+    "Shares of a cost, on a scale that gives each factor the same room"
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
+
+# %% ../nbs/08b_plots.ipynb #d37bded2
 def plot_runs(
     runs:list, # Of dicts with `sparsity`, `flops` (a share of the dense cost), `accuracy`, and what `by` names; runs that agree in it, in sparsity and epochs are averaged
     x:str='sparsity', # What to plot against: 'sparsity' or 'flops'
@@ -226,14 +231,10 @@ def plot_runs(
     across = curves.pop(dense, None)
     for (name,pts),(i,marker) in zip(curves.items(), cycle(enumerate('osD^vPX*<>'))):
         xs,mean,lo,hi = (np.array(v) for v in zip(*pts))
-        ax.errorbar(xs, 100*mean, 100*np.stack([mean-lo, hi-mean]).clip(0), fmt='-' if x=='sparsity' else '', ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
+        ax.errorbar(xs, 100*mean, 100*np.stack([mean-lo, hi-mean]).clip(0), ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
     if across: ax.axhline(100*np.mean([m for _,m,*_ in across]), color=grey, ls='--', label=dense)
     if x=='sparsity': _sparsity_axis(ax, [p[0] for pts in curves.values() for p in pts])
-    else:
-        ax.set_xscale('log')
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
+    else: _cost_axis(ax)
     ax.set(xlabel='sparsity' if x=='sparsity' else 'FLOPs of the training, share of the dense one', ylabel=y, title=title or f'{y.capitalize()} against {"sparsity" if x=="sparsity" else "cost of training"}')
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%'))
     ax.grid(alpha=0.3)

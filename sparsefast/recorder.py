@@ -18,24 +18,23 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import find_bs, get_model, get_random_states, num_distrib, set_random_states, to_device
-from .analysis import live_units, sparse_summary as _summary
+from .analysis import live_units, named_masks, sparse_summary as _summary
 from .callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, training_flops
-from .masks import masked_params
 from .rewire import _tolist
-from .select import select_weights
 
 # %% ../nbs/08a_recorder.ipynb #6eb1047d
+def _nnz(mask): return torch.tensor(np.count_nonzero(mask.numpy())) if mask.is_cpu else mask.count_nonzero()      # (numpy counts five times as fast)
+
 def mask_change(
     old:list, # Boolean masks before an update
     new:list, # Those after it, in the same order
 )->dict: # Counts `dropped`, `grown`, `before`, `after`, and `churn`, the share of active weights replaced
     "What an update did to the masks of a model"
-    each = [[(a & ~b).count_nonzero(), (b & ~a).count_nonzero(), a.count_nonzero()] for a,b in zip(old, new)]
+    each = [[_nnz(a^b), _nnz(a), _nnz(b)] for a,b in zip(old, new)]
     counts = _tolist([c for l in each for c in l]) if each else []
-    dropped,grown,before = (sum(counts[i::3]) for i in range(3))
-    after = before-dropped+grown
-    return dict(dropped=dropped, grown=grown, before=before, after=after, churn=(dropped+grown)/max(before+after, 1))
+    changed,before,after = (sum(counts[i::3]) for i in range(3))
+    return dict(dropped=(changed+before-after)//2, grown=(changed+after-before)//2, before=before, after=after, churn=changed/max(before+after, 1))
 
 # %% ../nbs/08a_recorder.ipynb #2ca31c0e
 def _value(recorder, name): return recorder.now[name]
@@ -62,10 +61,7 @@ def reset(self:SparseRecorderCallback):
     self.open,self.old,self.fresh = False,None,False
 
 @patch
-def _layers(self:SparseRecorderCallback): return list(masked_params(get_model(self.learn.model)))
-
-@patch
-def _names(self:SparseRecorderCallback): return {p: n for n,p in get_model(self.learn.model).named_parameters()}
+def _layers(self:SparseRecorderCallback): return named_masks(get_model(self.learn.model))
 
 @patch
 def _dst(self:SparseRecorderCallback): return next((cb for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)), None)
@@ -86,20 +82,18 @@ def before_fit(self:SparseRecorderCallback):
 def after_fit(self:SparseRecorderCallback): self._hide()
 
 @patch
-def before_train(self:SparseRecorderCallback): self._look(first=not self.explored)
+def before_train(self:SparseRecorderCallback): self._look(self._layers(), first=not self.explored)
 
 @patch
-def _look(self:SparseRecorderCallback, first=False):
+def _look(self:SparseRecorderCallback, layers, first=False):
     "Take in the masks as they are"
-    layers,names = self._layers(), self._names()
-    for m,n,p,mask in layers:
-        seen = self.explored.get(names[p])
-        self.explored[names[p]] = mask.clone() if seen is None else seen.to(mask.device) | mask
-    k = len(layers)
-    counts = _tolist([c for m,n,p,mask in layers for c in (mask.count_nonzero(), self.explored[names[p]].count_nonzero(), (~live_units(m, mask)[0]).count_nonzero())]) if k else []
-    nnz,total = counts[::3], sum(p.numel() for *_,p,_ in layers)
-    self.nnz = {names[p]: (a, p.numel()) for (*_,p,_),a in zip(layers, nnz)}
-    self.now |= dict(sparsity=1-sum(nnz)/total if k else 0., explored=sum(counts[1::3])/total if k else 0., dead=sum(counts[2::3]))
+    for n,l in layers.items():
+        seen = self.explored.get(n)
+        self.explored[n] = l.mask.clone() if seen is None else seen.to(l.mask.device) | l.mask
+    counts = _tolist([c for n,l in layers.items() for c in (_nnz(l.mask), _nnz(self.explored[n]), _nnz(~live_units(l.module, l.mask)[0]))]) if layers else []
+    nnz,total = counts[::3], sum(l.mask.numel() for l in layers.values())
+    self.nnz = {n: (a, l.mask.numel()) for (n,l),a in zip(layers.items(), nnz)}
+    self.now |= dict(sparsity=1-sum(nnz)/total if layers else 0., explored=sum(counts[1::3])/total if layers else 0., dead=sum(counts[2::3]))
     self.fresh = True
     if first: self._keep_frames()
 
@@ -165,16 +159,17 @@ def before_step(self:SparseRecorderCallback):
     looks = self.method is not None and self.method.looks(step, pct)
     self.flops += 2*self.n_seen*(2*self.used + (self.count.macs if looks else self.trained))
     fit['samples'],self.n_seen,self.now['tflops'] = fit['samples']+self.n_seen, 0, self.flops/1e12
-    if self.method is not None and self.method.due(step, pct): self.old = [mask.clone() for *_,mask in self._layers()]
+    if self.method is not None and self.method.due(step, pct): self.old = [l.mask.clone() for l in self._layers().values()]
 
 @patch
 def after_batch(self:SparseRecorderCallback):
     "Has the update come about? Then write down what it did"
     if self.old is None: return
     old,self.old = self.old,None
-    change = mask_change(old, [mask for *_,mask in self._layers()])
+    layers = self._layers()
+    change = mask_change(old, [l.mask for l in layers.values()])
     if not (change['dropped'] or change['grown']): return
-    self._look()
+    self._look(layers)
     fit,n = self.fits[-1], len(self.fits)-1
     pct = (fit['step']-1)/fit['total']
     self.now |= dict(churn=change['churn'], drop=self.method.drop_pct(pct))
@@ -187,10 +182,9 @@ def after_batch(self:SparseRecorderCallback):
 @patch
 def _keep_frames(self:SparseRecorderCallback):
     if self.keep is None: return
-    for w in select_weights(get_model(self.learn.model), self.keep):
-        if (mask := w.module._buffers.get(f'{w.name}_mask')) is None: continue
-        step = sum(f['step']-f['start'] for f in self.fits)
-        self.frames.setdefault(self._names()[w.p], []).append((step, list(mask.shape), torch.from_numpy(np.packbits(mask.cpu().numpy()))))
+    step = sum(f['step']-f['start'] for f in self.fits)
+    for n,l in named_masks(get_model(self.learn.model), self.keep).items():
+        self.frames.setdefault(n, []).append((step, list(l.mask.shape), torch.from_numpy(np.packbits(l.mask.cpu().numpy()))))
 
 @patch
 def masks(self:SparseRecorderCallback,

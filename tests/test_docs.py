@@ -118,4 +118,5 @@ def test_every_notebook_that_prints_or_plots_has_outputs():
 def test_every_tutorial_has_its_place_in_the_menu():
     src = (nbs/'_site'/'pages.py').read_text(encoding='utf-8')
     named = ast.literal_eval(re.search(r'^tutorials = (\[.*?\])', src, re.M|re.S)[1])
-    assert {Path(f).stem for f in notebooks if f.startswith('tutorials/')} <= set(named) and len(set(named))==len(named)
+    files = [t+'.ipynb' if '/' in t else f'tutorials/{t}.ipynb' for t in named]
+    assert {f for f in notebooks if f.startswith('tutorials/')} <= set(files) <= set(notebooks) and len(set(files))==len(files)

@@ -8,10 +8,14 @@ from fastai import optimizer as fo
 from fastai.callback import schedule, training
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from torch.utils.data import TensorDataset
 from helpers import *
 from sparsefast import presets
 from sparsefast.core import *
 from sparsefast.analysis import live_units
+from sparsefast.layers import SparseLinear, to_sparse_layers
 from sparsefast.recorder import SparseRecorderCallback, mask_change
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
@@ -183,6 +187,59 @@ def test_autocast_does_not_hide_the_masks(cpu_amp):
     plain.fit(2)
     assert learn.sparse_recorder.flops==pytest.approx(plain.sparse_recorder.flops, rel=.01)
 
+# ------------------------------------------------------------ layers that store active weights only
+class Pictures(nn.Module):
+    "Eight numbers as a picture of 2 x 4"
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.LeakyReLU(.3), nn.Conv2d(12, 16, (1,2), stride=(1,2)), nn.LeakyReLU(.3), nn.Flatten(), nn.Linear(64, 16))
+    def forward(self, x): return self.body(x.view(-1, 1, 2, 4))
+
+def in_form(form, make_net, name, rec):
+    "A training whose layers are masked, sparse, sparse but one, or sparse from the second fit on"
+    torch.manual_seed(0)
+    learn = learner(make_net().double(), opt_func=partial(fo.SGD, mom=.9, wd=.01))
+    learn.dls = DataLoaders(*(DataLoader(TensorDataset(dl.dataset.tensors[0].double(), dl.dataset.tensors[1]), bs=8, num_workers=0) for dl in learn.dls.loaders), device='cpu')
+    learn.loss_func = lambda pred, y: F.cross_entropy(pred, y).float()                   # fastai averages losses in single precision
+    learn.sparsify(.8, preset=preset_of(name))
+    if form in ('sparse', 'but one'): to_sparse_layers(learn, least=0.)
+    if form=='but one': learn.model[2] = learn.model[2].to_masked()
+    learn.add_cbs([DynamicSparseTrainingCallback(**preset_of(name)), rec])
+    learn.fit(2)
+    if form=='later': to_sparse_layers(learn, learn.opt, least=0.)
+    learn.fit(2)
+    return learn
+
+def near(a, b):
+    "Equal, numbers but for rounding"
+    if isinstance(a, (list, tuple)): return len(a)==len(b) and all(map(near, a, b))
+    if isinstance(a, dict): return list(a)==list(b) and all(near(a[k], b[k]) for k in a)
+    return a==pytest.approx(b, rel=1e-6) if isinstance(a, float) else a==b
+
+@pytest.mark.parametrize('form', ['sparse', 'but one', 'later', 'pictures'])
+@pytest.mark.parametrize('name', ['SET', 'RigL', 'GraNet'])
+def test_masked_and_sparse_form_give_one_history(name, form):
+    make_net = Pictures if form=='pictures' else net
+    recs = [SparseRecorderCallback(keep=[0, -1]) for _ in range(2)]
+    learns = [in_form(f, make_net, name, rec) for f,rec in zip(('masked', 'sparse' if form=='pictures' else form), recs)]
+    a,b = recs
+    names = ['body.0.weight', 'body.2.weight', 'body.5.weight'] if form=='pictures' else ['0.weight', '2.weight', '4.weight']
+    assert len(a.history)>4 and near(a.history, b.history) and near(a.fits, b.fits) and near(a.now, b.now) and list(b.explored)==names and b.flops>0
+    assert near([list(r) for r in learns[0].recorder.values], [list(r) for r in learns[1].recorder.values])
+    assert a.spent()==b.spent() and a.spent(dense=True)==b.spent(dense=True) and all(torch.equal(a.explored[n], b.explored[n]) for n in names)
+    assert list(a.frames)==list(b.frames)==names[::2]
+    assert all(i==j and torch.equal(m, n) for k in a.frames for (i,m),(j,n) in zip(a.masks(k), b.masks(k), strict=True))
+
+def test_a_sparse_layer_that_dies():
+    "Dead outputs and density of a layer whose rows are known"
+    layer = nn.Linear(8, 6)
+    layer.register_buffer('weight_mask', torch.zeros(6, 8, dtype=torch.bool))
+    layer.weight_mask[1:4,:2] = True
+    with torch.no_grad(): layer.weight *= layer.weight_mask
+    learn = learner(nn.Sequential(SparseLinear.from_masked(layer), nn.ReLU(), nn.Linear(6, 3)))
+    learn.fit(1, cbs=(rec := SparseRecorderCallback()))
+    assert rec.now['dead']==3 and rec.now['sparsity']==pytest.approx(1-6/48) and rec.nnz=={'0.weight': (6, 48)} and rec.flops==80*6*(6+18)
+
 # ------------------------------------------------------------ it disturbs nothing
 @pytest.mark.parametrize('name', ['SET', 'SNFS', 'RigL', 'TopKAST', 'GraNet'])
 def test_the_same_training_with_and_without(name):
@@ -218,6 +275,48 @@ def test_train_metrics_too():
     learn.recorder.train_metrics = True
     learn.fit(1)
     assert 'train_sparsity' in learn.recorder.metric_names and 'valid_sparsity' in learn.recorder.metric_names and len(learn.recorder.log)==len(learn.recorder.metric_names)
+
+def columns(learn): return {n: [row[i-len(NAMES)] for row in learn.recorder.values] for i,n in enumerate(NAMES)}
+
+@pytest.mark.parametrize('form', ['masked', 'sparse'])
+def test_tensorboard(form, tmp_path):
+    "All columns arrive, with the picture of a masked model's graph, and the training is the same"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learns = []
+    for cbs in ([TensorBoardCallback(log_dir=str(tmp_path), log_preds=False, trace_model=form=='masked')], []):
+        learns.append(learn := make('RigL', cbs))
+        if form=='sparse': to_sparse_layers(learn, least=0.)
+        learn.fit(3)
+    log = EventAccumulator(str(tmp_path)).Reload()
+    for n,values in columns(learns[0]).items(): assert [e.value for e in log.Scalars(n)]==pytest.approx(values) and len(values)==3
+    assert log.Tags()['graph']==(form=='masked')
+    assert not changed(*(snapshot(l.model, l.opt) for l in learns)) and learns[0].sparse_recorder.history==learns[1].sparse_recorder.history
+
+def test_a_traced_model_has_its_zeros():
+    "TensorBoard traces a model to draw it; the masks are in force while it does"
+    learn = make('SET', record=False)
+    x = torch.randn(5, 8)
+    y = learn.model(x)
+    with torch.no_grad(): learn.model[0].weight += 1                                    # past the mask
+    traced = torch.jit.trace(learn.model, x)
+    assert masked_are_zero(learn.model) and torch.equal(traced(x), learn.model(x)) and not torch.equal(traced(x), y)
+
+def test_wandb(tmp_path, monkeypatch):
+    "All columns arrive, without a network"
+    wandb = pytest.importorskip('wandb')
+    import fastai.callback.wandb as fw
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.setattr(fw, 'init_args', lambda o, f=fw.init_args: f(o) if hasattr(o, '__dict__') else {})     # fastai 2.8.12 calls it on numbers too, which fastcore 2.2 refuses
+    said,run = [], wandb.init(mode='offline', dir=str(tmp_path), project='sparsefast')
+    monkeypatch.setattr(wandb, 'log', lambda d, log=wandb.log, **kw: (said.append(d), log(d, **kw)))
+    try:
+        learn = make('RigL', [fw.WandbCallback(log_preds=False)])
+        learn.fit(3)
+        summary = {n: run.summary[n] for n in NAMES}
+    finally: run.finish()
+    for n,values in columns(learn).items(): assert [d[n] for d in said if n in d]==pytest.approx(values) and summary[n]==pytest.approx(values[-1])
 
 def test_validate_and_get_preds_are_as_ever():
     learn = make('SET')

@@ -14,8 +14,9 @@ from nbdev.showdoc import showdoc_nm
 
 nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 
-# From beginner to researcher. A notebook in `tutorials` that is not named here stops the build.
-tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'choosing', 'large_batches', 'ship', 'distributed']
+# From beginner to researcher. A notebook in `tutorials` that is not named here stops the build, and so does a name without a notebook. One of another folder is named with it
+tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'choosing', 'large_batches', 'ship', 'distributed',
+             'explanations/write_your_own', 'explanations/from_paper_to_code']
 # Rooms by number: a group reaches to the next one's first
 rooms = [(1, 'Foundations'), (4, 'Methods'), (6, 'In fastai'), (7, 'See it'), (9, 'Fast'), (20, 'Command line')]
 
@@ -175,16 +176,18 @@ def page(fn, tgts, names):
 def title(fn): return next((m[1] for c in read(fn)[1] if c['cell_type']=='markdown' and (m := re.search(r'^# (.+)$', c['source'], re.M))), fn)
 
 def menu(names):
-    "Captions, and the pages under each; stops at a tutorial that has no place"
+    "Captions, and the pages under each; stops at a tutorial that has no place, and at a place that has no tutorial"
     at = lambda d: {f: p for f,p in names.items() if f.startswith(d+'/')}
-    tuts = {Path(f).stem: p for f,p in at('tutorials').items()}
-    if lost := set(tuts)-set(tutorials): raise SystemExit(f'no place in the menu: say in nbs/_site/pages.py where {sorted(lost)} come among the tutorials')
+    files = {t: f'{t if "/" in t else f"tutorials/{t}"}.ipynb' for t in tutorials}
+    if lost := set(at('tutorials'))-set(files.values()): raise SystemExit(f'no place in the menu: say in nbs/_site/pages.py where {sorted(lost)} come among the tutorials')
+    if gone := [f for f in files.values() if f not in names]: raise SystemExit(f'no such notebook: {gone}, which nbs/_site/pages.py lists among the tutorials')
+    tuts = [names[f] for f in files.values()]
     def group(f): return max(i for i,(n,_) in enumerate(rooms) if n<=int(re.match(r'\d+', f)[0]))
     numbered = [f for f in names if re.match(r'(?!00_)\d', f)]
-    return [('Start', ['self', *(p for t in tutorials[:1] if (p := tuts.get(t))), *(p for f,p in names.items() if f.startswith('00_'))]),
-            ('Tutorials', [tuts[t] for t in tutorials[1:] if t in tuts]),
+    return [('Start', ['self', tuts[0], *(p for f,p in names.items() if f.startswith('00_'))]),
+            ('Tutorials', tuts[1:]),
             *((cap, [names[f] for f in numbered if group(f)==i]) for i,(_,cap) in enumerate(rooms)),
-            ('Explanations', [p for f,p in sorted(at('explanations').items(), key=lambda o: title(o[0]))]),
+            ('Explanations', [p for f,p in sorted(at('explanations').items(), key=lambda o: title(o[0])) if p not in tuts]),
             ('Results', [*(p for f,p in names.items() if '/' not in f and not f[0].isdigit() and f!='index.ipynb'), 'changelog'])]
 
 def build(out):
