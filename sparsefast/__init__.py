@@ -5,6 +5,7 @@ Modules:
 
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.analysis`: What a sparse model consists of: a table to read, and the same as data
+- `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.bench`: `sparsefast_bench`: is it faster sparse, on this machine? One line in a shell
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
