@@ -65,8 +65,8 @@ MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
                   callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=['masks'],
                   files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'], deploy=['layers','masks','patterns','shrink','sparsify'],
-                  export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','select'], plots=['analysis','masks','select'],
-                  recorder=['analysis','callback','flops','masks','rewire','select'],
+                  export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','rewire','select'], plots=['analysis','layers','rewire','select'],
+                  console=[], datasets=['console'], models=['console'], recorder=['analysis','callback','flops','masks','rewire','select'],
                   doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):

@@ -87,7 +87,7 @@ def plain_steps(name, optim):
         return one
     return ratios(rounds({'dense': stepper(False), 'sparse': stepper(True), 'dense again': stepper(False)}, n))
 
-optims = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=1e-3, momentum=0.9, weight_decay=1e-4), AdamW=lambda ps: torch.optim.AdamW(ps, lr=1e-4))
+optims = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=1e-3, momentum=0.9, weight_decay=1e-4), AdamW=lambda ps: torch.optim.AdamW(ps, lr=1e-4), fused=lambda ps: torch.optim.AdamW(ps, lr=1e-4, fused=True))
 
 
 def fastai_steps(name, optim):
@@ -187,6 +187,14 @@ def updates(layers):
     return dict(tensors=len(ps), weights=sum(p.numel() for p,*_ in ps), largest_mib=round(max(p.numel() for p,*_ in ps)*4/2**20, 2), seconds=round(median(seconds), 4), low=round(q[0], 4), high=round(q[2], 4), rounds=n,
                 peak_mib=round(max(peaks), 1))
 
+# ------------------------------------------------------------ square roots
+def roots(n=1<<20, k=40):
+    "Nanoseconds that torch's `sqrt` takes for a positive number, for a zero, and where nine in ten are zeros: median and quartiles"
+    positive = torch.rand(n)+.1
+    given = dict(positive=positive, zeros=torch.zeros(n), ninety=positive*(torch.rand(n)>.9))
+    got = rounds({name: x.sqrt for name,x in given.items()}, k)
+    return {name: [round(1e9*q/n, 3) for q in quantiles(ts, n=4)] for name,ts in got.items()}
+
 # ------------------------------------------------------------ memory
 def memory(name):
     "Bytes a weight that stay resident beside the weights: in buffers, and in what is noted at their memory"
@@ -213,6 +221,8 @@ def plan():
             yield f'eval {name} batch 1', threads, evaluations, (name, 1)
     yield 'update ResNet-50', 2, updates, (None,)
     for name in works: yield f'plain AdamW {name}', 1, plain_steps, (name, 'AdamW')
+    for name in works: yield f'plain AdamW, fused {name}', 1, plain_steps, (name, 'fused')
+    yield 'square roots', 1, roots, ()
     for n in (1, 10, 100): yield f'update {n}M', 1, updates, (n*10**6,)
     for name in works:
         yield f'pass {name}', 1, passes, (name,)
@@ -251,7 +261,7 @@ def show(r, k):
 def step_table():
     "Training steps: sparse to dense, and dense to dense"
     got = done()
-    rows = [[name, kind, str(t), f"{r['ms']/r.get('batches', 1):.1f} ms", show(r, 'sparse'), show(r, 'dense again')] for name in works for kind in ('plain SGD', 'plain AdamW', 'fastai SGD') for t in (1, 2) if (r := got.get((f'{kind} {name}', t)))]
+    rows = [[name, kind, str(t), f"{r['ms']/r.get('batches', 1):.1f} ms", show(r, 'sparse'), show(r, 'dense again')] for name in works for kind in ('plain SGD', 'plain AdamW', 'plain AdamW, fused', 'fastai SGD') for t in (1, 2) if (r := got.get((f'{kind} {name}', t)))]
     return markdown(['network', 'loop', 'threads', 'dense step', 'sparse / dense', 'dense / dense'], rows)
 
 def pass_table():
