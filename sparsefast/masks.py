@@ -147,7 +147,7 @@ def top_k_mask(
     n_among:int=None, # How many candidates there are, if that is known
 )->torch.Tensor: # Boolean, with the shape and device of `t`
     "Exactly `n_keep` ones at the highest scores, ties to the lower index"
-    flat,cand = t.detach().reshape(-1), None if among is None else among.reshape(-1)
+    flat,cand,shape = t.detach().reshape(-1), None if among is None else among.reshape(-1), t.shape
     n = flat.numel() if among is None else int(among.count_nonzero()) if n_among is None else n_among
     if not 0<=n_keep<=n: raise ValueError(f"n_keep must be from 0 to the number of candidates, {n}, not {n_keep}")
     if not flat.is_cpu: return _by_sorts(flat, n_keep, cand).view(t.shape)
@@ -155,8 +155,10 @@ def top_k_mask(
     if few and (mask := _sampled(flat, n_keep, cand, n)) is not None: return mask.view(t.shape)
     if among is None: return _top_k(flat, n_keep).view(t.shape)
     idx,mask = places(cand), torch.zeros_like(flat, dtype=torch.bool)
-    mask[idx] = _top_k(flat[idx], n_keep)
-    return mask.view(t.shape)
+    some = flat[idx]
+    del t,flat                                                     # these are as large as a weight, and need not stay while the few are ranked
+    mask[idx] = _top_k(some, n_keep)
+    return mask.view(shape)
 
 # %% ../nbs/01_masks.ipynb #ac6b2987
 def masked_params(
