@@ -18,7 +18,7 @@ nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'choosing', 'large_batches', 'ship', 'distributed',
              'explanations/write_your_own', 'explanations/from_paper_to_code']
 # Rooms by number: a group reaches to the next one's first
-rooms = [(1, 'Foundations'), (4, 'Methods'), (6, 'In fastai'), (7, 'See it'), (9, 'Fast'), (20, 'Command line')]
+rooms = [(1, 'Foundations'), (4, 'Methods'), (6, 'In fastai'), (7, 'See it'), (9, 'Fast'), (18, 'Command line')]
 
 # ------------------------------------------------------------ notebooks and their names
 def notebooks():
