@@ -261,10 +261,11 @@ def level(net, s):
 
 def table(net, only=methods, costs=True):
     "Accuracy in percent, mean and standard deviation over seeds, as Markdown; bold are the methods that cannot be told apart from the best"
-    best,rows = {s: level(net, s) for s in sparsities}, []
-    rows += ['| method | ' + ' | '.join(f'{s:.0%}' for s in sparsities) + (' | cost at 95 % |' if costs else ' |'), '|---|' + '---:|'*(len(sparsities)+costs)]
+    cols = [s for s in sparsities if any(accuracies(net, m, s) for m in only)]                   # those that have been run
+    best,rows = {s: level(net, s) for s in cols}, []
+    rows += ['| method | ' + ' | '.join(f'{s:.0%}' for s in cols) + (' | cost at 95 % |' if costs else ' |'), '|---|' + '---:|'*(len(cols)+costs)]
     for m,budget in [*product(('small dense', *only), ['epochs']), *product([m for m in denser if m in only], ['flops'] if costs else [])]:
-        cells = [f'**{c}**' if m in best[s] and budget=='epochs' else c for s in sparsities for c in [show(accuracies(net, m, s, budget))]]
+        cells = [f'**{c}**' if m in best[s] and budget=='epochs' else c for s in cols for c in [show(accuracies(net, m, s, budget))]]
         cost = [r['flops']*r['epochs']/epochs[net] for k,r in done().items() if k[:3]==(net, m, .95) and k[4]==budget and m!='small dense']
         if any(cells): rows.append(f"| {m}{', equal cost' if budget=='flops' else ''} | " + ' | '.join(cells + ([f'{mean(cost):.2f}' if cost else ''] if costs else [])) + ' |')
     return '\n'.join(rows)
