@@ -383,6 +383,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.masks._first': ('masks.html#_first', 'sparsefast/masks.py'),
                                   'sparsefast.masks._flat': ('masks.html#_flat', 'sparsefast/masks.py'),
                                   'sparsefast.masks._guess': ('masks.html#_guess', 'sparsefast/masks.py'),
+                                  'sparsefast.masks._has_memory': ('masks.html#_has_memory', 'sparsefast/masks.py'),
+                                  'sparsefast.masks._multiply_': ('masks.html#_multiply_', 'sparsefast/masks.py'),
                                   'sparsefast.masks._origin': ('masks.html#_origin', 'sparsefast/masks.py'),
                                   'sparsefast.masks._pairs': ('masks.html#_pairs', 'sparsefast/masks.py'),
                                   'sparsefast.masks._sampled': ('masks.html#_sampled', 'sparsefast/masks.py'),

@@ -191,6 +191,18 @@ def _flat(*tensors):
     if all(t.is_contiguous() for t in tensors): return [t.view(-1) for t in tensors]
     if all(t.dim()==4 and t.is_contiguous(memory_format=torch.channels_last) for t in tensors): return [t.permute(0,2,3,1).view(-1) for t in tensors]
 
+def _multiply_(bits, mask):
+    "As `bits.mul_(mask)`, where torch has one thread. Numpy converts the mask by so many numbers at a time as the nearest cache holds"
+    a,had = bits.numpy(),np.setbufsize(2048)
+    try: np.multiply(a, mask.view(torch.int8).numpy(), out=a)
+    finally: np.setbufsize(had)
+    torch.autograd.graph.increment_version(bits)
+
+def _has_memory(t):
+    "Not so in `torch.func`"
+    try: return t.data_ptr()!=0
+    except RuntimeError: return False
+
 def zero_masked_(
     t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
     mask:torch.Tensor, # Boolean, the shape of `t`: `True` stays
@@ -199,6 +211,7 @@ def zero_masked_(
     if t.element_size() not in _bits or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)      # (`torch.jit.trace` knows no views as another dtype)
     bits = t.view(_bits[t.element_size()])
     if torch.compiler.is_compiling() or not t.is_cpu or t.numel()<=_piece or (flat := _flat(bits, mask)) is None: bits.mul_(mask)
+    elif torch.get_num_threads()==1 and not t.requires_grad and _has_memory(bits): _multiply_(*flat)
     else:
         for b,m in zip(*(f.split(_piece) for f in flat)): b.mul_(m)
     return t

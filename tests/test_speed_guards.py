@@ -26,17 +26,30 @@ def dirty(model): return [n for m,n,p,mask in masked_params(model) if (p[~mask]!
 # ------------------------------------------------------------ masking in pieces
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'mixed', 'transposed'])
-def test_masking_in_pieces_is_masking(dtype, layout, monkeypatch):
+@pytest.mark.parametrize('threads', [1, 2])
+def test_masking_in_pieces_is_masking(dtype, layout, threads, monkeypatch):
     monkeypatch.setattr(M, '_piece', 50)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
     t = (torch.randn(5,4,3,3)*10).to(dtype)
     if dtype.is_floating_point: t.view(-1)[::7],t.view(-1)[1::7],t.view(-1)[2::7] = math.nan,-math.inf,-0.
     mask = torch.rand(5,4,3,3)<.5
     if layout!='contiguous': t = t.to(memory_format=torch.channels_last) if layout!='transposed' else t.transpose(0,1).contiguous().transpose(0,1)
     if layout=='channels_last': mask = mask.to(memory_format=torch.channels_last)
     want = torch.where(mask, t, torch.zeros((), dtype=dtype))
+    version,buffer = t._version,np.getbufsize()
     out = zero_masked_(t, mask)
+    assert t._version>version and np.getbufsize()==buffer                    # autograd and our notes count writes; numpy is set as it was
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     assert out is t and torch.equal(t.contiguous().view(bits), want.contiguous().view(bits))          # bit for bit: NaN and -0.0 stay or are +0.0
+
+def test_large_weights_are_masked_without_memory(monkeypatch):
+    "`torch.func` hands out tensors that numpy cannot see"
+    monkeypatch.setattr(M, '_piece', 50)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    t,mask = torch.randn(3, 64), torch.rand(64)<.5
+    want = torch.where(mask, t, 0.)
+    assert torch.equal(torch.func.vmap(lambda r: zero_masked_(r.clone(), mask))(t), want)
+    assert torch.equal(torch.func.grad(lambda r: (zero_masked_(r.detach().clone(), mask)*r).sum())(t[0]), want[0])
 
 # ------------------------------------------------------------ selection by a sampled cut
 N = (1<<16)+77
