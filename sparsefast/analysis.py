@@ -17,7 +17,7 @@ from torch import nn
 from .layers import as_masked
 from .flops import count_flops
 from .masks import masked_params, sparse_params
-from .rewire import Layer, is_stored, _in_order
+from .rewire import Layer, is_stored, in_order
 from .select import is_depthwise, is_transposed, select_weights, weight_names
 
 # %% ../nbs/08_analysis.ipynb #e2fd9188
@@ -41,7 +41,7 @@ def named_masks(
 )->dict: # Name of the weight, as in `named_parameters` of a masked model -> `Layer`; in the model's order
     "Every mask of a model, those of layers that store active weights only too"
     names = {p: n for n,p in model.named_parameters()}
-    layers = [Layer(i, m, n, p, m.weight_mask if mask is None else mask) for i,(m,n,p,mask) in enumerate(_in_order(model))]
+    layers = [Layer(i, m, n, p, m.weight_mask if mask is None else mask) for i,(m,n,p,mask) in enumerate(in_order(model))]
     if which is not None:
         ws = select_weights(model, which, list({type(l.module) for l in layers}))
         layers = [l for l in layers if any(w.p is l.p or w.module is l.module and w.name==l.name for w in ws)]

@@ -21,6 +21,7 @@ from fastai.torch_core import get_model, get_random_states, set_random_states
 from .distributions import uniform_sparsity
 from .methods import DSTMethod
 from .ranks import sync_masks
+from .rewire import sparse_layers
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model
 
@@ -81,14 +82,15 @@ def _time(self:DynamicSparseTrainingCallback):
 def before_step(self:DynamicSparseTrainingCallback):
     "Mask gradients, or update in the step's place"
     self.n_step += 1
-    self.stepping = self.timed.before_step(self._modules(), self.learn.opt, **self._time())
+    self.layers = sparse_layers(self._modules())
+    self.stepping = self.timed.before_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
     if not self.stepping: raise CancelStepException()
 
 @patch
 def after_step(self:DynamicSparseTrainingCallback):
     "Mask weights, and update if the method steps first"
-    if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time())
-    self.stepping = False
+    if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
+    self.stepping,self.layers = False,None
 
 @patch
 def after_fit(self:DynamicSparseTrainingCallback):

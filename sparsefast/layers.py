@@ -120,9 +120,7 @@ def positions(self:SparseLayer): # int64, rising
 
 def _spread(layer, t):
     "Numbers of the active weights, in a tensor of the weight's shape"
-    out = t.new_zeros(layer.shape.numel())
-    out[layer.positions()] = t
-    return out.view(layer.shape)
+    return t.new_zeros(layer.shape.numel()).scatter_(0, layer.positions(), t).view(layer.shape)
 
 @patch(as_prop=True)
 def weight(self:SparseLayer):
@@ -132,7 +130,7 @@ def weight(self:SparseLayer):
 @patch(as_prop=True)
 def weight_mask(self:SparseLayer):
     "A new boolean tensor of the weight's shape: where the active weights are"
-    return _spread(self, torch.ones_like(self.col, dtype=torch.bool))
+    return torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.col.device).index_fill_(0, self.positions(), True).view(self.shape)
 
 # %% ../nbs/10_layers.ipynb #82194e4e
 @patch
@@ -186,10 +184,9 @@ def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
     first,*more = self._held
     dense = self._dense_grad(*first)
     for h in more: dense += self._dense_grad(*h)
-    dense = dense.to(self.values.dtype)
-    if (f := _factor(dense.view(-1)[self.positions()], self.values.grad, self))!=1: dense.mul_(f)
-    dense.view(-1)[self.positions()] = self.values.grad
-    return dense
+    flat,at = dense.to(self.values.dtype).view(-1), self.positions()
+    if (f := _factor(flat.index_select(0, at), self.values.grad, self))!=1: flat.mul_(f)
+    return flat.scatter_(0, at, self.values.grad).view(self.shape)
 
 # %% ../nbs/10_layers.ipynb #32f5d8b0
 def _factor(kept, now, layer):
@@ -440,15 +437,16 @@ def moving(self:SparseLayer,
 ): # A context with (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
     "From one set of active weights to another"
     both = places(mask|new)
-    was,will = mask.view(-1)[both], new.reshape(-1)[both]
-    fill = lambda t: None if t is None else t.new_zeros(len(both)).masked_scatter_(was, t)
+    was,will = (m.reshape(-1).index_select(0, both) for m in (mask, new))
+    had,stay = places(was),places(will)
+    fill = lambda t: None if t is None else t.new_zeros(len(both)).scatter_(0, had, t)
     names = _entries(state, len(self.values))
     state.update({k: fill(state[k]) for k in names})
     _set_data(self.values, fill(self.values.data), fill(self.values.grad))
-    yield was.clone(), will
-    state.update({k: state[k][will] for k in names})
-    _set_data(self.values, self.values.data[will], None if self.values.grad is None else self.values.grad[will])
-    self._set_index(*index_at(both[will], self._matrix_shape))
+    yield was, will
+    state.update({k: state[k].index_select(0, stay) for k in names})
+    _set_data(self.values, self.values.data.index_select(0, stay), None if self.values.grad is None else self.values.grad.index_select(0, stay))
+    self._set_index(*index_at(both.index_select(0, stay), self._matrix_shape))
     self._held.clear()
 
 # %% ../nbs/10_layers.ipynb #b7ab19ca

@@ -22,7 +22,7 @@ from torch import nn
 from fastcore.basics import patch
 from .masks import attribute, check_fraction, looks_masked, masked_params, n_active, note, noted, sample_masked, zero_masked_
 from .patterns import drop_grow, follows
-from .rewire import bring_in, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold, _count, _tolist
+from .rewire import bring_in, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold, counts, tolist
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, inner_opt, keeps_momentum, momentum, opt_state, weight_magnitude
 
@@ -162,7 +162,7 @@ def _live(layers): return [l for l in layers if l.p.requires_grad and l.p.grad i
 def _nonfinite(live, step):
     "Is a gradient not finite? Then warn, for update and step are to be skipped"
     grads = [g for l in live for g in (l.p.grad, *(t for held in getattr(l.module, '_held', ()) for t in held))]       # what stored layers keep, a dense gradient is made of
-    bad = not all(_tolist([g.sum().isfinite() for g in grads])) and not all(_tolist([g.isfinite().all() for g in grads]))   # a sum can overflow
+    bad = not all(tolist([g.sum().isfinite() for g in grads])) and not all(tolist([g.isfinite().all() for g in grads]))   # a sum can overflow
     if bad: warnings.warn(f"a gradient is not finite at optimizer step {step}: neither this update nor this step is taken", stacklevel=4)
     return bad
 
@@ -296,7 +296,7 @@ def _check_total(self, total):
 def _check_start(self, layers):
     "Warn of a schedule of sparsity that has nothing to do, because its masks are sparse already"
     if self.sparsity_sched_f is None or attribute(self.sparsity_sched_f, 'rises', False): return
-    if all(n<=l.p.numel()*(1-l.target)+1 for n,l in zip(_count([l.mask for l in layers]), layers)) and any(self.sparsity_at(l.target, 0.)<l.target for l in layers):
+    if all(n<=l.p.numel()*(1-l.target)+1 for n,l in zip(counts([l.mask for l in layers]), layers)) and any(self.sparsity_at(l.target, 0.)<l.target for l in layers):
         start = self.sparsity_at(max(l.target for l in layers), 0.)
         warnings.warn(f"the masks are as sparse as they should be in the end, so there is nothing to prune: this method starts at sparsity {start:.4g}; "
                       "say so by `sparsify_model(..., initial_sparsity=...)`", stacklevel=4)
@@ -396,7 +396,7 @@ def _prepare(self, live, due, time):
 def _check_end(self, live):
     "Warn if the schedule of sparsity has not been followed to its end"
     live = unfold(live)
-    nnz = _count([l.mask for l in live]) if live else []
+    nnz = counts([l.mask for l in live]) if live else []
     if any(n>g for n,g in zip(nnz, goals(self, live, nnz, 1., {}) if self.prune_share_f is None else [])):
         warnings.warn("training ends, and no update has brought the masks to their final sparsity: use a shorter batches_per_update", stacklevel=4)
 

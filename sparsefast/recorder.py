@@ -21,18 +21,17 @@ from fastai.torch_core import find_bs, get_model, get_random_states, num_distrib
 from .analysis import live_units, named_masks, sparse_summary as _summary
 from .callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, training_flops
-from .rewire import _tolist
+from .masks import n_ones
+from .rewire import tolist
 
 # %% ../nbs/08a_recorder.ipynb #6eb1047d
-def _nnz(mask): return torch.tensor(np.count_nonzero(mask.numpy())) if mask.is_cpu else mask.count_nonzero()      # (numpy counts five times as fast)
-
 def mask_change(
     old:list, # Boolean masks before an update
     new:list, # Those after it, in the same order
 )->dict: # Counts `dropped`, `grown`, `before`, `after`, and `churn`, the share of active weights replaced
     "What an update did to the masks of a model"
-    each = [[_nnz(a^b), _nnz(a), _nnz(b)] for a,b in zip(old, new)]
-    counts = _tolist([c for l in each for c in l]) if each else []
+    each = [[n_ones(a^b), n_ones(a), n_ones(b)] for a,b in zip(old, new)]
+    counts = tolist([c for l in each for c in l]) if each else []
     changed,before,after = (sum(counts[i::3]) for i in range(3))
     return dict(dropped=(changed+before-after)//2, grown=(changed+after-before)//2, before=before, after=after, churn=changed/max(before+after, 1))
 
@@ -90,7 +89,7 @@ def _look(self:SparseRecorderCallback, layers, first=False):
     for n,l in layers.items():
         seen = self.explored.get(n)
         self.explored[n] = l.mask.clone() if seen is None else seen.to(l.mask.device) | l.mask
-    counts = _tolist([c for n,l in layers.items() for c in (_nnz(l.mask), _nnz(self.explored[n]), _nnz(~live_units(l.module, l.mask)[0]))]) if layers else []
+    counts = tolist([c for n,l in layers.items() for c in (n_ones(l.mask), n_ones(self.explored[n]), n_ones(~live_units(l.module, l.mask)[0]))]) if layers else []
     nnz,total = counts[::3], sum(l.mask.numel() for l in layers.values())
     self.nnz = {n: (a, l.mask.numel()) for (n,l),a in zip(layers.items(), nnz)}
     self.now |= dict(sparsity=1-sum(nnz)/total if layers else 0., explored=sum(counts[1::3])/total if layers else 0., dead=sum(counts[2::3]))

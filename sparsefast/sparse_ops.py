@@ -15,7 +15,9 @@ __all__ = ['few', 'index_at', 'index_of', 'positions', 'transposed_index', 'chec
 
 # %% ../nbs/09a_sparse_ops.ipynb #2e31d495
 import warnings
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from .masks import places
 
 # %% ../nbs/09a_sparse_ops.ipynb #b37a4156
@@ -25,9 +27,9 @@ def index_at(
 )->tuple: # (row starts, columns), int32
     "The index of a matrix whose active weights are there"
     if shape[0]*shape[1]>=2**31: raise ValueError(f"a matrix of {shape[0]*shape[1]} weights is too large for 32-bit indices")
-    row,start = flat.div(max(shape[1], 1), rounding_mode='floor'), torch.zeros(shape[0]+1, dtype=torch.int32, device=flat.device)
-    start[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
-    return start, (flat-row*shape[1]).int()
+    begin = torch.arange(shape[0]+1, device=flat.device)*shape[1]
+    start = torch.searchsorted(flat, begin, out_int32=True)
+    return start, (flat-torch.repeat_interleave(begin[:-1], start.diff())).int()
 
 def index_of(
     mask:torch.Tensor, # Boolean matrix, `True` is active
@@ -41,7 +43,7 @@ def positions(
     n_col:int, # Columns of the matrix
 )->torch.Tensor: # int64, rising
     "Flat positions of the active weights"
-    return torch.repeat_interleave(crow.diff().long())*n_col + col
+    return torch.repeat_interleave(crow.diff().long()).mul_(n_col).add_(col)
 
 # %% ../nbs/09a_sparse_ops.ipynb #ea92d4ce
 def transposed_index(
@@ -50,8 +52,10 @@ def transposed_index(
     n_col:int, # Columns of the matrix
 )->tuple: # (row starts, columns, `perm`) of the transposed matrix, int32; its values are `values[perm]`
     "The index of the transposed matrix"
-    perm = col.to(torch.int16 if n_col<2**15 else torch.int64).argsort(stable=True)
-    start = crow.new_zeros(n_col+1)
+    if crow.is_cpu:
+        t = csr_matrix((np.arange(len(col), dtype=np.int32), col.numpy(), crow.numpy()), (len(crow)-1, n_col)).tocsc()
+        return tuple(torch.from_numpy(a) for a in (t.indptr, t.indices, t.data))
+    perm,start = col.argsort(stable=True), crow.new_zeros(n_col+1)
     start[1:] = torch.bincount(col, minlength=n_col).cumsum(0)
     return start, torch.repeat_interleave(crow.diff().long())[perm].int(), perm.int()
 

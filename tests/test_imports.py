@@ -63,7 +63,7 @@ print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_
 MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
                   ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
                   methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=['masks'],
+                  callback=['masks','distributions','ranks','rewire','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=['masks'],
                   files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'], deploy=['layers','masks','patterns','shrink','sparsify'],
                   export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','rewire','select'], plots=['analysis','layers','rewire','select'],
                   console=[], datasets=['console'], models=['console'], recorder=['analysis','callback','flops','masks','rewire','select'],
