@@ -231,6 +231,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x):
         if x.shape[-1]!=self.in_features: raise ValueError(f"{self} takes inputs with {self.in_features} features in the last dimension, not a tensor of shape {tuple(x.shape)}")
+        if torch.jit.is_tracing(): return F.linear(x, self.weight.t() if self._swapped else self.weight, self.bias)
         rows = x.reshape(-1, self.in_features)
         wide = self._learns(x) or torch.is_autocast_enabled(x.device.type)
         y = self._run(rows.t().unsqueeze(0))[0].t() if wide else self._infer(rows, x.dim()!=2 and not self.columns)
@@ -389,6 +390,7 @@ def forward(self:SparseConv2d,
     if any(self._pad): x = F.pad(x, self._pad, mode='constant' if self.padding_mode=='zeros' else self.padding_mode)
     out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip(x.shape[2:], *self._form)]
     if min(out)<1: raise ValueError(f"images of {tuple(x.shape[2:])} pixels, padding included, are too small for {self}")
+    if torch.jit.is_tracing(): return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
     if self._pointwise: x = x[:,:,::self.stride[0],::self.stride[1]].flatten(2)
     return self._run(x).view(len(x), self.out_channels, *out)
 

@@ -131,16 +131,26 @@ def _guess(t, k, among, n):
     rank = math.ceil(expected + 4*math.sqrt(expected*(1-k/n)) + 8)
     return s.topk(rank).values[-1] if rank<len(s) else None
 
+def _add_first(above, t, cut, among, n):
+    "Add the first `n` candidates at the cut to 1-d boolean `above`, in place, and piece by piece, so that no second such mask is needed; are there so many?"
+    for a,s,c in zip(*(x.split(1<<20) for x in (above, t, t if among is None else among))):
+        if not n: break
+        ties = _where(torch.eq, s, cut)
+        if among is not None: ties.logical_and_(c)
+        some = min(n, int(n_ones(ties)))
+        a.logical_or_(_first(ties, some))
+        n -= some
+    return not n
+
 def _sampled(t, k, among, n):
     "`k` ones at the highest of 1-d `t` by way of a sample; `None` if that does not work out"
     if (cut := _guess(t, k, among, n)) is None: return None
-    def ranked(where): return where if among is None else where.logical_and_(among)
-    above = ranked(_where(torch.gt, t, cut))
+    above = _where(torch.gt, t, cut)
+    if among is not None: above.logical_and_(among)
     if (n_above := int(n_ones(above)))>=k:
         idx = places(above)
         return above.scatter_(0, idx, _top_k(t.index_select(0, idx), k))
-    ties = ranked(_where(torch.eq, t, cut))
-    return above.logical_or_(_first(ties, k-n_above)) if n_above+int(n_ones(ties))>=k else None
+    return above if _add_first(above, t, cut, among, k-n_above) else None
 
 def _by_sorts(t, k, among):
     "`k` ones at the highest of 1-d `t` without waiting for a device"

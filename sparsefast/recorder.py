@@ -22,7 +22,7 @@ from .analysis import live_units, named_masks, sparse_summary as _summary
 from .callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, training_flops
 from .masks import n_ones
-from .rewire import tolist
+from .rewire import in_order, tolist
 
 # %% ../nbs/08a_recorder.ipynb #6eb1047d
 def mask_change(
@@ -57,7 +57,7 @@ def reset(self:SparseRecorderCallback):
     "Forget all that was recorded"
     self.history,self.fits,self.frames,self.explored,self.flops,self.n_seen = [],[],{},{},0,0
     self.now = dict(sparsity=0., churn=0., explored=0., dead=0, drop=0., tflops=0.)
-    self.open,self.old,self.fresh = False,None,False
+    self.open,self.old,self.fresh,self.seen = False,None,False,()
 
 @patch
 def _layers(self:SparseRecorderCallback): return named_masks(get_model(self.learn.model))
@@ -80,8 +80,18 @@ def before_fit(self:SparseRecorderCallback):
 @patch
 def after_fit(self:SparseRecorderCallback): self._hide()
 
+def _versions(model):
+    "Each mask, or index of a layer that stores active weights only, and how often it has been written to"
+    return [(t, t._version) for m,n,p,mask in in_order(model) for t in [m.col if mask is None else mask]]
+
+def _are_same(a, b): return len(a)==len(b) and all(t is u and v==w for (t,v),(u,w) in zip(a, b))
+
 @patch
-def before_train(self:SparseRecorderCallback): self._look(self._layers(), first=not self.explored)
+def before_train(self:SparseRecorderCallback):
+    if not self.explored or not _are_same(self.seen, _versions(get_model(self.learn.model))): self._look(self._layers(), first=not self.explored)
+
+@patch
+def __getstate__(self:SparseRecorderCallback): return {**self.__dict__, 'seen': ()}
 
 @patch
 def _look(self:SparseRecorderCallback, layers, first=False):
@@ -93,7 +103,7 @@ def _look(self:SparseRecorderCallback, layers, first=False):
     nnz,total = counts[::3], sum(l.mask.numel() for l in layers.values())
     self.nnz = {n: (a, l.mask.numel()) for (n,l),a in zip(layers.items(), nnz)}
     self.now |= dict(sparsity=1-sum(nnz)/total if layers else 0., explored=sum(counts[1::3])/total if layers else 0., dead=sum(counts[2::3]))
-    self.fresh = True
+    self.fresh,self.seen = True,_versions(get_model(self.learn.model))
     if first: self._keep_frames()
 
 # %% ../nbs/08a_recorder.ipynb #541ff2bc
@@ -109,8 +119,10 @@ def _begin(self:SparseRecorderCallback):
     dst = self._dst()
     self.method = dst and dst.timed
     n_iter = len(self.learn.dls.train)
-    if not self.open: self.fits.append(dict(total=dst.n_total if dst else self.learn.n_epoch*n_iter, start=dst.n_step if dst else self.learn.epoch*n_iter, samples=0,
-                                            step=dst.n_step if dst else self.learn.epoch*n_iter, every=dst and dst.timed.batches_per_update, densities=[]))
+    if not self.open:
+        self.fresh = True
+        self.fits.append(dict(total=dst.n_total if dst else self.learn.n_epoch*n_iter, start=dst.n_step if dst else self.learn.epoch*n_iter, samples=0,
+                              step=dst.n_step if dst else self.learn.epoch*n_iter, every=dst and dst.timed.batches_per_update, densities=[]))
     self.open = True
 
 @patch
@@ -222,6 +234,7 @@ def load_state_dict(self:SparseRecorderCallback,
     state:dict, # Of `state_dict`
 ):
     "Go on from there"
+    self.seen = ()
     for k in _state: setattr(self, k, state[k])
     for f in self.fits: f['densities'] = [(step, {n: tuple(d) for n,d in ds.items()}) for step,ds in f['densities']]
 

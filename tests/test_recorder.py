@@ -280,18 +280,18 @@ def columns(learn): return {n: [row[i-len(NAMES)] for row in learn.recorder.valu
 
 @pytest.mark.parametrize('form', ['masked', 'sparse'])
 def test_tensorboard(form, tmp_path):
-    "All columns arrive, with the picture of a masked model's graph, and the training is the same"
+    "All columns arrive, with the picture of the model's graph, and the training is the same"
     pytest.importorskip('tensorboard')
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     learns = []
-    for cbs in ([TensorBoardCallback(log_dir=str(tmp_path), log_preds=False, trace_model=form=='masked')], []):
+    for cbs in ([TensorBoardCallback(log_dir=str(tmp_path), log_preds=False)], []):
         learns.append(learn := make('RigL', cbs))
         if form=='sparse': to_sparse_layers(learn, least=0.)
         learn.fit(3)
     log = EventAccumulator(str(tmp_path)).Reload()
     for n,values in columns(learns[0]).items(): assert [e.value for e in log.Scalars(n)]==pytest.approx(values) and len(values)==3
-    assert log.Tags()['graph']==(form=='masked')
+    assert log.Tags()['graph']
     assert not changed(*(snapshot(l.model, l.opt) for l in learns)) and learns[0].sparse_recorder.history==learns[1].sparse_recorder.history
 
 def test_a_traced_model_has_its_zeros():
@@ -416,3 +416,26 @@ def test_a_file_of_an_older_version_has_no_callbacks(tmp_path):
     again.path = tmp_path
     again.fit(1, cbs=CheckpointCallback('run'))
     assert not changed(snapshot(learn.model), snapshot(again.model))
+
+# ------------------------------------------------------------ it looks when something has changed, and only then
+@pytest.mark.parametrize('form', ['masked', 'sparse'])
+def test_looks_only_at_what_is_new(form, monkeypatch):
+    looks,look = [], SparseRecorderCallback._look
+    monkeypatch.setattr(SparseRecorderCallback, '_look', lambda self, *args, **kw: (looks.append(len(self.history)), look(self, *args, **kw)))
+    learn = make('SET', bs=16, batches_per_update=2)
+    if form=='sparse': to_sparse_layers(learn, least=0.)
+    learn.fit(3)
+    n = len(learn.sparse_recorder.history)
+    assert n and len(looks)==1+n
+    learn.fit(1)                                                             # nothing has happened since
+    assert len(looks)==1+len(learn.sparse_recorder.history)
+
+def test_sees_what_others_do_to_masks_between_epochs():
+    class Prune(Callback):
+        order = 90
+        def after_epoch(self):
+            if self.epoch==0: self.learn.model[0].weight_mask[0] = False
+    learn = make('Static', [Prune()])
+    learn.fit(2)
+    dead = columns(learn)['dead']
+    assert dead[1]==dead[0]+1

@@ -128,6 +128,16 @@ def test_same_function_and_gradients(case, dtype):
         assert a.shape==b.shape and a.dtype==b.dtype and torch.allclose(a, b, rtol=1e-5, atol=1e-3 if dtype==torch.float32 else 1e-11)
     assert sparse.values.grad.shape==sparse.values.shape
 
+@pytest.mark.parametrize('case', [k for k in LAYERS if k not in ('none', 'conv no images')])
+@pytest.mark.filterwarnings('ignore')
+def test_traced(case):
+    make,size = LAYERS[case]
+    sparse,x = twin_of(masked(make(torch.float64))),torch.randn(*size, dtype=torch.float64)
+    traced = torch.jit.trace(sparse, x)
+    assert traced(-x).dtype==x.dtype and torch.allclose(traced(-x), sparse(-x), atol=1e-13)
+    with torch.no_grad(): sparse.values += 1                                 # a trace knows the values by reference
+    assert torch.allclose(traced(x), sparse(x), atol=1e-13)
+
 @pytest.mark.parametrize('case', [k for k in LAYERS if k not in ('none', 'many', 'conv large', 'conv no images')])
 def test_gradcheck(case):
     make,size = LAYERS[case]
@@ -202,6 +212,7 @@ def test_hugging_face_conv1d():
     assert type(sparse) is SparseLinear and sparse.in_features==9 and sparse.out_features==13
     for a,b in zip(gradients(sparse, x), gradients(layer, x)): assert torch.allclose(a, b, atol=1e-5)
     assert not changed(snapshot(layer), snapshot(sparse.to_masked())) and type(sparse.to_masked()) is Conv1D
+    assert torch.allclose(torch.jit.trace(sparse, x)(-x), layer(-x), atol=1e-5)
 
 REFUSED = dict(dense=(nn.Linear(3, 4), 'no mask'), other=(masked(nn.Conv1d(3, 4, 1)), 'is for'), sub=(masked(type('Mine', (nn.Linear,), {})(3, 4)), 'not Mine'), store=(nn.Linear(3, 4), 'outside its mask'))
 sparsify_model(REFUSED['store'][0], .5, keep_dense=True)
