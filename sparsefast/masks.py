@@ -142,14 +142,27 @@ def _add_first(above, t, cut, among, n):
         n -= some
     return not n
 
+def _above(t, cut, among):
+    above = _where(torch.gt, t, cut)
+    return above if among is None else above.logical_and_(among)
+
+def _kth(t, where, k):
+    "The `k`-th highest of the numbers at the ones of `where`, none of which is NaN"
+    if t.dtype not in _compared: return t[where].topk(k, sorted=False).values.min()
+    some = t.numpy()[where.numpy()]
+    some.partition(len(some)-k)
+    return torch.from_numpy(some)[len(some)-k]
+
 def _sampled(t, k, among, n):
     "`k` ones at the highest of 1-d `t` by way of a sample; `None` if that does not work out"
     if (cut := _guess(t, k, among, n)) is None: return None
-    above = _where(torch.gt, t, cut)
-    if among is not None: above.logical_and_(among)
-    if (n_above := int(n_ones(above)))>=k:
-        idx = places(above)
-        return above.scatter_(0, idx, _top_k(t.index_select(0, idx), k))
+    above = _above(t, cut, among)
+    n_above = int(n_ones(above))
+    if n_above>k:
+        cut = _kth(t, above, k)
+        del above                                                   # before there is another
+        above = _above(t, cut, among)
+        n_above = int(n_ones(above))
     return above if _add_first(above, t, cut, among, k-n_above) else None
 
 def _by_sorts(t, k, among):

@@ -270,7 +270,10 @@ def plan(
             goal = [min(max(b+g-d, 0), l.p.numel()) for b,g,d,l in zip(goal, n_grow, n_drop, layers)]
             targets = [1-b/l.p.numel() for b,l in zip(goal, layers)]
         n_grow = [max(b-a+d, 0) for b,a,d in zip(goal, nnz, n_drop)]
-    news = [_pack(k if not (d or g) else _exchanged(m, l, k, a, d, g, time)) for l,k,a,d,g in zip(layers, _whole(masks, layers), nnz, n_drop, n_grow)]
+    news = [None]*len(layers)
+    for j in sorted(range(len(layers)), key=lambda j: -layers[j].p.numel()):                        # the largest while little waits beside it
+        l,d,g,k = layers[j],n_drop[j],n_grow[j],_unpack(masks[j], layers[j].mask)
+        news[j] = _pack(_exchanged(m, l, k, nnz[j], d, g, time) if d or g else k)
     if layers[0].group:
         news = [k.clone() if k is l.mask else k for l,k in zip(layers, news)]
         agree(news, layers[0].group)

@@ -7,7 +7,7 @@
 
 Each measurement is one process's work of at most two minutes: the variants take turns, in random order each round, and what counts is the ratio of a sparse step to the dense step of its own round: the median over the rounds, with the
 quartiles. Each has a dense twin that is compared with dense too: what differs from 1 there is the noise. Everything is on as a user has it: hooks, and the engine (plain loop) or the callback (fastai's loop). The steps are those without an update."""
-import argparse, ctypes, json, platform, random, re, time, warnings
+import argparse, ctypes, json, os, platform, random, re, subprocess, sys, time, warnings
 from pathlib import Path
 from statistics import median, quantiles
 import torch
@@ -91,9 +91,9 @@ optims = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=1e-3, momentum=0.9, weight_d
 
 
 def fastai_steps(name, optim):
-    "Some batches of fastai's loop, whose time is divided by their number"
+    "Fits of some batches by fastai's loop, whose time is divided by their number: what happens once a fit is shared among them"
     _,bs,shape,n = works[name]
-    b,k = (torch.randn(bs, *shape), torch.randint(10, (bs,))), max(2, n//8)
+    b,k = (torch.randn(bs, *shape), torch.randint(10, (bs,))), {'MLP': 50, 'ResNet-18': 10, 'transformer': 4}[name]
     def stepper(sparse):
         cbs = [DynamicSparseTrainingCallback(**{**RigL_presets, 'batches_per_update': 10**6})] if sparse else []
         learn = Learner(DataLoaders(dl(b, k), dl(b, 1)), made(name, sparse), loss_func=nn.CrossEntropyLoss(), lr=1e-3, opt_func=SGD, cbs=cbs)
@@ -160,14 +160,23 @@ def times(f, n):
 def status(what): return int(re.search(what+r':\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
 
 def updates(layers):
-    "Seconds of an update by RigL, and what the process's memory rises by meanwhile (MiB)"
+    "Seconds of an update by RigL, what the process's memory rises by meanwhile, and what of that is in use at once (MiB): the rise of a process whose freed memory goes back at once"
+    child = f'import masking, torch; torch.set_num_threads({torch.get_num_threads()}); print(max(masking.some_updates({layers}, 3)[3]))'
+    live = float(subprocess.run([sys.executable, '-W', 'ignore', '-c', child], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}, cwd=out.parent, capture_output=True, text=True, check=True).stdout)
+    n = 9 if layers is None else 5
+    tensors,largest,seconds,peaks = some_updates(layers, n)
+    q = quantiles(seconds, n=4)
+    return dict(tensors=len(tensors), weights=sum(tensors), largest_mib=round(largest, 2), seconds=round(median(seconds), 4), low=round(q[0], 4), high=round(q[2], 4), rounds=n, peak_mib=round(max(peaks), 1), live_mib=round(live, 1))
+
+def some_updates(layers, n):
+    "Sizes of the tensors, MiB of the largest, and for each of `n` updates the seconds and the rise of the process's memory"
     torch.manual_seed(0)
     model = resnet(50) if layers is None else nn.Linear(layers//1000, 1000, bias=False)
     sparsify_model(model, sparsity)
     method,opt = DSTMethod(**{**RigL_presets, 'batches_per_update': 100}), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for p in model.parameters(): p.grad = torch.randn_like(p)
     opt.step()
-    seconds,peaks,n = [], [], 9 if layers is None else 5
+    seconds,peaks = [], []
     small = nn.Linear(512, 512)
     sparsify_model(small, sparsity)
     small.weight.grad = torch.randn_like(small.weight)
@@ -182,10 +191,8 @@ def updates(layers):
         seconds.append(time.perf_counter()-start)
         peaks.append(status('VmHWM')-rss)
         assert nnz==[int(mask.count_nonzero()) for _,mask,_ in sparse_params(model)]
-    ps = sparse_params(model)
-    q = quantiles(seconds, n=4)
-    return dict(tensors=len(ps), weights=sum(p.numel() for p,*_ in ps), largest_mib=round(max(p.numel() for p,*_ in ps)*4/2**20, 2), seconds=round(median(seconds), 4), low=round(q[0], 4), high=round(q[2], 4), rounds=n,
-                peak_mib=round(max(peaks), 1))
+    sizes = [p.numel() for p,*_ in sparse_params(model)]
+    return sizes, max(sizes)*4/2**20, seconds, peaks
 
 # ------------------------------------------------------------ square roots
 def roots(n=1<<20, k=40):
@@ -278,9 +285,9 @@ def eval_table():
 def update_table():
     "Updates: seconds and memory"
     got = done()
-    rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
+    rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['live_mib']:.1f} MiB" if 'live_mib' in r else '', f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
             for name in ('ResNet-50', '1M', '10M', '100M') for t in (1, 2) if (r := got.get((f'update {name}', t)))]
-    return markdown(['network', 'tensors', 'weights', 'threads', 'one update', 'a weight', 'memory on top', 'largest layer'], rows)
+    return markdown(['network', 'tensors', 'weights', 'threads', 'one update', 'a weight', 'memory in use on top', 'with what was freed', 'largest layer'], rows)
 
 def memory_table():
     "What stays resident"
