@@ -21,66 +21,79 @@ from functools import partial
 from .allocation import global_share, importance_redistribution, survivor_redistribution, threshold_share
 from .patterns import fan_in_pattern, nm_pattern
 from .schedules import alternate, constant_anneal, denser, inverse_power_anneal, step_anneal
-from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, magnitude_no_empty_rows, per_sign_magnitude, random_elsewhere,
-                               random_score, random_value, sr_ste_penalty, weight_magnitude)
+from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, magnitude_no_empty_rows,
+                               per_sign_magnitude, random_elsewhere, random_score, random_value, sr_ste_penalty,
+                               weight_magnitude)
 
 # %% ../nbs/05a_presets.ipynb #9f239171
 # No updates: the masks stay
 Static_presets = dict(initial_drop_grow_pct=0., batches_per_update=1, stop_pct=0.)
 
-# Mocanu et al. 2018, as in RigL's experiments: drop by magnitude, cosine. https://arxiv.org/abs/1707.04780, https://arxiv.org/abs/1911.11134
-SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.3, batches_per_update=None, stop_pct=1.0, replaces_step=False)
+# Mocanu et al. 2018, as in RigL's experiments: drop by magnitude, cosine. https://arxiv.org/abs/1707.04780,
+# https://arxiv.org/abs/1911.11134
+SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.3,
+                   batches_per_update=None, stop_pct=1.0, replaces_step=False)
 
 # The same, as in its authors' code: the smallest of each sign go, a constant share, and new weights are random
-SET_original_presets = {**SET_presets, 'keep_score_f': per_sign_magnitude, 'drop_sched_f': constant_anneal, 'grow_value_f': random_value}
+SET_original_presets = {**SET_presets, 'keep_score_f': per_sign_magnitude, 'drop_sched_f': constant_anneal,
+                        'grow_value_f': random_value}
 
 # Dettmers and Zettlemoyer 2019. https://arxiv.org/abs/1907.04840
-SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=0.5, final_drop_grow_pct=0.005,
-                    batches_per_update=None, stop_pct=1.0, replaces_step=False, redistribute_f=importance_redistribution)
+SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=0.5,
+                    final_drop_grow_pct=0.005, batches_per_update=None, stop_pct=1.0, replaces_step=False,
+                    redistribute_f=importance_redistribution)
 
 # Evci et al. 2020, Algorithm 1. https://arxiv.org/abs/1911.11134
-RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.3, batches_per_update=100, stop_pct=0.75,
-                    replaces_step=True)
+RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.3,
+                    batches_per_update=100, stop_pct=0.75, replaces_step=True)
 
 # %% ../nbs/05a_presets.ipynb #311f7983
-# Liu et al. 2021: explore for long, and never stop. Intervals for CIFAR at batch size 128. https://arxiv.org/abs/2102.02887
-SET_ITOP_presets  = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.5, final_drop_grow_pct=0.005,
-                         batches_per_update=1500, stop_pct=1.0, replaces_step=False)
+# Liu et al. 2021: explore for long, and never stop. Intervals for CIFAR at batch size 128.
+# https://arxiv.org/abs/2102.02887
+SET_ITOP_presets  = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.5,
+                         final_drop_grow_pct=0.005, batches_per_update=1500, stop_pct=1.0, replaces_step=False)
 RigL_ITOP_presets = {**SET_ITOP_presets, 'grow_score_f': gradient_magnitude, 'batches_per_update': 4000}
 
-# Mostafa and Wang 2019: one threshold for the model, and growth where weights survive. The code aims at 20,000 drops in a WRN-28-2, some
-# 14 % of a tenth of its weights, and lengthens the interval in phases from 100 steps on. https://arxiv.org/abs/1902.05967
-DSR_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_elsewhere, initial_drop_grow_pct=0.14, drop_sched_f=constant_anneal, batches_per_update=100,
-                   stop_pct=0.95, replaces_step=False, drop_share_f=threshold_share, redistribute_f=survivor_redistribution)
+# Mostafa and Wang 2019: one threshold for the model, and growth where weights survive. The code aims at 20,000 drops in
+# a WRN-28-2, some 14 % of a tenth of its weights, and lengthens the interval in phases from 100 steps on.
+# https://arxiv.org/abs/1902.05967
+DSR_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_elsewhere, initial_drop_grow_pct=0.14,
+                   drop_sched_f=constant_anneal, batches_per_update=100, stop_pct=0.95, replaces_step=False,
+                   drop_share_f=threshold_share, redistribute_f=survivor_redistribution)
 
 # %% ../nbs/05a_presets.ipynb #ef7597ba
-# Yuan et al. 2021, elastic mutation: at 90 % down to 92, then 91, then 90 %, and back. The code updates each five of 160 epochs, and
-# weighs the gradient by 0 in its drop criterion unless told otherwise (see `weight_and_gradient`). https://arxiv.org/abs/2110.14032
-MEST_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.2, drop_sched_f=step_anneal, batches_per_update=None,
-                    stop_pct=1.0, replaces_step=False)
+# Yuan et al. 2021, elastic mutation: at 90 % down to 92, then 91, then 90 %, and back. The code updates each five of
+# 160 epochs, and weighs the gradient by 0 in its drop criterion unless told otherwise (see `weight_and_gradient`).
+# https://arxiv.org/abs/2110.14032
+MEST_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.2,
+                    drop_sched_f=step_anneal, batches_per_update=None, stop_pct=1.0, replaces_step=False)
 
 # With soft memory bound: 1.2, then 1.1 times the weights while training, as in the README of its code
-MEST_soft_presets = {**MEST_presets, 'initial_drop_grow_pct': 1/6, 'drop_sched_f': step_anneal, 'sparsity_sched_f': step_anneal, 'initial_sparsity': denser}
+MEST_soft_presets = {**MEST_presets, 'initial_drop_grow_pct': 1/6, 'drop_sched_f': step_anneal,
+                     'sparsity_sched_f': step_anneal, 'initial_sparsity': denser}
 
-# Jayakumar et al. 2020: the largest weights are used, and the next largest train too. https://arxiv.org/abs/2106.03517. Ours: how many, and
-# the penalty's scale
-TopKAST_presets = dict(keep_score_f=weight_magnitude, grow_score_f=weight_magnitude, initial_drop_grow_pct=1., drop_sched_f=constant_anneal, batches_per_update=1,
-                       stop_pct=1.0, replaces_step=False, explore_pct=0.1, penalty_f=exploration_penalty)
+# Jayakumar et al. 2020: the largest weights are used, and the next largest train too. Ours: how many, and the penalty's
+# scale. https://arxiv.org/abs/2106.03517
+TopKAST_presets = dict(keep_score_f=weight_magnitude, grow_score_f=weight_magnitude, initial_drop_grow_pct=1.,
+                       drop_sched_f=constant_anneal, batches_per_update=1, stop_pct=1.0, replaces_step=False,
+                       explore_pct=0.1, penalty_f=exploration_penalty)
 
 # %% ../nbs/05a_presets.ipynb #ddfa589b
 # Zhu and Gupta 2017, with the steps of RigL's comparison (10,000 to 25,000 of 32,000). https://arxiv.org/abs/1710.01878
-GMP_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=100, stop_pct=1.0, replaces_step=False,
-                   sparsity_sched_f=inverse_power_anneal, sparsity_span=(10/32, 25/32))
+GMP_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=100, stop_pct=1.0,
+                   replaces_step=False, sparsity_sched_f=inverse_power_anneal, sparsity_span=(10/32, 25/32))
 
-# Liu et al. 2021: global pruning, and regeneration that goes on after it. For CIFAR: each 1000 steps; the span is that of its ImageNet
-# commands, 30 of 100 epochs. From dense, and from half. https://arxiv.org/abs/2106.10404
-GraNet_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5, final_drop_grow_pct=0.005, batches_per_update=1000,
-                      stop_pct=1.0, replaces_step=False, sparsity_sched_f=inverse_power_anneal, sparsity_span=(0., 0.3), prune_share_f=global_share)
+# Liu et al. 2021: global pruning, and regeneration that goes on after it. For CIFAR: each 1000 steps; the span is that
+# of its ImageNet commands, 30 of 100 epochs. From dense, and from half. https://arxiv.org/abs/2106.10404
+GraNet_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5,
+                      final_drop_grow_pct=0.005, batches_per_update=1000, stop_pct=1.0, replaces_step=False,
+                      sparsity_sched_f=inverse_power_anneal, sparsity_span=(0., 0.3), prune_share_f=global_share)
 GraNet_half_presets = {**GraNet_presets, 'initial_sparsity': 0.5}
 
-# Peste et al. 2021: dense and sparse phases by turns, pruned globally. Phases of 100 epochs of ImageNet. https://arxiv.org/abs/2106.12379
-ACDC_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=None, stop_pct=1.0, replaces_step=False,
-                    sparsity_sched_f=alternate, prune_share_f=global_share)
+# Peste et al. 2021: dense and sparse phases by turns, pruned globally. Phases of 100 epochs of ImageNet.
+# https://arxiv.org/abs/2106.12379
+ACDC_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=None, stop_pct=1.0,
+                    replaces_step=False, sparsity_sched_f=alternate, prune_share_f=global_share)
 
 # %% ../nbs/05a_presets.ipynb #5db5c55f
 # Lasby et al. 2024: RigL with constant fan-in, and neurons that may go. https://arxiv.org/abs/2305.02299
@@ -90,6 +103,8 @@ SRigL_presets = {**RigL_presets, 'pattern_f': fan_in_pattern}
 SR_STE_presets = {**TopKAST_presets, 'explore_pct': 1., 'penalty_f': sr_ste_penalty, 'pattern_f': nm_pattern}
 
 # %% ../nbs/05a_presets.ipynb #45ddea40
-# RigL's criteria with no row left empty, gradients averaged between few, large updates, and density that moves between layers
-RigL_avg_presets = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.5, batches_per_update=1/12,
-                        stop_pct=1.0, replaces_step=False, redistribute_f=importance_redistribution, grad_steps=None)
+# RigL's criteria with no row left empty, gradients averaged between few, large updates, and density that moves between
+# layers
+RigL_avg_presets = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude,
+                        initial_drop_grow_pct=0.5, batches_per_update=1/12, stop_pct=1.0, replaces_step=False,
+                        redistribute_f=importance_redistribution, grad_steps=None)
