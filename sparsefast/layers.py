@@ -345,14 +345,14 @@ class SparseConv2d(SparseLayer):
     def _cut(self, x):
         "Views of an image's windows, some rows of pixels at a time"
         v = _windows(x, *self._form)
-        return v.split(max(1, width(self._matrix_shape[1])//max(v.shape[-1], 1)), 3)
+        return v.split(max(1, width(self._matrix_shape[1], windows=True)//max(v.shape[-1], 1)), 3)
 
     def _pieces(self, x):
         if self._pointwise: return pieces(x), x.shape[1]
         n_row = self._matrix_shape[1]
         if self._in_runs:
             v = _runs(x.contiguous(), self.kernel_size, self.dilation)
-            cut = v.split(width(n_row, v.shape[3]), 3)
+            cut = v.split(width(n_row, v.shape[3], windows=True), 3)
         else: cut = self._cut(x)
         sizes = [v.shape[3:].numel() for v in cut]
         return ((full(v, n_row, n), n) for v,n in zip(cut, sizes)), sum(sizes)

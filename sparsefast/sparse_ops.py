@@ -85,14 +85,17 @@ def transposed(
 
 # %% ../nbs/09a_sparse_ops.ipynb #999f1f93
 few = 16                                                           # columns up to which torch.sparse is quicker; measured: nbs/benchmarks/layers.py ops
-_widths,_register = {320: 256, 1536: 128, 6144: 64}, 16                      # rows of the dense matrix -> columns at a time that the cache has room for; and how many at least make a full step
+_widths = {320: 256, 1536: 128, 6144: 64}                          # rows of the dense matrix -> columns at a time that the cache has room for
+_window_widths = {6144: 256}                                       # the same for the windows of an image; measured: nbs/benchmarks/layers.py widths
+_whole,_register = 1<<20, 16                                       # numbers up to which a matrix is not cut up; columns that make a full step
 
 def width(
     n_row:int, # Rows of the dense matrix
     n:int=None, # Its columns, if they are known: then pieces are of about one size
+    windows:bool=False, # Are they the windows of an image?
 )->int:
     "How many columns to multiply at a time"
-    most = next((w for rows,w in _widths.items() if n_row<=rows), 32)
+    most = next((w for rows,w in (_window_widths if windows else _widths).items() if n_row<=rows), 32)
     return most if not n else _rounded(-(-n//-(-n//most)))
 
 def _rounded(n): return n + -n%_register
@@ -141,7 +144,8 @@ def pieces(
 ): # Of (matrix, how many of its columns count)
     "A matrix by some columns at a time"
     n = x.shape[1]
-    for p in x.split(width(len(x), n), 1) if n else [x]: yield full(p if p.stride(1)==1 else transposed(p.t()), *p.shape), p.shape[1]
+    at_a_time = n if x.is_contiguous() and x.numel()<=_whole else width(len(x), n)
+    for p in x.split(at_a_time, 1) if n else [x]: yield full(p if p.stride(1)==1 else transposed(p.t()), *p.shape), p.shape[1]
 
 # %% ../nbs/09a_sparse_ops.ipynb #6e32acc3
 def _write(out, y, bias):

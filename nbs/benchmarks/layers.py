@@ -4,7 +4,7 @@
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
-columns, from which `sparse_ops.few` and `_widths` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
+columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, itertools, json, math, platform, statistics, sys, time, warnings
 from pathlib import Path
@@ -242,6 +242,25 @@ def ops(threads, rounds=7, **kw):
             x = torch.randn(i, n)
             write('ops', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'bag': lambda: bag(crow, col, v, x, 1000), 'csr': lambda: m@x, **{f'bag{w}': lambda w=w: bag(crow, col, v, x, w) for w in (32, 64) if w<n}}, rounds))
 
+# ------------------------------------------------------------ how many columns at a time
+@torch.no_grad()
+def widths(threads, rounds=7, **kw):
+    "Convolutions of one image by pieces of several widths, of which `sparse_ops` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
+    from sparsefast import layers as L, sparse_ops as S
+    for i,o,k,side in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (64,256,1,56), (256,64,1,56), (512,128,1,28), (1024,256,1,14)):
+        m,x = nn.Conv2d(i, o, k, padding=k//2, bias=False), torch.randn(1, i, side, side)
+        sparsify_model(m, .95)
+        layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
+        def by(w):
+            def f():
+                S.width = L.width = (lambda n_row, n=None, windows=False: S._rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
+                S._whole = 0 if w else chosen[1]
+                layer(x)
+            return f
+        fs = {'chosen': by(None), **{str(w): by(w) for w in (64, 128, 256, 512, 1024)}}
+        write('widths', threads, shape=[o, i, k, k], pixels=side, sparsity=.95, **interleaved(fs, rounds))
+        by(None)()
+
 # ------------------------------------------------------------ tables
 def table():
     rows = {}
@@ -259,7 +278,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')
