@@ -9,6 +9,7 @@ __all__ = ['number', 'check_number', 'did_you_mean', 'check_choice', 'check_out'
 
 # %% ../nbs/18_console.ipynb #535fc4d4
 import difflib, math, sys, tempfile, warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import is_cli
@@ -16,7 +17,7 @@ from fastcore.script import is_cli
 # %% ../nbs/18_console.ipynb #eade241b
 def number(
     s # What was typed
-): # An int, a float, or `s` itself
+)->object: # An int, a float, or `s` itself
     "The number that `s` spells, if it does"
     for f in (int, float):
         try: return f(s)
@@ -29,7 +30,7 @@ def check_number(
     lo:float, # Lowest value
     hi:float=math.inf, # Highest value
     whole:bool=True, # Whole numbers only?
-): # `v`; a `ValueError` if it is not such a number
+)->int|float|None: # `v`; a `ValueError` if it is not such a number
     "Refuse what is no number from `lo` to `hi`"
     if v is None: return v
     if isinstance(v, (int, float)) and lo<=v<=hi and math.isfinite(v) and (not whole or v==int(v)): return int(v) if whole else v
@@ -49,7 +50,7 @@ def check_choice(
     name:str, # What to call it in the message
     v, # The value
     names, # What there is
-): # `v`; a `ValueError` if it is not among `names`
+)->str: # `v`; a `ValueError` if it is not among `names`
     "Refuse a word that is not among `names`"
     if v in list(names): return v
     raise ValueError(f"{name} must be one of {', '.join(names)}, not {str(v)!r}{did_you_mean(v, names)}")
@@ -82,7 +83,7 @@ def one_line(
     error, # Exception type to meet
     code:int, # Exit code
     msg:str=None, # What to say, by default what the error says
-):
+)->Iterator: # Context manager around what may fail
     "In a shell, end with one line on stderr; elsewhere let the error through"
     try: yield
     except error as e:

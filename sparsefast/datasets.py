@@ -19,6 +19,7 @@ import numpy as np, torch
 from torch.nn import functional as F
 from fasttransform import Transform
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IndexSplitter, ItemGetter, Normalize, RandomSplitter, get_image_files, parent_label
 from fastai.torch_core import TensorImage
@@ -42,7 +43,11 @@ class ToImage(Transform):
         size, # Side of the images, in pixels
         channels, # 1 or 3
     ): self.size,self.channels = size,channels
-    def encodes(self, a:np.ndarray): return to_image(a, self.size, self.channels)
+    def encodes(self,
+        a:np.ndarray, # Height x width
+    )->TensorImage: # As of `to_image`
+        "The image of an array"
+        return to_image(a, self.size, self.channels)
 
 def array_source(
     images, # Arrays of (height, width), from 0 to 255
@@ -50,8 +55,8 @@ def array_source(
     valid, # Positions to validate on
     size, # Side of the images, in pixels
     channels, # 1 or 3
-):
-    "(items, positions to validate on, classes, settings of the data block) for arrays in memory"
+)->tuple: # (items, positions to validate on, classes, settings of the data block)
+    "Arrays in memory"
     block = TransformBlock(type_tfms=ToImage(size, channels), batch_tfms=Normalize())
     return list(zip(images, labels)), valid, sorted(set(labels)), dict(block=block, get_x=ItemGetter(0), get_y=ItemGetter(1))
 
@@ -60,7 +65,7 @@ def digits_source(
     size, # Side of the images, in pixels
     channels, # 1 or 3
     seed, # Of the split
-):
+)->tuple: # (items, positions to validate on, classes, settings of the data block)
     "1,797 handwritten digits of 8x8 pixels that come with scikit-learn; a fifth of them to validate on"
     from sklearn.datasets import load_digits
     d = load_digits()
@@ -80,7 +85,7 @@ def read_idx(
     shape = np.frombuffer(b, '>i4', count=b[3], offset=4)
     return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape).copy()
 
-def fashion_arrays(): # ((images, labels) to train on, (images, labels) to test on); a `ValueError` where the files are missing
+def fashion_arrays()->list: # [(images, labels) to train on, (images, labels) to test on]; a `ValueError` where the files are missing
     "Fashion-MNIST as uint8 arrays: 60,000 and 10,000 images of 28x28 pixels"
     files = [[fashion_path/f'{s}-{k}-ubyte.gz' for k in ('images-idx3', 'labels-idx1')] for s in ('train', 't10k')]
     if missing := [f for fs in files for f in fs if not f.exists()]:
@@ -91,7 +96,7 @@ def fashion_source(
     size, # Side of the images, in pixels
     channels, # 1 or 3
     seed, # Not used: the split is given
-):
+)->tuple: # (items, positions to validate on, classes, settings of the data block)
     "70,000 pieces of clothing in 28x28 pixels; the 10,000 of the test set to validate on"
     (x,y),(x_test,y_test) = fashion_arrays()
     labels = [fashion_classes[i] for i in np.concatenate([y, y_test])]
@@ -104,7 +109,7 @@ def image_files(
     path:Path, # Folder with one subfolder for each class, or with `train` and `valid` that are such folders
     seed:int, # Of the split, where there is no `valid`
     names:tuple=('train', 'valid'), # What `train` and `valid` are called
-): # (files, positions to validate on); a `ValueError` if there is nothing to learn
+)->tuple: # (files, positions to validate on); a `ValueError` if there is nothing to learn
     "The images of a folder, split"
     train,valid = ([_in_classes(path/n) if (path/n).is_dir() else L() for n in names])
     files = train+valid if train or valid else _in_classes(path)
@@ -121,7 +126,7 @@ def folder_source(
     channels, # 1 or 3
     seed, # Of the split, where the folder has none
     names=('train', 'valid'), # Folders to train and to validate on, if both are there
-):
+)->tuple: # (items, positions to validate on, classes, settings of the data block)
     "(items, positions to validate on, classes, settings of the data block) for images in folders"
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageBlock, PILImage, PILImageBW
@@ -135,7 +140,7 @@ def mnist_source(
     size, # Side of the images, in pixels
     channels, # 1 or 3
     seed, # Not used: the split is given
-):
+)->tuple: # (items, positions to validate on, classes, settings of the data block)
     "70,000 handwritten digits of 28x28 pixels, downloaded by fastai"
     try: path = untar_data(URLs.MNIST)
     except Exception as e: raise ValueError(f"data mnist cannot be downloaded from {URLs.MNIST}: {e}") from None
@@ -151,7 +156,7 @@ def get_dls(
     channels:int=1, # 1 or 3
     bs:int=None, # Images in a batch, by default 64, or all if there are fewer
     seed:int=42, # Of the split
-):
+)->DataLoaders: # Of (image, class)
     "`DataLoaders` of a data set, by name; a `ValueError` if there is none of that name, or nothing in it"
     if data not in sources and not Path(data).is_dir():
         raise ValueError(f"data must be {', '.join(sources)} or a folder of images, not '{data}'{did_you_mean(data, sources)}")

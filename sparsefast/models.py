@@ -8,6 +8,7 @@ Untrained models for the commands. A name that nobody knows, or images that a mo
 __all__ = ['nets', 'convnet', 'mlp', 'zoo', 'make_model', 'dry_run', 'get_model']
 
 # %% ../nbs/19a_models.ipynb #00613f16
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 import torch
@@ -20,7 +21,7 @@ def convnet(
     channels:int, # 1 or 3
     n_out:int, # Number of classes
     stride:int=1, # Of the first convolution: 2 makes large images affordable
-)->nn.Module:
+)->nn.Module: # Untrained
     "Three convolutions with batch normalisation, and a linear layer: 93 thousand weights"
     return nn.Sequential(ConvLayer(channels, 32, stride=stride), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2),
                          nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
@@ -28,7 +29,7 @@ def convnet(
 def mlp(
     n_in:int, # Pixels, times channels
     n_out:int, # Number of classes
-)->nn.Module:
+)->nn.Module: # Untrained
     "LeNet-300-100: two hidden layers"
     return nn.Sequential(Flatten(), nn.Linear(n_in, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_out))
 
@@ -38,7 +39,7 @@ nets = ('convnet', 'mlp')
 
 def zoo(
     arch:str, # A name
-): # A function that makes such a model, given `num_classes`
+)->Callable: # A function that makes such a model, given `num_classes`
     "Look a model up in torchvision and timm, untrained; a `ValueError` if neither knows it"
     from torchvision import models
     names = models.list_models(module=models)
@@ -57,7 +58,7 @@ def make_model(
     size:int, # Side of the images, in pixels
     channels:int, # Of the images
     classes:int, # Outputs
-)->nn.Module:
+)->nn.Module: # For images of this size
     "An untrained model by name"
     if arch=='convnet': return convnet(channels, classes, stride=1 if size<16 else 2)
     return mlp(channels*size**2, classes) if arch=='mlp' else zoo(arch)(num_classes=classes)
