@@ -30,7 +30,8 @@ def silent(f):
     if inspect.isclass(f) or not (src := get_source(f)): return False
     o = ast.parse(src := textwrap.dedent(src)).body[0]
     if not isinstance(o, ast.FunctionDef): return False                                # a lambda
-    if o.returns is None: return any(isinstance(n, (ast.Yield, ast.YieldFrom)) or isinstance(n, ast.Return) and n.value is not None and ast.unparse(n.value)!='None' for n in own_nodes(o))
+    if o.returns is None:
+        return any(isinstance(n, (ast.Yield, ast.YieldFrom)) or isinstance(n, ast.Return) and n.value is not None and ast.unparse(n.value)!='None' for n in own_nodes(o))
     return ast.unparse(o.returns)!='None' and '#' not in src.splitlines()[o.returns.lineno-1]        # (docments would take the comment of `**kwargs` above)
 
 def undocumented(f):
@@ -74,7 +75,36 @@ def test_the_check_sees_what_is_missing():
     def whole(x, # something
         y): # something else
         "Adds"
-    assert undocumented(bare)==['a docstring'] and undocumented(half)==['y'] and undocumented(whole)==[]
+        return x+y
+    assert undocumented(bare)==['a docstring'] and undocumented(half)==['y'] and undocumented(whole)==['return']
+
+def test_the_check_sees_results_that_are_not_described():
+    def unread(): # A number
+        "Of what type?"
+        return 1
+    def bare()->int:
+        "What number?"
+        return 1
+    def of_kwargs(
+        **kwargs # The arguments, not the result
+    )->dict:
+        "The comment is that of another line"
+        return kwargs
+    def gives(): # An iterator
+        "Nothing is returned"
+        yield 1
+    def whole()->int: # A number
+        "All is said"
+        return 1
+    def within():
+        "The result is another function's"
+        def f(): return 1
+        f()
+    def nothing():
+        "Leaves early"
+        if undocumented: return None
+    assert [undocumented(f) for f in (unread, bare, of_kwargs, gives)]==[['return']]*4
+    assert [undocumented(f) for f in (whole, within, nothing)]==[[]]*3
 
 def patched(mod):
     "Public methods that a module gives to classes by `patch`, from its source"
@@ -99,6 +129,11 @@ def members(mod):
 @pytest.mark.parametrize('mod', modules)
 def test_every_method_and_property_in_a_class_is_documented(mod):
     assert not {nm: miss for nm,f in members(mod) if (miss := undocumented(f))}
+
+def test_each_module_is_in_llms_txt():
+    "nbdev lists those whose docstring has more than three lines"
+    listed = re.findall(r'^- `sparsefast\.(\w+)`: .', (nbs/'llms.txt').read_text(encoding='utf-8'), re.M)
+    assert sorted(listed)==modules
 
 # ------------------------------------------------------------ notebooks
 def cells(fn):

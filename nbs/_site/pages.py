@@ -89,7 +89,8 @@ def doc(nm, mod, level):
     parts = [f"{'#'*level} `{nm}`", f'```python\n{signature(nm, o)}\n```', re.sub(r'(\n *){2,}', '\n\n', inspect.getdoc(o) or '')]
     docs = documented(o)
     rows = [f"| `{k}` | {_cell(d['docment'])} |" for k,d in docs.items() if k not in ('self', 'return') and d.get('docment')]
-    ret = (docs.get('return') or {}).get('docment')
+    ret = docs.get('return') or {}
+    ret = ret.get('anno') is not None and ret.get('docment')      # (of nothing it would be the comment of `**kwargs` above)
     if ret: rows.append(f'| *returns* | {_cell(ret)} |')
     if rows: parts.append('\n'.join([':::{container} docments', '', '| | |', '|---|---|', *rows, '', ':::']))
     return '\n\n'.join(p for p in parts if p)
