@@ -102,7 +102,7 @@ def chain_from(
     modules:dict, # Name -> module
     single:set, # Modules that are called once and share nothing
     shapes:dict, # Module -> shape of its output
-)->Chain|None: # `None` if none does
+)->Chain|None: # `None` if none starts there
     "The chain that starts at a node"
     p = modules.get(head.target) if head.op=='call_module' else None
     if p is None or not _plain(p, head, single) or p not in shapes: return None
