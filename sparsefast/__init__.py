@@ -10,6 +10,9 @@ Modules:
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
 - `sparsefast.cli`: `sparsefast_train`: a sparse model and its dense twin, from one line in a shell
+- `sparsefast.console`: What the commands share: values that are checked, and errors that are one line
+- `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
+- `sparsefast.datasets`: Images to try things on, by name or from folders
 - `sparsefast.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
@@ -19,6 +22,7 @@ Modules:
 - `sparsefast.layers`: Layers that compute on their active weights only, forward and backward
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.methods`: Dynamic sparse training, for any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
+- `sparsefast.models`: Two small networks, and all that torchvision and timm have
 - `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
 - `sparsefast.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.presets`: Published methods, each a dict of functions and numbers

@@ -24,7 +24,7 @@ def global_share(
     scores:list, # Of 1-d tensors: scores of the active weights of each layer
     total:int, # How many to drop in all
     memory:float=None, # Not used
-): # (how many each layer drops, `None`)
+)->tuple: # (how many each layer drops, `None`)
     "The lowest scores of all go, wherever they are: global magnitude pruning"
     cat = torch.cat([s.to(scores[0].device, torch.promote_types(s.dtype, torch.float32)) for s in scores])
     keep = top_k_mask(cat, len(cat)-total)
@@ -37,7 +37,7 @@ def threshold_share(
     memory:float=None, # The threshold; by default `initial`
     initial:float=1e-3, # The first threshold
     tolerance:float=0.1, # How far from `total` the threshold is left as it is
-): # (how many each layer drops, the next threshold)
+)->tuple: # (how many each layer drops, the next threshold)
     "What is below an adaptive global threshold goes: [DSR](https://arxiv.org/abs/1902.05967)"
     cut = initial if memory is None else memory
     n_drop = [min(int((s<cut).count_nonzero()), max(len(s)-1, 0)) for s in scores]
@@ -64,7 +64,7 @@ def _share(weights, total, *caps):
 
 # %% ../nbs/03c_allocation.ipynb #8d2ad4d1
 def importance_redistribution(
-    importance:list, # Mean grow score of each layer's active weights
+    importance:list, # Mean grow score of each layer's active weights; one that is not finite is a `ValueError`
     nnz:list, # Active weights of each layer, before the drop
     numel:list, # All weights of each layer
     n_drop:list, # How many each layer has dropped

@@ -45,6 +45,7 @@ class Attached:
         self._kept = None
 
     def remove(self):
+        "Let go of the optimizer; the masks stay"
         for h in self._hooks: h.remove()
 
     def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
@@ -56,7 +57,7 @@ def attach(
     opt, # Its torch optimizer, or a wrapper around one (accelerate's); without step hooks a `ValueError`
     total:int, # Optimizer steps in the whole training
     step:int=0, # Steps already done, when a training is resumed
-)->Attached:
+)->Attached: # `remove()` ends it
     "Let a method work whenever `opt` steps, whoever calls it"
     opt = inner_opt(opt)
     if not isinstance(opt, torch.optim.Optimizer): raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")

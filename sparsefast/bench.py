@@ -51,7 +51,7 @@ def get_model(
     size:int, # Side of the images, in pixels
     channels:int, # Of the images
     classes:int, # Outputs of a model by name
-)->nn.Module:
+)->nn.Module: # With at least one mask
     "A model with masks; a `ValueError` says what is wrong with what was asked for"
     path = Path(what).expanduser()
     if path.is_dir(): raise ValueError(f"'{what}' is a folder, and neither a file nor a model")
@@ -81,7 +81,7 @@ def check_args(
     threads, # Of the processor; `None` leaves them as they are
     margin, # As in `to_fastest`
     seed, # Of masks and weights
-)->dict:
+)->dict: # Name -> value
     "All values with the defaults filled in; a `ValueError` names the first wrong one"
     check_choice('dist', dist, dists)
     small = (arch or what) in nets or str(what).endswith('.pkl')
@@ -102,7 +102,7 @@ def bench(
     threads, # Of the processor; `None` leaves them as they are
     margin, # As in `to_fastest`
     seed, # Of masks and weights
-)->SpeedTable:
+)->SpeedTable: # As of `to_fastest`
     "The table, for values that `check_args` has passed"
     set_seed(seed)
     model = get_model(what, arch, sparsity, dist, size, channels, classes).cpu().eval()
@@ -131,7 +131,7 @@ def sparsefast_bench(
     threads:number=None, # Of the processor; by default as many as torch takes
     margin:number=1.1, # How many times as fast a sparse layer must be
     seed:number=42, # Same seed, same masks
-):
+)->SpeedTable|None: # The table; in a shell it is printed
     "Time a sparse model on this machine, layer by layer, dense and sparse, and as a whole"
     args = dict(locals())
     with warnings.catch_warnings(), one_line(sparsefast_bench, KeyboardInterrupt, 130, 'interrupted'):

@@ -107,14 +107,14 @@ def sparsify(self:Learner,
     model_sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
     preset:dict=None, # Of the method that is to train it, if that wants more than random masks at this sparsity
     **kwargs
-):
-    "`sparsify_model` on the learner's model, as a method wants it; returns the learner"
+)->Learner: # The learner itself
+    "`sparsify_model` on the learner's model, as a method wants it"
     start = DSTMethod(**{**preset, 'batches_per_update': None}).start(model_sparsity) if preset else {}
     sparsify_model(self, model_sparsity, **{**start, **kwargs})
     return self
 
 @patch
-def unsparsify(self:Learner):
-    "`unsparsify_model` on the learner's model; returns the learner"
+def unsparsify(self:Learner)->Learner: # The learner itself
+    "`unsparsify_model` on the learner's model"
     unsparsify_model(self)
     return self

@@ -28,7 +28,7 @@ from .sparsify import load_sparse_state
 def atomic_write(
     fname, # Path of the file
     write, # `write(path)` writes it
-)->Path:
+)->Path: # `fname`
     "Write beside the file, then put the new one in its place: whoever is killed meanwhile leaves the old one"
     path = Path(fname)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def atomic_write(
 def atomic_save(
     obj, # What `torch.save` can save
     fname, # Path of the file
-)->Path:
+)->Path: # `fname`
     "`torch.save`, by `atomic_write`"
     return atomic_write(fname, lambda path: torch.save(obj, path))
 
@@ -69,7 +69,7 @@ def _scaler(learn): return getattr(getattr(learn, 'mixed_precision', None), 'sca
 def training_state(
     learn:Learner, # While it trains
     epoch:int, # Epochs that are done
-)->dict:
+)->dict: # What `restore_training` takes
     "All that a training needs to go on"
     rec,scaler = getattr(learn, 'recorder', None), _scaler(learn)
     return dict(epoch=epoch, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
@@ -120,7 +120,7 @@ class CheckpointCallback(Callback):
     order,remove_on_fetch = 1000,True
     def __init__(self,
         fname:str='checkpoint', # Name of the file, in the learner's `model_dir`
-        every:int=1, # Epochs between checkpoints; the last epoch always has one
+        every:int=1, # Epochs between checkpoints, 1 or more, else a `ValueError`; the last epoch always has one
         resume:bool=True, # Go on from the file, if there is one? Else it is overwritten
         seed:int=42, # Of the order of batches and all other chance, with the epoch; `None` leaves chance alone, and a resumed run differs
     ):

@@ -48,7 +48,7 @@ dists   = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, 
 def update_every(
     preset:dict, # Of a method
     n_steps:int, # Optimizer steps in the whole training
-): # Optimizer steps between updates, or `None` for once an epoch
+)->int|float|None: # Optimizer steps between updates, a share of all steps, or `None` for once an epoch
     "The preset's interval, shortened if training is short"
     every = preset['batches_per_update']
     return every and min(every, max(10, n_steps//40))
@@ -69,7 +69,7 @@ def make_sparse(
 def get_learner(
     dls, # Data
     model:nn.Module, # Model
-)->Learner:
+)->Learner: # Not yet trained
     "A classifier that trains with Adam and reports accuracy"
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
@@ -89,7 +89,7 @@ def fit(
 # %% ../nbs/20_cli.ipynb #6563e487
 def layer_table(
     model:nn.Module, # Sparse or not
-)->str:
+)->str: # A line for each layer, and one for all
     "The layers of a model and their masks as text, with totals"
     rows = layer_rows(as_masked(model))
     cells = [(r.name, 'x'.join(map(str, r.shape)), f'{r.weights:,}', f'{r.active:,}', f'{r.sparsity:.4f}', f'{r.target:.4f}') for r in [*rows, add_rows(rows, 'total')]]
@@ -99,7 +99,7 @@ def layer_table(
 def default_size(
     data, # A name of `sources`, or a folder
     arch, # A name of `nets`, or a model of torchvision
-):
+)->int: # Pixels
     "Side of the images, in pixels"
     if data in sources: return 32 if arch not in nets else 8 if data=='digits' else 28
     return 64 if arch in nets else 128
@@ -118,7 +118,7 @@ def check_args(
     seed, # Of weights, masks and batches
     out, # File to write the model to
     storage='masked', # A name in `storages`
-):
+)->dict: # Name -> value
     "All values that can be checked without data and model, with the defaults filled in; a `ValueError` names the first wrong one"
     data = str(data)
     check_choice('method', method, methods)
@@ -147,7 +147,7 @@ def prepare(
     seed, # Of weights, masks and batches
     storage='masked', # Dense weights with masks, or active weights only?
     **kwargs
-): # (`DataLoaders`, sparse model, its dense twin, callbacks)
+)->tuple: # (`DataLoaders`, sparse model, its dense twin, callbacks)
     "Data and models of a run; a `ValueError` says what is wrong with them"
     if arch not in nets: zoo(arch)
     channels = 1 if arch in nets and data in sources else 3
@@ -174,7 +174,7 @@ def describe(
     lr, # Highest learning rate
     size, # Side of the images, in pixels
     **kwargs
-)->str:
+)->str: # Data and sizes; model, method and length
     "Two lines about a run"
     n_steps = epochs*len(dls.train)
     every = cbs[0].method.batches_per_update or len(dls.train) if cbs and method!='static' else None
@@ -195,8 +195,8 @@ def compare(
     seed, # Of batches
     out, # File to write the model to
     **kwargs
-):
-    "Train, train the dense twin too, print what came of it, and save; returns the learner"
+)->Learner: # The sparse one, trained
+    "Train, train the dense twin too, print what came of it, and save"
     print(describe(dls, cbs, method=method, epochs=epochs, lr=lr, **kwargs))
     learn = get_learner(dls, model)
     acc,result = fit(learn, epochs, lr, cbs, seed),''
@@ -232,7 +232,7 @@ def sparsefast_train(
     seed:number=42, # Same seed, same result
     out:str=None, # File to save the trained model in; by default sparsefast_DATA.pkl
     storage:str='masked', # masked, or sparse: keep and multiply by active weights only, for static, set, rigl and rigl_avg
-):
+)->Learner: # The sparse one, trained
     "Train an image classifier sparse from the first step, and its dense twin for comparison; save the sparse one"
     args = dict(locals())
     with warnings.catch_warnings(), one_line(sparsefast_train, KeyboardInterrupt, 130, 'interrupted, nothing saved'):

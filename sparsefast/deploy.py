@@ -32,7 +32,7 @@ from .sparsify import enforce_masks, unsparsify_model
 # %% ../nbs/11b_deploy.ipynb #432af6dd
 def sparse_form(
     module:nn.Module, # A masked `nn.Linear`, `nn.Conv2d`, or `Conv1D` of Hugging Face
-)->nn.Module:
+)->nn.Module: # `SparseLinear` or `SparseConv2d`
     "Active weights only, whatever the pattern"
     return (SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear).from_masked(module)
 
@@ -51,7 +51,8 @@ class StoredLinear(nn.Module):
 
     def forward(self, x): return F.linear(x.reshape(-1, self.in_features), self.stored, self.bias).reshape(*x.shape[:-1], self.out_features)
 
-    def to_masked(self):
+    def to_masked(self)->nn.Linear: # With mask and target
+        "The way back: a masked layer with these weights"
         m = nn.Linear(self.in_features, self.out_features, device='meta')
         m.weight,m.bias = nn.Parameter(self.stored.to_dense()),self.bias
         for n in ('weight_mask', 'weight_sparsity'): m.register_buffer(n, self._buffers[n])
@@ -68,7 +69,7 @@ def _check_gpu_form(module, what, capability):
 # %% ../nbs/11b_deploy.ipynb #86a50a03
 def bsr_form(
     module:nn.Module, # A masked `nn.Linear` on a GPU, with a mask of blocks of 16x16 or more
-)->StoredLinear:
+)->StoredLinear: # With the same bias and mask
     "Blocks, in torch's BSR layout"
     _check_gpu_form(module, 'BSR', (7, 0))
     size = next((b for b in (64, 32, 16) if follows(module.weight_mask, lambda *a: block_pattern(*a, size=(b, b)))), None)
@@ -77,7 +78,7 @@ def bsr_form(
 
 def semi_structured_form(
     module:nn.Module, # A masked `nn.Linear` on a GPU, with at most 2 active weights in each 4
-)->StoredLinear:
+)->StoredLinear: # With the same bias and mask
     "2:4, in the layout of NVIDIA's sparse tensor cores"
     _check_gpu_form(module, '2:4', (8, 0))
     mask = module.weight_mask
@@ -117,7 +118,7 @@ def ratio(
     times:dict, # From `paired_times`
     a:str, # Name of the numerator
     b:str, # Name of the denominator
-): # (median, lower quartile, upper quartile)
+)->tuple: # (median, lower quartile, upper quartile)
     "How many times as long does `a` take, round by round?"
     r = sorted(x/y for x,y in zip(times[a], times[b]))
     return median(r), r[len(r)//4], r[-1-len(r)//4]
@@ -125,7 +126,7 @@ def ratio(
 # %% ../nbs/11b_deploy.ipynb #e997a750
 def processor(
     device=torch.device('cpu'), # Of torch
-)->str:
+)->str: # As the system or the driver says it
     "What computes: the name of the processor or GPU"
     if device.type=='cuda': return torch.cuda.get_device_name(device)
     try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1]
@@ -143,7 +144,9 @@ class LayerTime(NamedTuple):
     note:str=''    # Why not another
 
     @property
-    def gain(self): return self.ms['dense']/self.ms[self.form] if self.ms else 1.
+    def gain(self):
+        "How many times as fast as dense; 1 where nothing was measured"
+        return self.ms['dense']/self.ms[self.form] if self.ms else 1.
 
 class SpeedTable:
     "What `to_fastest` has measured and chosen: a row for each masked weight, and the model as a whole"
@@ -154,9 +157,11 @@ class SpeedTable:
     ): self.rows,self.whole,self.machine = rows,whole,machine
 
     @property
-    def gain(self): return self.whole['gain'][0]
+    def gain(self):
+        "How many times as fast as dense the whole model is"
+        return self.whole['gain'][0]
 
-    def cells(self):
+    def cells(self)->list: # Rows of words, the heading first
         "The table as text"
         forms = [f for f in ('dense', *all_forms) if f=='dense' or any(f in r.ms for r in self.rows)] + sorted({f for r in self.rows for f in r.ms}-{'dense', *all_forms})
         head = ('layer', 'weight', 'sparsity', 'input', *(f'{f} ms' for f in forms), 'form', 'gain')
@@ -253,12 +258,12 @@ def _whole(dense, fast, example_input, seconds, device):
 # %% ../nbs/11b_deploy.ipynb #95fdc0f2
 @torch.no_grad()
 def to_fastest(
-    model:nn.Module, # With masks; it stays as it is
+    model:nn.Module, # With masks, else a `ValueError`; it stays as it is
     example_input, # What it will be called with: a tensor, a tuple of arguments, or a dict of keyword arguments. The batch matters
-    margin:float=1.1, # A sparse form must be so many times as fast as dense
+    margin:float=1.1, # A sparse form must be so many times as fast as dense; less than 1 is a `ValueError`
     forms=None, # Names of forms, or a dict name -> form; by default all that the model's device has
     seconds:float=0.2, # For each layer; ten times as much for the whole model
-): # (copy of the model in evaluation mode, `SpeedTable`)
+)->tuple: # (copy of the model in evaluation mode, `SpeedTable`)
     "The model with each layer in the form that is fastest on this machine, for inputs like this one"
     if not list(masked_params(model)): raise ValueError(f"{type(model).__name__} has no masks: call `sparsify_model`, or `load_sparse`, first")
     if not margin>=1: raise ValueError(f"margin must be a number from 1, not {margin!r}")

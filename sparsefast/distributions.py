@@ -15,6 +15,7 @@ __all__ = ['uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsit
 
 # %% ../nbs/02_distributions.ipynb #90009643
 import math
+from collections.abc import Callable
 from functools import partial
 import torch
 from .masks import check_fraction, n_active, top_k_mask
@@ -74,6 +75,6 @@ def _by_score(params, model_sparsity, score_f):
 
 def global_sparsity(
     score_f, # Score function: `score_f(p, **kwargs)` -> scores of the parameter's shape; scores that are not numbers are a `ValueError`
-): # Sparsity distribution `sparse_f(params, model_sparsity)`
+)->Callable: # Sparsity distribution `sparse_f(params, model_sparsity)`
     "Each layer gets as many weights as it has among the highest scores of all"
     return partial(_by_score, score_f=score_f)

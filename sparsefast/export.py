@@ -23,7 +23,7 @@ from .sparsify import unsparsify_model
 # %% ../nbs/11c_export.ipynb #35fd6790
 def bake(
     model:nn.Module, # Masked, or from `to_fastest`; it stays as it is
-)->nn.Module:
+)->nn.Module: # Without masks and hooks
     "A plain dense copy in evaluation mode: zeros where the masks were, sparse layers dense again"
     return unsparsify_model(from_fastest(deepcopy(model))).eval()
 
@@ -31,7 +31,7 @@ def export_model(
     model:nn.Module, # Masked, or from `to_fastest`
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments
     **kwargs # For `torch.export.export`, such as `dynamic_shapes`
-)->torch.export.ExportedProgram:
+)->torch.export.ExportedProgram: # With dense weights
     "`torch.export` of the baked model"
     args = () if isinstance(example_input, dict) else tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
     return torch.export.export(bake(model), args, example_input if isinstance(example_input, dict) else None, **kwargs)
@@ -52,7 +52,7 @@ def to_onnx(
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments
     path, # Of the file
     **kwargs # For `torch.export.export`, such as `dynamic_shapes`
-)->Path:
+)->Path: # `path`; an `ImportError` if onnx, onnxscript or onnxruntime is not installed
     "Write the baked model as ONNX, and run it once in onnxruntime"
     try: import onnx, onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"{e.name} is not installed, and ONNX needs it: pip install onnx onnxscript onnxruntime") from None

@@ -47,7 +47,7 @@ def to_gaps(
 
 def pack_mask(
     mask:torch.Tensor, # Boolean, on the CPU, any shape
-): # ('bits' or 'gaps', bytes as a uint8 tensor)
+)->tuple: # ('bits' or 'gaps', bytes as a uint8 tensor)
     "The shorter of two codes"
     nnz = int(mask.count_nonzero())
     if nnz+1 < -(-mask.numel()//8) and len(gaps := to_gaps(mask))*8<mask.numel(): return 'gaps',gaps
@@ -96,7 +96,7 @@ def encode(
     named:dict, # Name -> tensor
     belongs:dict, # Name -> name of the mask the tensor belongs to
     always=(), # Names of those that are zero outside of their mask by definition
-): # (name -> tensor to store, name -> how to read it)
+)->tuple: # (name -> tensor to store, name -> how to read it)
     "What to write"
     data,how,seen = {}, {}, {}
     for n,t in named.items():
@@ -207,7 +207,7 @@ def to_tree(
     o, # What a state dict consists of
     put, # `put(path, tensor)`: what to do with a tensor
     path='optimizer', # Where `o` is
-): # What JSON can hold
+)->object: # What JSON can hold
     "Lists, dicts, numbers and words; tensors are given to `put`, and their names stay"
     if torch.is_tensor(o): put(path, o); return dict(tensor=path)
     if isinstance(o, dict) and all(type(k) in (str, int) for k in o): return dict(dict=[[k, to_tree(v, put, f'{path}/{k}')] for k,v in o.items()])
@@ -219,7 +219,7 @@ def to_tree(
 def from_tree(
     o, # From `to_tree`
     get, # `get(name)`: the tensor
-): # A state dict
+)->object: # A state dict
     "The inverse of `to_tree`"
     if not isinstance(o, dict): return o
     (kind,v), = o.items()
@@ -307,10 +307,10 @@ def _belongs(state):
     return {n: f'{n}_mask' for n in masked}, {k: f'{n}_mask' for n in masked for k in state if k.startswith(memory_name(n, ''))}
 
 def save_sparse(
-    model:nn.Module, # A model, sparse or not, or a `Learner`, whose model is taken
+    model:nn.Module, # A model, sparse or not, or a `Learner`, whose model is taken; state that is no tensor is a `ValueError`
     path, # Of the file; one that is there is replaced at the last moment
     opt=None, # An optimizer, fastai's or torch's, to save with it
-)->Path:
+)->Path: # `path`
     "Write a model's state, and an optimizer's, in as little as it takes"
     if isinstance(model, Learner): model = model.model
     named = masked_state(model)
@@ -399,7 +399,7 @@ def load_sparse(
     model:nn.Module=None, # A model of the kind that was saved, or a `Learner`; dense layers become masked, masked and sparse ones get the masks of the file
     opt=None, # Its optimizer; needs `model`
     enforce_mask:bool=True, # Add hooks that mask the weights before every forward?
-): # `model`, or without one a state dict
+)->nn.Module|dict: # The model, or without one a state dict
     "Read a file back. One that is damaged, or does not fit, is a `ValueError`, and nothing has changed"
     if isinstance(model, Learner): model = model.model
     if opt is not None and model is None: raise ValueError("an optimizer's state is loaded together with its model: give `model` too")

@@ -12,6 +12,7 @@ __all__ = ['min_sparsity', 'SparseLayer', 'SparseLinear', 'SparseConv2d', 'to_sp
 
 # %% ../nbs/10_layers.ipynb #e755b396
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -114,7 +115,7 @@ class SparseLayer(nn.Module):
 
 # %% ../nbs/10_layers.ipynb #e135309a
 @patch
-def positions(self:SparseLayer): # int64, rising
+def positions(self:SparseLayer)->torch.Tensor: # int64, rising
     "Where the active weights are in the flattened weight"
     return positions(self.crow, self.col, self._matrix_shape[1])
 
@@ -208,7 +209,7 @@ class SparseLinear(SparseLayer):
     @classmethod
     def from_masked(cls,
         module:nn.Module, # A masked layer; what this storage does not serve is a `ValueError`
-    ):
+    )->SparseLayer: # Of this class
         "A sparse layer with the active weights of a masked one; the bias is shared"
         if type(module) is not nn.Linear and not _is_conv1d(module): raise ValueError(f"SparseLinear is for nn.Linear and Hugging Face's Conv1D, not {type(module).__name__}, whose owner may use its weight in another way: leave it masked")
         return cls(module)
@@ -327,7 +328,7 @@ class SparseConv2d(SparseLayer):
     @classmethod
     def from_masked(cls,
         module:nn.Module, # A masked layer; what this storage does not serve is a `ValueError`
-    ):
+    )->SparseLayer: # Of this class
         "A sparse layer with the active weights of a masked one; the bias is shared"
         if type(module) is not nn.Conv2d: raise ValueError(f"SparseConv2d is for nn.Conv2d, not {type(module).__name__}: leave it masked")
         if module.groups!=1: raise ValueError(f"{module} has {module.groups} groups, and a sparse layer one: leave it masked")
@@ -395,7 +396,7 @@ def forward(self:SparseConv2d,
     return self._run(x).view(len(x), self.out_channels, *out)
 
 @patch
-def extra_repr(self:SparseConv2d):
+def extra_repr(self:SparseConv2d)->str: # Without the name of the type
     "What `print` shows: the settings of the convolution, and the number of active weights"
     return f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, bias={self.bias is not None}, active={len(self.values)}'
 
@@ -417,7 +418,7 @@ def as_dense(self:SparseLayer,
     grad:torch.Tensor=None, # The gradient of all weights, if it is to be seen
     state:dict=None, # What an optimizer remembers of `values`, if it is to be seen
     values:bool=True, # Are the weights themselves to be seen? If not, a single zero stands for all of them
-): # A context, in which `values` has the weight's shape, and `grad` and `state` with it
+)->Iterator: # Context manager, in which `values` has the weight's shape, and `grad` and `state` with it
     "Let a score see a masked layer"
     state = {} if state is None else state
     had = {k: state[k] for k in _entries(state, len(self.values))}
@@ -436,7 +437,7 @@ def moving(self:SparseLayer,
     mask:torch.Tensor, # Boolean, the weight's shape: the active weights
     new:torch.Tensor, # Boolean: those that will be active in the end
     state:dict, # What an optimizer remembers of `values`
-): # A context with (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
+)->Iterator: # Context manager that gives (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
     "From one set of active weights to another"
     both = places(mask|new)
     was,will = (m.reshape(-1).index_select(0, both) for m in (mask, new))

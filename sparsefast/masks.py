@@ -16,6 +16,7 @@ __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'sto
 
 # %% ../nbs/01_masks.ipynb #9cce8591
 import math, weakref
+from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 # %% ../nbs/01_masks.ipynb #f7d17e8d
 def maybe_float(
     num # Anything: a number, a 0-d tensor, a word, `None`
-): # A Python float, or `num` itself
+)->object: # A Python float, or `num` itself
     "`float(num)` where that works, else `num` unchanged"
     try: return float(num)
     except (TypeError, ValueError, OverflowError, RuntimeError): return num
@@ -196,7 +197,7 @@ def top_k_mask(
 # %% ../nbs/01_masks.ipynb #ac6b2987
 def masked_params(
     module, # A layer or a whole model, or a list of its modules
-): # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
+)->Iterator: # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
     "Each parameter that has a mask beside it; a mask of the wrong shape, dtype or device is a `ValueError`"
     seen = set()
     for m in module.modules() if isinstance(module, nn.Module) else module:
@@ -290,7 +291,7 @@ def noted(
 def sample_masked(
     mask:torch.Tensor, # Boolean
     n:int=16, # At most so many
-): # Flat places, or `None` if a sample shows none, or looking would mean waiting for a GPU
+)->torch.Tensor|None: # Flat places, or `None` if a sample shows none, or looking would mean waiting for a GPU
     "Some places that are masked, spread over the weight"
     if not mask.is_cpu: return None
     every = mask.numel()//(1<<12)|1
@@ -300,8 +301,8 @@ def sample_masked(
 def looks_masked(
     ps, # Parameters
     samples, # For each, places of `sample_masked`, or `None`
-)->bool:
-    "Are all these places of all these weights zero? Not known without places"
+)->bool: # `False` if in doubt
+    "Are all these places of all these weights zero?"
     if any(s is None for s in samples): return False
     seen = [p.detach().take(s) for p,s in zip(ps, samples)]
     return not seen or not any((torch.cat(seen) if len(seen)>1 else seen[0]).tolist())
@@ -341,7 +342,7 @@ def keep_masked(
 def enforced_by(
     hook, # A forward-pre-hook
     module:nn.Module, # The module that has it
-): # A layer, or `None`
+)->nn.Module|None: # A layer, or `None`
     "Whose masks does a hook apply, if it is one of ours?"
     f = getattr(hook, 'func', hook)
     if f in (apply_masks, keep_masked): return hook.args[0] if getattr(hook, 'args', ()) else module
@@ -350,7 +351,7 @@ def enforced_by(
 def memory_name(
     name:str, # A parameter's name in its module
     what:str, # What is remembered
-)->str:
+)->str: # Without the name of the module
     "The name of a buffer in which a method remembers something"
     return f'{name}_dst_{what}'
 
@@ -378,7 +379,7 @@ def attribute(
     f, # A function, or a `partial` of one
     name:str, # An attribute
     default=None, # If there is none
-):
+)->object: # The attribute, or `default`
     "What a function says of itself"
     return getattr(f, name, getattr(getattr(f, 'func', f), name, default))
 
@@ -389,7 +390,7 @@ sparseable_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose
 def is_sparseable_module(
     m:nn.Module, # A module
     additional_types:list=[], # Types to accept besides linear layers and (transposed) convolutions
-)->bool:
+)->bool: # By its type, whatever it holds
     "Is `m` a layer whose `weight` can be made sparse?"
     return isinstance(m, sparseable_types+tuple(additional_types))
 

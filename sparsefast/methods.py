@@ -109,7 +109,7 @@ def _is_last(step, pct): return step>1 and abs(pct*step-(step-1))<1e-6       # p
 def due(self:DSTMethod,
     step:int, # Optimizer step, from 1
     pct:float, # Share of training done before it, `(step-1)/total`
-)->bool:
+)->bool: # By the numbers alone
     "Is this an update step? Every `batches_per_update` steps while `pct < stop_pct`, but never the last of all: nothing would train what it grows"
     if not _whole(self.batches_per_update):
         raise ValueError(f"batches_per_update is {self.batches_per_update} ({'a share of training' if self.batches_per_update else 'once an epoch'}), which only the fastai "
@@ -119,7 +119,7 @@ def due(self:DSTMethod,
 @patch
 def drop_pct(self:DSTMethod,
     pct:float, # Share of training done
-)->float:
+)->float: # In [0,1]
     "The share of active weights that an update replaces"
     return self.drop_sched_f(self.initial_drop_grow_pct, self.final_drop_grow_pct, min(pct/self.stop_pct, 1.) if self.stop_pct else 1.)
 
@@ -128,7 +128,7 @@ def drop_pct(self:DSTMethod,
 def sparsity_at(self:DSTMethod,
     final:float, # Sparsity in the end
     pos:float, # Position in the schedule of sparsity, in [0,1]
-)->float:
+)->float: # In [0,1]
     "Sparsity that the method prescribes to a layer, or to the model, with this target"
     if self.sparsity_sched_f is None: return final
     start = self.initial_sparsity(final) if callable(self.initial_sparsity) else self.initial_sparsity
@@ -210,7 +210,7 @@ def _averaged(self, live):
 def looks(self:DSTMethod,
     step:int, # Optimizer step, from 1
     pct:float, # Share of training done before it
-)->bool:
+)->bool: # `True` if one of its scores does, at this step
     "Does the method need the gradients of all weights at this step?"
     moves = self.initial_drop_grow_pct>0 or self.final_drop_grow_pct>0
     fs = [f for f in (self.keep_score_f, *((self.grow_score_f, self.grow_value_f) if moves else ())) if f]

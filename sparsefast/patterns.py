@@ -18,6 +18,7 @@ __all__ = ['drop_grow', 'pattern_mask', 'transposed_pattern', 'follows', 'capaci
 
 # %% ../nbs/01a_patterns.ipynb #687ec944
 import math
+from collections.abc import Callable
 from functools import partial
 import torch
 from .masks import attribute, top_k_mask
@@ -45,7 +46,7 @@ def pattern_mask(
 
 def transposed_pattern(
     pattern_f, # A pattern
-): # A pattern
+)->Callable: # A pattern
     "The same for weights of shape (inputs, outputs, ...)"
     if pattern_f is drop_grow: return pattern_f
     turn = lambda t: t.transpose(0, 1)
@@ -54,7 +55,7 @@ def transposed_pattern(
 def follows(
     mask:torch.Tensor, # Boolean
     pattern_f, # A pattern
-)->bool:
+)->bool: # `False` too if the pattern does not fit the shape
     "Does a mask keep to a pattern? Then the pattern, asked to change nothing, changes nothing"
     try: return torch.equal(pattern_f(mask, mask.float(), torch.zeros(mask.shape, device=mask.device), 0, 0), mask)
     except ValueError: return False
@@ -62,7 +63,7 @@ def follows(
 def capacity(
     pattern_f, # A pattern; its attribute `capacity`, if it has one, is a function of a weight and the pattern's options
     t:torch.Tensor, # A weight
-)->int:
+)->int: # At most all of them
     "How many weights can be active in the end"
     f = attribute(pattern_f, 'capacity')
     return f(t, **getattr(pattern_f, 'keywords', {})) if f else t.numel()
@@ -101,7 +102,7 @@ def nm_pattern(
     n:int=2, # At most so many active weights
     m:int=4, # in each group of so many
     gradual:bool=False, # Allow more, evenly spread, as long as there are more weights than that? For methods that prune to the pattern
-)->torch.Tensor: # Boolean: the new mask
+)->torch.Tensor: # Boolean: the new mask; a `ValueError` if the weight's inputs, or so many active weights, do not fit
     "At most `n` of each `m` consecutive inputs; with all that there is room for, exactly `n`"
     (keep,total),shape = _total(mask, n_drop, n_grow), mask.shape
     if mask.dim()<2 or shape[1]%m: raise ValueError(f"{n}:{m} needs a multiple of {m} inputs, and a weight of shape {tuple(shape)} has {shape[1] if mask.dim()>1 else 1}: exclude the layer")
@@ -129,7 +130,7 @@ def block_pattern(
     n_drop, # How many to drop
     n_grow=None, # How many to grow, by default as many
     size:tuple=(1,4), # Rows and columns of a block
-)->torch.Tensor: # Boolean: the new mask
+)->torch.Tensor: # Boolean: the new mask; a `ValueError` if blocks do not fit the weight
     "Blocks that are active or not as a whole"
     (keep,total),area,shape = _total(mask, n_drop, n_grow), math.prod(size), mask.shape
     _check_blocks(shape, size)
@@ -158,7 +159,7 @@ def fan_in_pattern(
     n_drop, # How many to drop
     n_grow=None, # How many to grow, by default as many
     ablate:float=0.3, # Share of the fan-in, or from 1 on a number, that a row must have in salient weights to stay; 0: all stay
-)->torch.Tensor: # Boolean: the new mask
+)->torch.Tensor: # Boolean: the new mask; fewer weights than rows are a `ValueError`, unless rows may go
     "As many active weights in every active row: [SRigL](https://arxiv.org/abs/2305.02299)"
     keep,total = _total(mask, n_drop, n_grow)
     old,ks,gs = (t.reshape(len(t), -1) for t in (mask, keep_score, grow_score))

@@ -19,7 +19,7 @@ from .masks import masked_params, memory_names
 # %% ../nbs/03d_ranks.ipynb #b8c0d09d
 def group_of(
     modules, # A model, or a list of modules
-): # A process group, or `None`
+)->object: # A process group, or `None`
     "The processes that train a model together, if it is under `DistributedDataParallel` and they are more than one"
     for m in [modules] if isinstance(modules, nn.Module) else modules:
         if isinstance(m, DistributedDataParallel) and m.process_group.size()>1: return m.process_group

@@ -15,6 +15,7 @@ __all__ = ['Layer', 'is_stored', 'in_order', 'sparse_layers', 'unfold', 'as_seen
 
 # %% ../nbs/04a_rewire.ipynb #633acd6c
 import inspect, random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 import numpy as np
@@ -37,9 +38,22 @@ class Layer(NamedTuple):
     is_last:bool=False  # Is it the last of them?
     group:object=None   # The processes that train it together, if they are more than one
 
-    def recall(self, what): return self.module._buffers.get(memory_name(self.name, what))
-    def remember(self, what, t): self.module.register_buffer(memory_name(self.name, what), t)
-    def forget(self, what): self.module._buffers.pop(memory_name(self.name, what), None)
+    def recall(self,
+        what:str, # Its name
+    )->torch.Tensor|None: # `None` if there is none
+        "What a method remembers of this parameter"
+        return self.module._buffers.get(memory_name(self.name, what))
+    def remember(self,
+        what:str, # Its name
+        t:torch.Tensor, # What to remember
+    )->None:
+        "Keep something beside the parameter, in a buffer, so that it is saved with the model"
+        self.module.register_buffer(memory_name(self.name, what), t)
+    def forget(self,
+        what:str, # Its name
+    )->None:
+        "Remember it no more"
+        self.module._buffers.pop(memory_name(self.name, what), None)
 
     @property
     def target(self):
@@ -50,13 +64,13 @@ class Layer(NamedTuple):
 # %% ../nbs/04a_rewire.ipynb #711ed405
 def is_stored(
     m:nn.Module, # Any module
-)->bool:
+)->bool: # By its type
     "Is it a [sparse layer](10_layers.ipynb), which stores active weights only?"
     return hasattr(type(m), 'dense_gradient')
 
 def in_order(
     model:nn.Module, # Sparse or not
-): # Of (module, name, parameter, mask or `None`)
+)->Iterable: # Of (module, name, parameter, mask or `None`)
     "Masked parameters and those of layers that store active weights only, in the model's order"
     ms = list(model.modules())
     if not (stored := [(m, 'weight', m.values, None) for m in ms if is_stored(m)]): return masked_params(ms)
@@ -86,7 +100,7 @@ def as_seen_by(
     f, # Score function: what it asks for decides what is unfolded, gradient and optimizer state
     l:Layer, # Where to look
     opt, # Optimizer, or `None`
-): # Context manager that gives a tensor of the mask's shape
+)->Iterator: # Context manager that gives a tensor of the mask's shape
     "The parameter that a score sees: for a while, that of a layer that stores active weights only has the weight's shape"
     if not is_stored(l.module):
         yield l.p
@@ -101,7 +115,7 @@ def moving(
     l:Layer, # Layer that an update is about to change
     opt, # Optimizer whose state moves with the weights, or `None`
     new:torch.Tensor, # Boolean mask of the weight's shape
-): # Context manager that gives (`Layer`, mask)
+)->Iterator: # Context manager that gives (`Layer`, mask)
     "(layer, new mask) to write to: for a while, a layer that stores active weights only has those of both masks"
     if not is_stored(l.module): yield l,new
     else:
@@ -123,7 +137,7 @@ def needs(
     m, # A `DSTMethod`
     what, # Of which a score's attribute `needs_{what}` speaks
     default=False, # For a score without that attribute
-):
+)->bool: # `True` if one of its scores does
     "Does a score of the method need something: 'grad', 'momentum'?"
     return any(attribute(f, f'needs_{what}', default) for f in (m.keep_score_f, m.grow_score_f, m.grow_value_f) if f)
 
@@ -170,7 +184,7 @@ def most(
     m, # A `DSTMethod`
     l, # A layer
     pos, # Position in the schedule of sparsity, in [0,1]
-):
+)->int: # At most all of its weights
     "How many active weights the method's pattern allows a layer, at a position of the schedule of sparsity"
     numel,cap = l.p.numel(),capacity(m.pattern_f, l.p)
     return max(cap, n_active(numel, m.sparsity_at(1-cap/numel, pos))) if m.sparsity_sched_f else cap
@@ -192,7 +206,7 @@ def goals(
     nnz, # How many active weights each has
     pos, # Position in the schedule of sparsity, in [0,1]
     time, # Dict with `step` and `pct`, and what scores take besides
-):
+)->list: # Of ints, in the order of `layers`
     "How many active weights each layer should have at position `pos` of the schedule of sparsity"
     numel,target = [l.p.numel() for l in layers], [l.target for l in layers]
     goal = [n_active(n, m.sparsity_at(s, pos)) for n,s in zip(numel, target)]
@@ -206,7 +220,7 @@ def goals(
 def pattern_of(
     m, # A `DSTMethod`
     l, # A layer
-):
+)->Callable: # A pattern
     "The method's pattern, or what takes its place in the last layer, by the layer's own order of dimensions"
     f = attribute(m.pattern_f, 'last', m.pattern_f) if l.is_last else m.pattern_f
     return transposed_pattern(f) if is_transposed(l.module) else f
@@ -260,8 +274,8 @@ def plan(
     layers, # Layers, in the model's order
     pos, # Position in the schedule of sparsity, in [0,1]
     time, # Dict with `step` and `pct`, and what scores take besides
-):
-    "All new masks, and what to remember: (masks, packed, values of new weights or `None`, new targets or `None`, memory)"
+)->tuple: # (masks, packed, values of new weights or `None`, new targets or `None`, memory)
+    "All new masks, and what to remember; nothing is written"
     masks,goal = _resized(m, layers, pos, time)
     nnz,n_drop,n_grow,memory = _amounts(m, layers, masks, time)
     targets = None
@@ -295,7 +309,7 @@ def rewire(
     opt, # The optimizer: fastai's or torch's
     pos, # Position in the schedule of sparsity, in [0,1]
     **time # `step` and `pct`
-):
+)->None:
     "One update of `layers`, `time` being its `step` and `pct`"
     if m.explore_pct: return _rewire_stored(m, layers, opt, pos, dict(opt=opt, **time))
     news,values,targets,memory = plan(m, layers, pos, dict(opt=opt, **time))

@@ -16,6 +16,7 @@ __all__ = ['table_score', 'snip_score', 'grasp_score', 'synflow_score']
 
 # %% ../nbs/03a_saliency.ipynb #d00b83e3
 import copy
+from collections.abc import Callable
 from functools import partial
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ _look_up.needs_grad = False
 
 def table_score(
     table:dict, # Parameter -> scores of its shape
-): # Score function
+)->Callable: # Score function
     "Scores that are known beforehand"
     return partial(_look_up, table=table)
 
@@ -59,10 +60,10 @@ def _loss(twin, loss_func, xb, yb, temperature=1.):
 def snip_score(
     model:nn.Module, # A model; it is not changed
     loss_func, # `loss_func(model(xb), yb)` -> a number
-    xb, # A batch of inputs
+    xb, # A batch of inputs; a `ValueError` if no gradient reaches the weights from it
     yb, # Its targets
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
-): # Score function
+)->Callable: # Score function
     "`|g*w|` on one batch, as a share of the model's sum"
     with torch.random.fork_rng():
         twin,ws,originals = _copy(model, additional_types)
@@ -76,11 +77,11 @@ def snip_score(
 def grasp_score(
     model:nn.Module, # A model; it is not changed
     loss_func, # `loss_func(model(xb), yb)` -> a number
-    xb, # A batch of inputs
+    xb, # A batch of inputs; a `ValueError` if no second derivative reaches the weights from it
     yb, # Its targets
     temperature:float=200., # Divides the model's outputs
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
-): # Score function
+)->Callable: # Score function
     "`w*(Hg)`: what removing a weight would take from the gradient's norm"
     with torch.random.fork_rng():
         twin,ws,originals = _copy(model, additional_types)
@@ -101,7 +102,7 @@ def synflow_score(
     model_sparsity:float, # Sparsity to prune to, in [0,1]
     rounds:int=100, # Steps in which density falls, by equal factors
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
-): # Score function: -1 for what is pruned, else the flow in the last round
+)->Callable: # Score function: -1 for what is pruned, else the flow in the last round
     "Pruning by synaptic flow; the weights that are left score highest"
     density,x = 1-check_fraction(model_sparsity, 'model_sparsity'), torch.ones_like(xb[:1], dtype=torch.float64)
     with torch.random.fork_rng():

@@ -20,7 +20,7 @@ def cosine_anneal(
     start:float, # Value at `pos` 0
     end:float, # Value at `pos` 1
     pos:float, # Position in [0,1]
-)->float:
+)->float: # Value at `pos`
     "Half a cosine wave from `start` to `end`: `f_decay` of [RigL](https://arxiv.org/abs/1911.11134), Equation 1"
     return end + (start-end)*(1+math.cos(math.pi*pos))/2
 
@@ -28,7 +28,7 @@ def linear_anneal(
     start:float, # Value at position 0
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
-)->float:
+)->float: # Value at `pos`
     "A straight line"
     return start + (end-start)*pos
 
@@ -36,7 +36,7 @@ def constant_anneal(
     start:float, # Value at position 0
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
-)->float:
+)->float: # Value at `pos`
     "`start` throughout: the original [SET](https://arxiv.org/abs/1707.04780)"
     return start
 
@@ -46,7 +46,7 @@ def inverse_power_anneal(
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
     power:float=3, # Exponent
-)->float:
+)->float: # Value at `pos`
     "Fast at first, flat in the end. With power 3 over sparsity this is the cubic schedule of [Zhu and Gupta](https://arxiv.org/abs/1710.01878)"
     return end + (start-end)*(1-pos)**power
 
@@ -55,7 +55,7 @@ def step_anneal(
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
     at:tuple=(90/160, 120/160), # Positions of the steps, rising
-)->float:
+)->float: # Value at `pos`
     "Equal steps from `start` to `end`; by default those of [MEST](https://arxiv.org/abs/2110.14032), whose code has them at epochs 90 and 120 of 160"
     return start + (end-start)*sum(pos>=a for a in at)/len(at)
 
@@ -65,7 +65,7 @@ def alternate(
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
     at:tuple=(.10,.15,.20,.25,.30,.35,.40,.45,.50,.55,.60,.65,.70,.75,.85), # Positions of the changes, rising
-)->float:
+)->float: # Value at `pos`
     "`start` and `end` by turns, beginning with `start`: the phases of [AC/DC](https://arxiv.org/abs/2106.12379), by default those of its code for 100 epochs of ImageNet"
     return end if sum(pos>=a for a in at)%2 else start
 

@@ -99,7 +99,7 @@ gradient_magnitude.needs_values = False                            # it looks at
 # %% ../nbs/03_scores.ipynb #454c00b3
 def inner_opt(
     opt, # fastai's or torch's optimizer, or a wrapper around one
-): # The one that holds the state
+)->object: # The one that holds the state
     "The optimizer inside `OptimWrapper`, `Lookahead` or accelerate's wrapper"
     while (o := getattr(opt, 'opt', None) or getattr(opt, 'optimizer', None)) is not None: opt = o
     return opt
@@ -122,7 +122,7 @@ def slow_weights(
 # %% ../nbs/03_scores.ipynb #1c41e811
 def keeps_momentum(
     opt, # An optimizer
-)->bool:
+)->bool: # Known before its first step
     "Will `opt`, as it is set up, keep an average of the gradients?"
     opt = inner_opt(opt)
     if hasattr(opt, 'cbs'): return any('mom' in getattr(getattr(cb, 'func', cb), 'defaults', {}) for cb in opt.cbs)   # fastai's: a list of step functions
@@ -133,7 +133,7 @@ def _first(state, *names): return next((v for n in names if torch.is_tensor(v :=
 def momentum(
     p:torch.Tensor, # A parameter
     opt, # An optimizer; one that keeps no momentum is a `ValueError`
-): # (first moment, second moment or `None`), or `None` before the optimizer's first step with `p`
+)->tuple|None: # (first moment, second moment or `None`), or `None` before the optimizer's first step with `p`
     "The optimizer's averages of the gradient of `p` and of its square"
     state = opt_state(opt, p)
     first = _first(state, 'momentum_buffer', 'exp_avg', 'grad_avg')

@@ -25,7 +25,9 @@ class Weight(NamedTuple):
     name:str
 
     @property
-    def p(self): return self.module._parameters.get(self.name)
+    def p(self):
+        "The parameter itself"
+        return self.module._parameters.get(self.name)
 
 def _is(m, path): return any(f'{c.__module__}.{c.__qualname__}'==path for c in type(m).__mro__)
 
@@ -55,7 +57,7 @@ def is_transposed(
 
 def is_depthwise(
     m:nn.Module, # A module with a weight
-)->bool:
+)->bool: # By its number of groups
     "A convolution of each channel by itself? It has few weights, and papers leave it dense"
     return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels
 

@@ -11,6 +11,7 @@ __all__ = ['graphs', 'through', 'Chain', 'chain_from', 'chains', 'which', 'cut',
            'shape_like']
 
 # %% ../nbs/11a_shrink.ipynb #0f44a1c6
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 import torch
 from torch import fx, nn
@@ -27,7 +28,7 @@ class _Tracer(fx.Tracer):
 def graphs(
     model:nn.Module, # In evaluation mode
     prefix:str='', # Name of `model` in the whole
-): # Yields (name, graph)
+)->Iterator: # Yields (name, graph)
     "Traces of a model, or of the parts of it that can be traced"
     try: yield prefix,_Tracer().trace(model)
     except Exception:                                                        # control flow by data, for one; there is no common type
@@ -57,7 +58,7 @@ def through(
     modules:dict, # Name -> module
     conv:bool, # Does it come from a convolution, with channels in dimension 1? Else they are the last dimension
     flat:bool, # Are there no other dimensions?
-): # A function of a vector with a number for each channel; `None` if `node` is not known to keep channels apart
+)->Callable|None: # A function of a vector with a number for each channel; `None` if `node` is not known to keep channels apart
     "What a node makes of channels that are constant"
     if node.op=='call_function' and node.target in _functions:
         return lambda v: node.target(v, *node.args[1:], **{k: x for k,x in node.kwargs.items() if k!='inplace'})
@@ -81,7 +82,7 @@ class Chain:
         modules:dict, # Name -> module
     ): self.head,self.steps,self.ends,self.modules = head,steps,ends,modules
 
-    def constants(self):
+    def constants(self)->list: # Of vectors in float64, one for each end
         "What each unit of the head puts out if it has no weights, as it arrives at each end"
         p = self.modules[self.head.target]
         val = {self.head: torch.zeros(len(p.weight), dtype=p.weight.dtype, device=p.weight.device) if p.bias is None else p.bias.detach()}
@@ -101,8 +102,8 @@ def chain_from(
     modules:dict, # Name -> module
     single:set, # Modules that are called once and share nothing
     shapes:dict, # Module -> shape of its output
-): # A `Chain`, or `None`
-    "The chain that starts at a node, or `None`"
+)->Chain|None: # `None` if none starts there
+    "The chain that starts at a node"
     p = modules.get(head.target) if head.op=='call_module' else None
     if p is None or not _plain(p, head, single) or p not in shapes: return None
     conv,flat,steps,ends,todo,seen = isinstance(p, _convs), len(shapes[p])==2, [], [], [head], set()
@@ -158,8 +159,8 @@ def _pads(m): return isinstance(m, _convs) and m.padding_mode=='zeros' and m.pad
 
 def which(
     chain:Chain, # From `chains`
-): # Three boolean vectors
-    "(units to cut because they are constant, because nobody listens, those of which one is enough)"
+)->tuple: # Of boolean vectors: (constant, so that they can be cut; nobody listens to them; one of them is enough)
+    "Units of a chain that can go"
     p,ends = chain.modules[chain.head.target], [chain.modules[e.target] for e in chain.ends]
     n,consts = len(p.weight), chain.constants()
     dead = ~_active(p).flatten(1).any(1)
@@ -248,7 +249,7 @@ def shorten(
 def output_error(
     old, # What a model gives: a tensor, or any nest of them
     new, # The same of another
-)->float:
+)->float: # 0 or more
     "Largest difference of two outputs, relative to the largest number; 0 where rounding explains it"
     pairs = [(a.double(), b.double(), torch.finfo(a.dtype).eps) for a,b in zip(tree_leaves(old), tree_leaves(new)) if torch.is_tensor(a) and a.is_floating_point() and a.numel()]
     errs = [((a-b).abs().max()/a.abs().max().clamp(min=1e-30)).item() for a,b,_ in pairs]
@@ -259,7 +260,7 @@ def _shapes(model): return {n: tuple(m.weight.shape) for n,m in model.named_modu
 def shrink_model(
     model:nn.Module, # Sparse or dense; it stays as it is
     *inputs, **kwargs # What it is called with: an example, with its batch
-): # (smaller model, {layer: (shape of its weight before, after)} of those that have changed)
+)->tuple: # (smaller model, {layer: (shape of its weight before, after)} of those that have changed); a `RuntimeError` if its outputs differ
     "A copy of a model without the units that have no weights or no listeners; in evaluation, outputs are equal to rounding"
     small,was = deepcopy(model), [m.training for m in model.modules()]
     small.eval()

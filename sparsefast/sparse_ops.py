@@ -15,6 +15,7 @@ __all__ = ['few', 'index_at', 'index_of', 'positions', 'transposed_index', 'chec
 
 # %% ../nbs/09a_sparse_ops.ipynb #2e31d495
 import warnings
+from collections.abc import Iterator
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
@@ -93,7 +94,7 @@ def width(
     n_row:int, # Rows of the dense matrix
     n:int=None, # Its columns, if they are known: then pieces are of about one size
     windows:bool=False, # Are they the windows of an image?
-)->int:
+)->int: # At least 1
     "How many columns to multiply at a time"
     most = next((w for rows,w in (_window_widths if windows else _widths).items() if n_row<=rows), 32)
     return most if not n else _rounded(-(-n//-(-n//most)))
@@ -109,7 +110,7 @@ def as_csr(
     col:torch.Tensor, # Columns
     values:torch.Tensor, # Active values, which the tensor shares
     n_col:int, # Columns of the matrix
-)->torch.Tensor:
+)->torch.Tensor: # In the layout `torch.sparse_csr`
     "The matrix as PyTorch knows it"
     return torch.sparse_csr_tensor(crow, col, values, (len(crow)-1, n_col), check_invariants=False)
 
@@ -117,7 +118,7 @@ def as_csr(
 def is_for_csr(
     values:torch.Tensor, # Active values
     n:int, # Columns of the dense matrix
-)->bool:
+)->bool: # `True` if both
     "Is the product of `torch.sparse` there for this, and better?"
     return 0<n<=few and values.dtype in (torch.float32, torch.float64) and len(values)>0 and (values.is_cuda or torch.backends.mkl.is_available())
 
@@ -141,7 +142,7 @@ def _piece(crow, col, values, x, n):
 # %% ../nbs/09a_sparse_ops.ipynb #b14573ff
 def pieces(
     x:torch.Tensor, # Dense matrix; a transposed one is laid anew
-): # Of (matrix, how many of its columns count)
+)->Iterator: # Yields (matrix, how many of its columns count)
     "A matrix by some columns at a time"
     n = x.shape[1]
     at_a_time = n if x.is_contiguous() and x.numel()<=_whole else width(len(x), n)

@@ -29,7 +29,7 @@ from .scores import random_score
 def add_mask(
     module:nn.Module, # The layer that owns the parameter
     name:str, # The parameter's name in it, such as 'weight'
-    mask:torch.Tensor, # Boolean, the parameter's shape; `True` is active
+    mask:torch.Tensor, # Boolean, the parameter's shape, else a `ValueError`; `True` is active
     sparsity=None, # Target sparsity, by default that of `mask`
 )->None:
     "Register `{name}_mask` and `{name}_sparsity` beside a parameter, and zero what is masked"

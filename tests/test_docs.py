@@ -1,8 +1,8 @@
 "Every public name says what it is, every parameter too; notebooks show what a reader may see, and their links lead somewhere"
-import ast, importlib, inspect, json, pkgutil, re
+import ast, importlib, inspect, json, pkgutil, re, textwrap
 from pathlib import Path
 import pytest
-from fastcore.docments import docments
+from fastcore.docments import docments, get_source
 import sparsefast
 
 root = Path(__file__).resolve().parents[1]
@@ -18,6 +18,22 @@ def own_names(mod):
     here = {o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef))} | {n.id for o in tree.body if isinstance(o, ast.Assign) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
     return m, [nm for nm in getattr(m, '__all__', []) if nm in here]
 
+def own_nodes(o):
+    "Nodes of a function's body, without those of functions within it"
+    todo = [*o.body]
+    while todo:
+        yield (n := todo.pop())
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda)): todo += ast.iter_child_nodes(n)
+
+def silent(f):
+    "Does a function that returns or yields something fail to say, by its source, of what type it is, and what?"
+    if inspect.isclass(f) or not (src := get_source(f)): return False
+    o = ast.parse(src := textwrap.dedent(src)).body[0]
+    if not isinstance(o, ast.FunctionDef): return False                                # a lambda
+    if o.returns is None:
+        return any(isinstance(n, (ast.Yield, ast.YieldFrom)) or isinstance(n, ast.Return) and n.value is not None and ast.unparse(n.value)!='None' for n in own_nodes(o))
+    return ast.unparse(o.returns)!='None' and '#' not in src.splitlines()[o.returns.lineno-1]        # (docments would take the comment of `**kwargs` above)
+
 def undocumented(f):
     "What is missing from a function, class or property, in words"
     if isinstance(f, property): return [] if f.fget.__doc__ else ['a docstring']
@@ -26,7 +42,8 @@ def undocumented(f):
 
     docs,to = docments(f, full=True),getattr(f, '__delwrap__', None)
     passed = set(inspect.signature(to).parameters) if to is not None else set()        # documented where they are passed to
-    return [k for k,d in docs.items() if k not in ('self', 'return') and d.get('kind') not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and k not in passed and not d.get('docment')]
+    lacks = [k for k,d in docs.items() if k not in ('self', 'cls', 'return') and d.get('kind') not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and k not in passed and not d.get('docment')]
+    return lacks + (['return'] if silent(f) else [])
 
 def commented(mod, nm):
     "Does a comment stand above a constant's group of lines, or beside it?"
@@ -58,7 +75,36 @@ def test_the_check_sees_what_is_missing():
     def whole(x, # something
         y): # something else
         "Adds"
-    assert undocumented(bare)==['a docstring'] and undocumented(half)==['y'] and undocumented(whole)==[]
+        return x+y
+    assert undocumented(bare)==['a docstring'] and undocumented(half)==['y'] and undocumented(whole)==['return']
+
+def test_the_check_sees_results_that_are_not_described():
+    def unread(): # A number
+        "Of what type?"
+        return 1
+    def bare()->int:
+        "What number?"
+        return 1
+    def of_kwargs(
+        **kwargs # The arguments, not the result
+    )->dict:
+        "The comment is that of another line"
+        return kwargs
+    def gives(): # An iterator
+        "Nothing is returned"
+        yield 1
+    def whole()->int: # A number
+        "All is said"
+        return 1
+    def within():
+        "The result is another function's"
+        def f(): return 1
+        f()
+    def nothing():
+        "Leaves early"
+        if undocumented: return None
+    assert [undocumented(f) for f in (unread, bare, of_kwargs, gives)]==[['return']]*4
+    assert [undocumented(f) for f in (whole, within, nothing)]==[[]]*3
 
 def patched(mod):
     "Public methods that a module gives to classes by `patch`, from its source"
@@ -71,6 +117,23 @@ def patched(mod):
 @pytest.mark.parametrize('mod', modules)
 def test_every_patched_method_is_documented(mod):
     assert not {nm: miss for nm,f in patched(mod) if (miss := undocumented(f))}
+
+def members(mod):
+    "Public methods and properties in the bodies of a module's public classes; not events of a callback, nor what PyTorch documents"
+    m,names = own_names(mod)
+    for o in ast.parse(Path(m.__file__).read_text(encoding='utf-8')).body:
+        if isinstance(o, ast.ClassDef) and o.name in names:
+            for d in o.body:
+                if isinstance(d, ast.FunctionDef) and not re.match('_|before_|after_|(forward|backward|extra_repr)$', d.name): yield f'{o.name}.{d.name}', getattr(getattr(m, o.name), d.name)
+
+@pytest.mark.parametrize('mod', modules)
+def test_every_method_and_property_in_a_class_is_documented(mod):
+    assert not {nm: miss for nm,f in members(mod) if (miss := undocumented(f))}
+
+def test_each_module_is_in_llms_txt():
+    "nbdev lists those whose docstring has more than three lines"
+    listed = re.findall(r'^- `sparsefast\.(\w+)`: .', (nbs/'llms.txt').read_text(encoding='utf-8'), re.M)
+    assert sorted(listed)==modules
 
 # ------------------------------------------------------------ notebooks
 def cells(fn):

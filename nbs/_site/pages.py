@@ -4,6 +4,7 @@ An exported cell becomes its names' signatures and tables of parameters, read fr
 from the files: rooms by their numbers, explanations by their titles, tutorials in the order given here."""
 import ast, importlib, inspect, json, os, re, shutil, sys
 from pathlib import Path
+from typing import get_args
 root = Path(__file__).resolve().parents[2]
 os.chdir(root); sys.path.insert(0, str(root))              # nbdev finds its settings from the working directory; the modules are those beside the notebooks
 from fastcore.docments import docments
@@ -55,6 +56,10 @@ def _name(o):
     func = getattr(o, 'func', None)                          # a partial
     return _name(func) if func is not None else getattr(o, '__name__', None) or re.sub(r' at 0x\w+', '', repr(o))
 
+def _type(anno):
+    "Before what a result is"
+    return '' if anno in (object, inspect.Signature.empty) else f"`{'|'.join('None' if a is type(None) else _name(a) for a in get_args(anno) or [anno])}`: "
+
 def signature(nm, f):
     "One line if it fits, else a parameter a line"
     try: ps = inspect.signature(f).parameters.values()
@@ -89,8 +94,8 @@ def doc(nm, mod, level):
     parts = [f"{'#'*level} `{nm}`", f'```python\n{signature(nm, o)}\n```', re.sub(r'(\n *){2,}', '\n\n', inspect.getdoc(o) or '')]
     docs = documented(o)
     rows = [f"| `{k}` | {_cell(d['docment'])} |" for k,d in docs.items() if k not in ('self', 'return') and d.get('docment')]
-    ret = (docs.get('return') or {}).get('docment')
-    if ret: rows.append(f'| *returns* | {_cell(ret)} |')
+    ret = docs.get('return') or {}
+    if ret.get('docment') and ret['anno'] is not None: rows.append(f"| *returns* | {_cell(_type(ret['anno'])+ret['docment'])} |")    # (with `None` it is the comment of `**kwargs` above)
     if rows: parts.append('\n'.join([':::{container} docments', '', '| | |', '|---|---|', *rows, '', ':::']))
     return '\n\n'.join(p for p in parts if p)
 
