@@ -172,11 +172,16 @@ def page(fn, tgts, names):
             defs,consts = names_in(src)
             body = ast.parse(src).body
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) or any(c.startswith('_all_') for c in re.findall(r'^\w+', src, re.M)): continue
-            res += [_md(text(doc(nm, mod, min(level+1, 4)), (nm,))) for nm in defs]
+            for nm in defs: res += [_index([nm]), _md(text(doc(nm, mod, min(level+1, 4)), (nm,)))]
+            if consts: res.append(_index(consts))
             res.append(_code({}, src, *([] if consts and not defs else ['hide-input'])))
         elif (m := re.match(r'show_doc\(([\w.]+)', bare(src))): res.append(_md(text(doc(m[1], mod or 'core', min(level+1, 4)), ())))
         else: res.append(_code(c, bare(src), *(['remove-input'] if d.get('echo')=='false' else []), alt=re.sub(r'[`*\[\]]', '', head)))
     return res
+
+def _index(nms):
+    "The place that the index of names leads to"
+    return _md('\n'.join(f'```{{index}} {nm}\n```' for nm in nms))
 
 def title(fn): return next((m[1] for c in read(fn)[1] if c['cell_type']=='markdown' and (m := re.search(r'^# (.+)$', c['source'], re.M))), fn)
 
@@ -193,7 +198,7 @@ def menu(names):
             ('Tutorials', tuts[1:]),
             *((cap, [names[f] for f in numbered if group(f)==i]) for i,(_,cap) in enumerate(rooms)),
             ('Explanations', [p for f,p in sorted(at('explanations').items(), key=lambda o: title(o[0])) if p not in tuts]),
-            ('Results', [*(p for f,p in names.items() if '/' not in f and not f[0].isdigit() and f!='index.ipynb'), 'changelog'])]
+            ('Results', [*(p for f,p in names.items() if '/' not in f and not f[0].isdigit() and f!='index.ipynb'), 'changelog', 'Index of names <genindex>'])]
 
 def build(out):
     "Write all pages to the folder `out`"

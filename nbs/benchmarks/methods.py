@@ -9,6 +9,7 @@ convolutions that are not zero; `flops` is the cost of the training as a share o
 2 for the backward pass by the active weights of each step, and the whole gradient where a method looks at it. Budgets: `epochs` gives every run the same number of epochs; `flops` gives methods that are
 denser on their way as many as cost what a static mask costs (at least one). The whole takes some six core-hours."""
 import argparse, json, math, platform, re, time
+from collections import defaultdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -303,8 +304,9 @@ def ablation_table():
 def by_seed(net, m, s): return {k[3]: 100*r['accuracy'] for k,r in done().items() if k[:3]==(net, m, s) and k[4]=='epochs'}
 
 def setting():
-    "The machine and versions of the runs, in one sentence each"
-    where = sorted({(r['cpu'], r['threads'], r['torch'], r['python']) for r in done().values()})
-    return ' '.join(f'Hardware: {cpu}, {n} thread. Versions: PyTorch {torch}, Python {python}.' for cpu,n,torch,python in where)
+    "The machine and versions of the runs, in a sentence for each machine"
+    torches = defaultdict(set)
+    for r in done().values(): torches[r['cpu'], r['threads'], r['python']].add(r['torch'])
+    return ' '.join(f"Hardware: {cpu}, {n} thread. Versions: PyTorch {' and '.join(sorted(ts))}, Python {python}." for (cpu,n,python),ts in sorted(torches.items()))
 
 if __name__=='__main__': main()
