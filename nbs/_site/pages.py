@@ -174,7 +174,9 @@ def page(fn, tgts, names):
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) or any(c.startswith('_all_') for c in re.findall(r'^\w+', src, re.M)): continue
             for nm in defs: res += [_index([nm]), _md(text(doc(nm, mod, min(level+1, 4)), (nm,)))]
             if consts: res.append(_index(consts))
-            res.append(_code({}, src, *([] if consts and not defs else ['hide-input'])))
+            folded = not (consts and not defs)
+            if folded and not defs and res and 'hide-input' in res[-1]['metadata'].get('tags', []): res[-1]['source'] += f'\n\n{src}'      # helpers after one another: one fold
+            else: res.append(_code({}, src, *(['hide-input'] if folded else [])))
         elif (m := re.match(r'show_doc\(([\w.]+)', bare(src))): res.append(_md(text(doc(m[1], mod or 'core', min(level+1, 4)), ())))
         else: res.append(_code(c, bare(src), *(['remove-input'] if d.get('echo')=='false' else []), alt=re.sub(r'[`*\[\]]', '', head)))
     return res
