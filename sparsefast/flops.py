@@ -174,7 +174,7 @@ def training_flops(
     steps:int=None, # How many of the steps to count; by default all
 )->int: # FLOPs
     "FLOPs of a training, from the densities as they were and the steps at which the method looks at all gradients"
-    if method is not None and not hasattr(method, 'looks'): raise TypeError(f"method must be a `DSTMethod`, not a {type(method).__name__}; of a preset: DSTMethod(**{{**preset, 'batches_per_update': 100}})")
+    if method is not None and not hasattr(method, 'looks'): raise TypeError(f"method must be a `DSTMethod`, not {type(method).__name__}; of a preset: DSTMethod(**{{**preset, 'batches_per_update': 100}})")
     cost,dense = 0.,[(n, l.macs) for n,l in count.layers.items()]
     end = total if steps is None else steps
     starts = [(1, {}), *((max(a, 1), ds) for a,ds in sorted(densities, key=lambda d: d[0])), (end+1, {})]

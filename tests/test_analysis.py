@@ -1,6 +1,8 @@
 "The table of a sparse model: numbers by plain loops, sums, forms; and nothing is changed by looking"
-import json, random
+import ast, importlib, inspect, json, random
+from pathlib import Path
 import pytest, torch
+from fastcore.docments import docments
 from hypothesis import given, strategies as st
 from torch import nn
 from fastai.torch_core import set_seed
@@ -139,6 +141,35 @@ def test_a_dense_model_has_a_table_and_an_empty_one_has_not():
     assert s.totals[0].weights==0 and s.totals[1].sparsity==0 and [r.note for r in s.rows]==['dense', 'dense']
     with pytest.raises(ValueError, match='BatchNorm1d has no layer'): sparse_summary(nn.BatchNorm1d(3))
 
+def test_what_is_neither_a_model_nor_a_learner():
+    with pytest.raises(TypeError, match='not int'): sparse_summary(3)
+
+def test_chosen_columns():
+    s = sparse_summary(sparse_mlp())
+    assert s.table(['layer', 'active'])==(['layer', 'active'], [[r.name, f'{r.active:,}'] for r in s.rows+s.totals])
+    with pytest.raises(ValueError, match="layer, shape.*not 'sparsit'"): s.table(['sparsit'])
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(8, 0), lambda: nn.Linear(0, 3), lambda: nn.Conv2d(0, 4, 3), lambda: nn.ConvTranspose2d(4, 0, 3), lambda: nn.Embedding(0, 4)])
+def test_a_layer_without_weights(make):
+    model = make()
+    out,inp = live_units(model, torch.zeros(model.weight.shape, dtype=torch.bool))
+    assert {len(out), len(inp)}==set(model.weight.shape[:2]) and not out.any() and not inp.any()
+    model.register_buffer('weight_mask', torch.zeros(model.weight.shape, dtype=torch.bool))
+    r = sparse_summary(nn.Sequential(model)).rows[0]
+    assert r.weights==r.active==0 and (r.outputs, r.inputs)==(len(out), len(inp)) and r.target==r.sparsity==0
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', ['eager', 'inductor'])
+def test_a_compiled_model(backend):
+    "Has its layers by their own names, whole or compiled in part"
+    model,x = sparse_mlp(),torch.randn(1, 8)
+    expected,compiled = sparse_summary(model, x).to_dict(), torch.compile(model, backend=backend)
+    assert sparse_summary(compiled, x).to_dict()==expected and expected['layers'][0]['flops']==2*8*24
+    assert layer_rows(compiled, count_flops(compiled, x))==sparse_summary(model, x).rows
+    assert list(named_masks(compiled))==list(named_masks(model)) and list(named_masks(compiled, '2'))==['2.weight']
+    model[0] = torch.compile(model[0], backend=backend)
+    assert [r.flops for r in sparse_summary(model, x).rows]==[r['flops'] for r in expected['layers']]
+
 def test_parametrized_and_lazy_layers_are_passed_over():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.LazyLinear(3), nn.Linear(3, 2))
     assert [r.name for r in layer_rows(model)]==['2']
@@ -164,3 +195,31 @@ def test_a_learner():
     s = learn.sparse_summary()
     assert s.totals[-1].macs==8*24+24*20+20*3 and s.to_dict()==sparse_summary(learn, torch.randn(1, 8)).to_dict()
     assert learn.sparse_summary(flops=False).totals[-1].macs is None and sparse_summary(learn).rows==sparse_summary(learn.model).rows
+
+# ------------------------------------------------------------ what functions return, and what methods are
+def said(mod):
+    "Public functions of a module, those it gives to classes by `patch`, and methods and properties in class bodies: (syntax, function)"
+    m = importlib.import_module(f'sparsefast.{mod}')
+    for o in ast.parse(Path(m.__file__).read_text(encoding='utf-8')).body:
+        if isinstance(o, ast.FunctionDef): owner,fs = getattr(m, o.args.args[0].annotation.id) if o.decorator_list and 'patch' in ast.unparse(o.decorator_list[0]) else m, [o]
+        elif isinstance(o, ast.ClassDef) and not o.name.startswith('_'): owner,fs = getattr(m, o.name), [f for f in o.body if isinstance(f, ast.FunctionDef)]
+        else: continue
+        for f in fs:
+            if f.name.startswith(('_', 'before_', 'after_')) or any('contextmanager' in ast.unparse(d) for d in f.decorator_list): continue
+            found = inspect.getattr_static(owner, f.name)
+            yield f, getattr(found, 'fget', None) or found
+
+@pytest.mark.parametrize('mod', ['flops', 'analysis', 'recorder'])
+def test_methods_and_returns_are_documented(mod):
+    "What is returned by a comment, unless there is nothing but `self` to ask, when the docstring says it"
+    lacks = {}
+    for f,o in said(mod):
+        docs = docments(o, full=True)
+        asked = [k for k,d in docs.items() if k not in ('self', 'return') and d.get('kind') not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+        returns = any(isinstance(r, ast.Return) and r.value is not None for r in ast.walk(f))
+        miss = [k for k in asked if not docs[k].get('docment')]
+        if not ast.get_docstring(f): miss.append('a docstring')
+        if returns and not f.returns: miss.append('the type of what it returns')
+        elif returns and asked and not docs['return'].get('docment'): miss.append('what it returns')
+        if miss: lacks[f.name] = miss
+    assert not lacks
