@@ -245,8 +245,8 @@ def spent(self:SparseRecorderCallback,
 _state = ('history', 'fits', 'frames', 'explored', 'flops', 'n_seen', 'now', 'open')
 
 @patch
-def state_dict(self:SparseRecorderCallback)->dict:
-    "What was recorded, as plain lists, dicts, numbers and tensors"
+def state_dict(self:SparseRecorderCallback)->dict: # Of plain lists, dicts, numbers and tensors
+    "What was recorded, for `load_state_dict`"
     return {k: getattr(self, k) for k in _state}
 
 @patch

@@ -1,8 +1,6 @@
 "The table of a sparse model: numbers by plain loops, sums, forms; and nothing is changed by looking"
-import ast, importlib, inspect, json, random
-from pathlib import Path
+import json, random
 import pytest, torch
-from fastcore.docments import docments
 from hypothesis import given, strategies as st
 from torch import nn
 from fastai.torch_core import set_seed
@@ -195,31 +193,3 @@ def test_a_learner():
     s = learn.sparse_summary()
     assert s.totals[-1].macs==8*24+24*20+20*3 and s.to_dict()==sparse_summary(learn, torch.randn(1, 8)).to_dict()
     assert learn.sparse_summary(flops=False).totals[-1].macs is None and sparse_summary(learn).rows==sparse_summary(learn.model).rows
-
-# ------------------------------------------------------------ what functions return, and what methods are
-def said(mod):
-    "Public functions of a module, those it gives to classes by `patch`, and methods and properties in class bodies: (syntax, function)"
-    m = importlib.import_module(f'sparsefast.{mod}')
-    for o in ast.parse(Path(m.__file__).read_text(encoding='utf-8')).body:
-        if isinstance(o, ast.FunctionDef): owner,fs = getattr(m, o.args.args[0].annotation.id) if o.decorator_list and 'patch' in ast.unparse(o.decorator_list[0]) else m, [o]
-        elif isinstance(o, ast.ClassDef) and not o.name.startswith('_'): owner,fs = getattr(m, o.name), [f for f in o.body if isinstance(f, ast.FunctionDef)]
-        else: continue
-        for f in fs:
-            if f.name.startswith(('_', 'before_', 'after_')) or any('contextmanager' in ast.unparse(d) for d in f.decorator_list): continue
-            found = inspect.getattr_static(owner, f.name)
-            yield f, getattr(found, 'fget', None) or found
-
-@pytest.mark.parametrize('mod', ['flops', 'analysis', 'recorder'])
-def test_methods_and_returns_are_documented(mod):
-    "What is returned by a comment, unless there is nothing but `self` to ask, when the docstring says it"
-    lacks = {}
-    for f,o in said(mod):
-        docs = docments(o, full=True)
-        asked = [k for k,d in docs.items() if k not in ('self', 'return') and d.get('kind') not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
-        returns = any(isinstance(r, ast.Return) and r.value is not None for r in ast.walk(f))
-        miss = [k for k in asked if not docs[k].get('docment')]
-        if not ast.get_docstring(f): miss.append('a docstring')
-        if returns and not f.returns: miss.append('the type of what it returns')
-        elif returns and asked and not docs['return'].get('docment'): miss.append('what it returns')
-        if miss: lacks[f.name] = miss
-    assert not lacks
