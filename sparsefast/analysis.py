@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from .layers import as_masked
-from .flops import count_flops
+from .flops import count_flops, uncompiled
 from .masks import masked_params, sparse_params
 from .rewire import Layer, is_stored, in_order
 from .select import is_depthwise, is_transposed, select_weights, weight_names
@@ -30,16 +30,17 @@ def live_units(
     "Which outputs and inputs of a layer have an active weight? With groups, the inputs of each group in turn"
     if mask.dim()<2: return mask,mask
     if isinstance(module, nn.Bilinear): return mask.flatten(1).any(1), torch.cat([mask.any(2).any(0), mask.any(1).any(0)])
-    t = mask.unflatten(0, (getattr(module, 'groups', 1), -1)).flatten(2)
-    first,second = _any(t, 2).flatten(), _any(t, 1).view(len(t), mask.shape[1], -1).any(2).flatten()
+    t = mask.unflatten(0, (getattr(module, 'groups', 1), -1)).unsqueeze(-1).flatten(3)       # group, output, input, place
+    first,second = _any(t.flatten(2), 2).flatten(), _any(t.flatten(2), 1).unflatten(1, t.shape[2:]).any(2).flatten()
     return (second,first) if is_transposed(module) or isinstance(module, nn.Embedding) else (first,second)
 
 # %% ../nbs/08_analysis.ipynb #86ab8532
 def named_masks(
     model:nn.Module, # Sparse or not
-    which=None, # Layers, as `select_weights` takes them; by default all
+    which=None, # Layers, as `select_weights` takes them, by default all; what fits none is a `ValueError`
 )->dict: # Name of the weight, as in `named_parameters` of a masked model -> `Layer`; in the model's order
     "Every mask of a model, those of layers that store active weights only too"
+    model = uncompiled(model)
     names = {p: n for n,p in model.named_parameters()}
     layers = [Layer(i, m, n, p, m.weight_mask if mask is None else mask) for i,(m,n,p,mask) in enumerate(in_order(model))]
     if which is not None:
@@ -65,13 +66,19 @@ class LayerRow(NamedTuple):
     note:str=''
 
     @property
-    def sparsity(self): return 1-self.active/self.weights if self.weights else 0.
+    def sparsity(self)->float:
+        "Share of weights that are masked"
+        return 1-self.active/self.weights if self.weights else 0.
 
     @property
-    def flops(self): return self.macs and 2*self.macs
+    def flops(self)->int:
+        "Two for each multiply-add, `None` if unknown"
+        return self.macs and 2*self.macs
 
     @property
-    def active_flops(self): return self.active_macs and 2*self.active_macs
+    def active_flops(self)->int:
+        "Those by active weights"
+        return self.active_macs and 2*self.active_macs
 
 # %% ../nbs/08_analysis.ipynb #5e6e57b2
 def _note(w, mask, names):
@@ -86,7 +93,7 @@ def _row(w, names, masked, params, count):
     out,inp = live_units(w.module, torch.ones_like(w.p, dtype=torch.bool) if mask is None else mask)
     n,active = w.p.numel(), w.p.numel() if mask is None else int(mask.count_nonzero())
     macs = count and (count.layers[params[w.p]][:2] if params[w.p] in count.layers else (0, 0))
-    return LayerRow(names[w], tuple(w.p.shape), n, active, 0. if mask is None else 1-active/n if target is None else target,
+    return LayerRow(names[w], tuple(w.p.shape), n, active, 0. if mask is None or not n else 1-active/n if target is None else target,
                     mask is not None, int((~out).count_nonzero()), len(out), int((~inp).count_nonzero()), len(inp), *(macs or (None, None)), _note(w, mask, names))
 
 # %% ../nbs/08_analysis.ipynb #d60fbe69
@@ -95,6 +102,7 @@ def layer_rows(
     count=None, # `FlopCount` of the model, from `count_flops`, for the columns of multiply-adds
 )->list: # Of `LayerRow`, in the model's order, each weight once
     "Every layer that is sparse or could be"
+    model = uncompiled(model)
     masked,params = {p: (mask, s) for p,mask,s in sparse_params(model)}, {p: n for n,p in model.named_parameters()}
     names = weight_names(model, [type(m) for m,*_ in masked_params(model)])
     first = {}
@@ -128,7 +136,7 @@ def total_rows(
 
 # %% ../nbs/08_analysis.ipynb #a23e4427
 def short(
-    n # A number, or `None`
+    n, # A number, or `None`
 )->str: # Three digits and k, M, G, T or P; empty for `None`
     "A number to read"
     if n is None: return ''
@@ -139,7 +147,7 @@ def text_table(
     header, # Words
     rows, # Of as many words each
     left:int=1, # So many columns are set to the left, the others to the right
-)->str:
+)->str: # A line for each row
     "Words in columns"
     cells = [list(map(str, r)) for r in (header, *rows)]
     width = [max(map(len, col)) for col in zip(*cells)]
@@ -150,7 +158,7 @@ def html_table(
     rows, # Of as many words each
     left:int=1, # So many columns are set to the left, the others to the right
     strong:int=0, # So many rows at the end are sums
-)->str:
+)->str: # HTML
     "The same for a notebook"
     style = lambda i: f'style="text-align:{"left" if i<left else "right"}"'
     cell = lambda tag, row: ''.join(f'<{tag} {style(i)}>{escape(str(c))}</{tag}>' for i,c in enumerate(row))
@@ -169,32 +177,37 @@ class SparseSummary:
         totals:list, # Of `LayerRow`, the sums
     ): self.rows,self.totals = rows,totals
 
-    def table(self, columns=None):
-        "(header, rows) as words; of all columns, or of those named"
+    def table(self,
+        columns=None, # Those wanted, as the header names them (others are a `ValueError`); by default all that have something in them
+    )->tuple: # (header, rows)
+        "The table as words"
+        if bad := [c for c in columns or () if c not in _columns]: raise ValueError(f"columns must be among {', '.join(_columns)}, not {bad[0]!r}")
         columns = columns or [c for c in _columns if any(_columns[c](r) for r in self.rows+self.totals)]
         return columns, [[_columns[c](r) for c in columns] for r in self.rows+self.totals]
 
     def __repr__(self): return text_table(*self.table(), left=2)
     def _repr_html_(self): return html_table(*self.table(), left=2, strong=len(self.totals))
 
-    def to_dict(self):
+    def to_dict(self)->dict: # `layers` and `totals`, each a list with a dict for each row
         "Plain lists, dicts and numbers, for JSON"
         row = lambda r: {**r._asdict(), 'shape': list(r.shape), 'sparsity': r.sparsity, 'flops': r.flops, 'active_flops': r.active_flops}
         return dict(layers=[row(r) for r in self.rows], totals=[row(r) for r in self.totals])
 
-    def to_df(self):
-        "A data frame of the layers, without the sums"
+    def to_df(self)->'pandas.DataFrame': # A row for each layer, without the sums
+        "The layers for pandas"
         import pandas as pd
         return pd.DataFrame(self.to_dict()['layers'])
 
 # %% ../nbs/08_analysis.ipynb #caf3a4a8
 def sparse_summary(
-    model, # A model, or a `Learner`, whose model is taken
+    model, # A model, or a `Learner`, whose model is taken; one without a layer that could be sparse is a `ValueError`, anything else a `TypeError`
     *inputs, # What the model is called with, for FLOPs; give one sample. Without it there are none
     **kwargs # The same by keyword
 )->SparseSummary: # `.rows`, `.totals`, `to_dict()`, `to_df()`
     "Layer by layer: shape, weights, active weights, sparsity and target, FLOPs, dead units; and in all. The model is not changed"
-    model = as_masked(model if isinstance(model, nn.Module) else model.model)
+    found = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
+    if not isinstance(found, nn.Module): raise TypeError(f"sparse_summary wants a model or a `Learner`, not {type(model).__name__}")
+    model = as_masked(uncompiled(found))
     count = count_flops(model, *inputs, **kwargs) if inputs or kwargs else None
     rows = layer_rows(model, count)
     if not rows: raise ValueError(f"{type(model).__name__} has no layer that is sparse or could be: there is nothing to tell of")

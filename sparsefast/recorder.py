@@ -10,15 +10,15 @@ __all__ = ['mask_change', 'SparseRecorderCallback']
 
 # %% ../nbs/08a_recorder.ipynb #8d2ba530
 import warnings
-from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 import numpy as np
 import torch
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner, ValueMetric
-from fastai.torch_core import find_bs, get_model, get_random_states, num_distrib, set_random_states, to_device
-from .analysis import live_units, named_masks, sparse_summary as _summary
+from fastai.torch_core import apply, find_bs, get_model, get_random_states, num_distrib, set_random_states, to_device
+from .analysis import SparseSummary, live_units, named_masks, sparse_summary as _summary
 from .callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, training_flops
 from .masks import n_ones
@@ -42,22 +42,23 @@ class SparseRecorderCallback(Callback):
     "Records what happens to the masks while a `Learner` trains; `history` has an entry for each update, and goes on from fit to fit"
     order,run_valid = DynamicSparseTrainingCallback.order-0.1,False          # sees what the method is about to do
     def __init__(self,
-        columns=('sparsity', 'churn', 'explored', 'dead', 'drop', 'tflops'), # For fastai's table; `tflops` is 10^12 operations, training so far
+        columns=('sparsity', 'churn', 'explored', 'dead', 'drop', 'tflops'), # For fastai's table, any of these (others are a `ValueError`); `tflops` is 10^12 operations, training so far
         keep=None, # Layers whose masks to keep at every update, as `select_weights` takes them
     ):
         names = ('sparsity', 'churn', 'explored', 'dead', 'drop', 'tflops')
         if bad := [c for c in columns if c not in names]: raise ValueError(f"columns must be among {', '.join(names)}, not {bad[0]!r}")
-        self.columns,self.keep,self.count,self.method = tuple(columns),keep,None,None
+        self.columns,self.keep = tuple(columns),keep
         self.metrics_ = [ValueMetric(partial(_value, self, c), c) for c in self.columns]
         self.reset()
 
 # %% ../nbs/08a_recorder.ipynb #08edcc73
 @patch
 def reset(self:SparseRecorderCallback):
-    "Forget all that was recorded"
+    "Forget all that was recorded, as another model wants it"
     self.history,self.fits,self.frames,self.explored,self.flops,self.n_seen = [],[],{},{},0,0
     self.now = dict(sparsity=0., churn=0., explored=0., dead=0, drop=0., tflops=0.)
     self.open,self.old,self.fresh,self.seen = False,None,False,()
+    self.count,self.shapes,self.method = None,None,None
 
 @patch
 def _layers(self:SparseRecorderCallback): return named_masks(get_model(self.learn.model))
@@ -73,7 +74,7 @@ def _hide(self:SparseRecorderCallback): self.learn.metrics = [m for m in self.le
 def before_fit(self:SparseRecorderCallback):
     "Begin, if this is a training"
     self._hide()
-    self.open,self.old = False,None
+    self.open,self.old,self.counted = False,None,False
     if hasattr(self.learn, 'lr_finder'): self.run = False
     elif self.learn.create_mbar: self.learn.metrics = [*self.learn.metrics, *self.metrics_]     # not while validating or predicting
 
@@ -98,6 +99,7 @@ def _look(self:SparseRecorderCallback, layers, first=False):
     "Take in the masks as they are"
     for n,l in layers.items():
         seen = self.explored.get(n)
+        if seen is not None and seen.shape!=l.mask.shape: raise ValueError(f"{n} was recorded with shape {tuple(seen.shape)} and has {tuple(l.mask.shape)} now: call `reset()` before another model trains")
         self.explored[n] = l.mask.clone() if seen is None else seen.to(l.mask.device) | l.mask
     counts = tolist([c for n,l in layers.items() for c in (n_ones(l.mask), n_ones(self.explored[n]), n_ones(~live_units(l.module, l.mask)[0]))]) if layers else []
     nnz,total = counts[::3], sum(l.mask.numel() for l in layers.values())
@@ -121,8 +123,8 @@ def _begin(self:SparseRecorderCallback):
     n_iter = len(self.learn.dls.train)
     if not self.open:
         self.fresh = True
-        self.fits.append(dict(total=dst.n_total if dst else self.learn.n_epoch*n_iter, start=dst.n_step if dst else self.learn.epoch*n_iter, samples=0,
-                              step=dst.n_step if dst else self.learn.epoch*n_iter, every=dst and dst.timed.batches_per_update, densities=[]))
+        start = dst.n_step if dst else self.learn.epoch*n_iter
+        self.fits.append(dict(total=dst.n_total if dst else self.learn.n_epoch*n_iter, start=start, step=start, samples=0, macs={n: l.macs for n,l in self.count.layers.items()}, densities=[], looks=[]))
     self.open = True
 
 @patch
@@ -130,7 +132,8 @@ def _note_densities(self:SparseRecorderCallback):
     "From the next step on the masks are as they are now"
     fit,ds,self.fresh = self.fits[-1], self._densities(), False
     if not fit['densities'] or fit['densities'][-1][1]!=ds: fit['densities'].append((fit['step']+1, ds))
-    self.used,self.trained = (sum(l.macs*ds.get(n, (1., 1.))[i] for n,l in self.count.layers.items()) for i in (0, 1))
+    each = [(macs, *ds.get(n, (1., 1.))) for n,macs in fit['macs'].items()]
+    self.used,self.trained,self.dense = sum(macs*d for macs,d,_ in each), sum(macs*d for macs,_,d in each), sum(fit['macs'].values())
 
 # %% ../nbs/08a_recorder.ipynb #60334e9e
 def _one_sample(xb):
@@ -139,10 +142,15 @@ def _one_sample(xb):
     if all(torch.is_tensor(x) and x.dim() and len(x)==bs for x in xb): return tuple(x[:1] for x in xb), 1
     return xb,bs
 
+def _shapes(learn):
+    "Of a sample and the parameters: what a sample costs is another matter when they change"
+    return apply(lambda x: x.shape[1:] if torch.is_tensor(x) else None, learn.xb), {n: p.shape for n,p in learn.model.named_parameters()}
+
 @patch
 def _count(self:SparseRecorderCallback):
-    "Cost of one sample's forward pass, without autocast, whose copies of weights have no masks"
-    xb,n = _one_sample(self.learn.xb)
+    "Cost of one sample's forward pass, if it is not known, without autocast, whose copies of weights have no masks"
+    if self.count is not None and self.shapes==_shapes(self.learn): return
+    self.shapes,(xb,n) = _shapes(self.learn),_one_sample(self.learn.xb)
     device = next(iter(self.learn.model.parameters())).device.type
     try:
         with torch.autocast(device, enabled=False): count = count_flops(get_model(self.learn.model), *xb)
@@ -154,10 +162,16 @@ def _count(self:SparseRecorderCallback):
 @patch
 def before_batch(self:SparseRecorderCallback):
     "Samples cost, whether or not a step comes of them"
-    if self.count is None: self._count()
+    if not self.counted: self._count()
+    self.counted = True
     self.n_seen += find_bs(self.learn.xb)*(num_distrib() or 1)
 
 # %% ../nbs/08a_recorder.ipynb #5cb74f61
+def _add_step(runs, step):
+    "To the last run of steps, or as a new one"
+    if runs and runs[-1][1]==step-1: runs[-1][1] = step
+    else: runs.append([step, step])
+
 @patch
 def before_step(self:SparseRecorderCallback):
     "Add the cost of this step, and remember the masks if an update is due"
@@ -168,7 +182,8 @@ def before_step(self:SparseRecorderCallback):
     step = fit['step'] = fit['step']+1
     pct = (step-1)/fit['total']
     looks = self.method is not None and self.method.looks(step, pct)
-    self.flops += 2*self.n_seen*(2*self.used + (self.count.macs if looks else self.trained))
+    if looks: _add_step(fit['looks'], step)
+    self.flops += 2*self.n_seen*(2*self.used + (self.dense if looks else self.trained))
     fit['samples'],self.n_seen,self.now['tflops'] = fit['samples']+self.n_seen, 0, self.flops/1e12
     if self.method is not None and self.method.due(step, pct): self.old = [l.mask.clone() for l in self._layers().values()]
 
@@ -199,7 +214,7 @@ def _keep_frames(self:SparseRecorderCallback):
 
 @patch
 def masks(self:SparseRecorderCallback,
-    name:str=None, # Of a weight among those kept, such as '0.weight'; by default the first
+    name:str=None, # Of a weight among those kept, such as '0.weight', by default the first; another is a `ValueError`, and so is it if none were kept
 )->list: # Of (optimizer steps so far, boolean mask): at the start, and after each update
     "The masks of a layer over time; needs `keep`"
     if not self.frames: raise ValueError("no masks were kept: say of which layers by `SparseRecorderCallback(keep=...)`, and train")
@@ -209,6 +224,11 @@ def masks(self:SparseRecorderCallback,
     return [(step, unpack(shape, b)) for step,shape,b in self.frames[name]]
 
 # %% ../nbs/08a_recorder.ipynb #90f4a3a4
+def _looked(runs):
+    "In the method's place: it has looked at all gradients in these runs of steps"
+    steps = {step for first,last in runs for step in range(first, last+1)}
+    return SimpleNamespace(looks=lambda step, pct: step in steps)
+
 @patch
 def spent(self:SparseRecorderCallback,
     dense:bool=False, # What would the same steps have cost without masks?
@@ -216,8 +236,8 @@ def spent(self:SparseRecorderCallback,
     "Cost of all that was recorded, by `training_flops` of the FLOPs room"
     total = 0
     for f in self.fits:
-        method = None if dense or self.method is None else replace(self.method, batches_per_update=f['every'] or self.method.batches_per_update)
-        upto = lambda steps: training_flops(self.count, method, f['total'], [] if dense else f['densities'], steps=steps)
+        count,method = FlopCount({n: LayerFlops(macs) for n,macs in f['macs'].items()}), None if dense else _looked(f['looks'])
+        upto = lambda steps: training_flops(count, method, f['total'], [] if dense else f['densities'], steps=steps)
         total += (upto(f['step'])-upto(f['start']))*f['samples']/max(f['step']-f['start'], 1)
     return round(total)
 
@@ -225,8 +245,8 @@ def spent(self:SparseRecorderCallback,
 _state = ('history', 'fits', 'frames', 'explored', 'flops', 'n_seen', 'now', 'open')
 
 @patch
-def state_dict(self:SparseRecorderCallback):
-    "What was recorded, as plain lists, dicts, numbers and tensors"
+def state_dict(self:SparseRecorderCallback)->dict: # Of plain lists, dicts, numbers and tensors
+    "What was recorded, for `load_state_dict`"
     return {k: getattr(self, k) for k in _state}
 
 @patch
@@ -256,6 +276,6 @@ def _sample(learn):
 @patch
 def sparse_summary(self:Learner,
     flops:bool=True, # Take a sample of the learner's data, and count what it costs?
-):
+)->SparseSummary: # As the function's; a model without a layer that could be sparse is a `ValueError`
     "`sparse_summary` of the learner's model: a table of its layers, as text, HTML and data"
     return _summary(get_model(self.model), *(_sample(self) if flops else ()))

@@ -139,6 +139,35 @@ def test_a_dense_model_has_a_table_and_an_empty_one_has_not():
     assert s.totals[0].weights==0 and s.totals[1].sparsity==0 and [r.note for r in s.rows]==['dense', 'dense']
     with pytest.raises(ValueError, match='BatchNorm1d has no layer'): sparse_summary(nn.BatchNorm1d(3))
 
+def test_what_is_neither_a_model_nor_a_learner():
+    with pytest.raises(TypeError, match='not int'): sparse_summary(3)
+
+def test_chosen_columns():
+    s = sparse_summary(sparse_mlp())
+    assert s.table(['layer', 'active'])==(['layer', 'active'], [[r.name, f'{r.active:,}'] for r in s.rows+s.totals])
+    with pytest.raises(ValueError, match="layer, shape.*not 'sparsit'"): s.table(['sparsit'])
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(8, 0), lambda: nn.Linear(0, 3), lambda: nn.Conv2d(0, 4, 3), lambda: nn.ConvTranspose2d(4, 0, 3), lambda: nn.Embedding(0, 4)])
+def test_a_layer_without_weights(make):
+    model = make()
+    out,inp = live_units(model, torch.zeros(model.weight.shape, dtype=torch.bool))
+    assert {len(out), len(inp)}==set(model.weight.shape[:2]) and not out.any() and not inp.any()
+    model.register_buffer('weight_mask', torch.zeros(model.weight.shape, dtype=torch.bool))
+    r = sparse_summary(nn.Sequential(model)).rows[0]
+    assert r.weights==r.active==0 and (r.outputs, r.inputs)==(len(out), len(inp)) and r.target==r.sparsity==0
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', ['eager', 'inductor'])
+def test_a_compiled_model(backend):
+    "Has its layers by their own names, whole or compiled in part"
+    model,x = sparse_mlp(),torch.randn(1, 8)
+    expected,compiled = sparse_summary(model, x).to_dict(), torch.compile(model, backend=backend)
+    assert sparse_summary(compiled, x).to_dict()==expected and expected['layers'][0]['flops']==2*8*24
+    assert layer_rows(compiled, count_flops(compiled, x))==sparse_summary(model, x).rows
+    assert list(named_masks(compiled))==list(named_masks(model)) and list(named_masks(compiled, '2'))==['2.weight']
+    model[0] = torch.compile(model[0], backend=backend)
+    assert [r.flops for r in sparse_summary(model, x).rows]==[r['flops'] for r in expected['layers']]
+
 def test_parametrized_and_lazy_layers_are_passed_over():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.LazyLinear(3), nn.Linear(3, 2))
     assert [r.name for r in layer_rows(model)]==['2']

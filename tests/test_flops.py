@@ -1,8 +1,8 @@
 "FLOPs: torch's counter and hand-written formulas agree, masks weigh in exactly, published tables come out, nothing is disturbed"
-import copy
+import copy, random, warnings
 from functools import partial
 from statistics import mean
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import *
 from sparsefast.core import *
 from sparsefast.core import __all__ as names
-from sparsefast.flops import LayerFlops
+from sparsefast.flops import LayerFlops, uncompiled
+from sparsefast.layers import to_sparse_layers
 
 def uses(model, x, layers=None):
     "Independent: how often each weight is multiplied, from the shapes that come out (for transposed convolutions, that go in)"
@@ -138,6 +139,94 @@ def test_hugging_face():
 def test_compiled_model():
     model = mlp(6, 5, 3)
     assert count_flops(torch.compile(model), torch.randn(1, 6)).macs==6*5+5*3
+    assert uncompiled(torch.compile(model)) is model is uncompiled(model)
+
+# ------------------------------------------------------------ to which weight a product belongs
+class Token(nn.Module):
+    "Learned tokens go through a layer, a few for each example or once for all, in a batch of them or alone"
+    def __init__(self, shape):
+        super().__init__()
+        self.token,self.lin = nn.Parameter(torch.randn(shape)), nn.Linear(8, 6)
+    def forward(self, x): return self.lin(self.token if self.token.dim()<3 else self.token.expand(len(x), -1, -1))+x.sum()
+
+@pytest.mark.parametrize('sparsity', [None, .9])
+@pytest.mark.parametrize('shape,uses', [((4, 8), 4), ((1, 4, 8), 4*3), ((8,), 1)], ids=str)
+def test_learned_tokens(shape, uses, sparsity):
+    model = Token(shape)
+    if sparsity: sparsify_model(model, sparsity)
+    active = int(model.lin.weight_mask.sum()) if sparsity else 48
+    assert count_flops(model, torch.randn(3, 8)).layers=={'lin.weight': LayerFlops(48*uses, active*uses, 6*uses)}
+
+def test_a_learned_query_of_attention():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query,self.attn = nn.Parameter(torch.randn(1, 1, 8)), nn.MultiheadAttention(8, 2, batch_first=True)
+        def forward(self, x): return self.attn(self.query.expand(len(x), -1, -1), x, x)[0]
+    model = Pool()
+    sparsify_model(model, .9)
+    l,mask = count_flops(model, torch.randn(1, 5, 8)).layers, model.attn.in_proj_weight_mask
+    assert l['attn.in_proj_weight'].active_macs==int(mask[:8].sum())+5*int(mask[8:].sum()) and list(l)==['attn.in_proj_weight', 'attn', 'attn.out_proj.weight']
+
+@pytest.mark.parametrize('name', ['cait_xxs24_224', 'vit_base_patch16_siglip_224'])
+def test_models_with_learned_tokens(name):
+    model = pytest.importorskip('timm').create_model(name, pretrained=False)
+    sparsify_model(model, .9)
+    count = count_flops(model, torch.zeros(1, 3, 224, 224))
+    assert {n for n,p in model.named_parameters() if f'{n}_mask' in dict(model.named_buffers())}<=set(count.layers) and .1<count.share<.3
+
+def test_what_is_added_is_no_factor():
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.a,self.b = nn.Linear(8, 6, bias=False), nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 8))
+        def forward(self, x): return F.linear(x, torch.addmm(self.lin.weight, self.a, self.b))
+    sparsify_model(model := Add(), .5)
+    l = count_flops(model, torch.randn(1, 8)).layers
+    assert l['b']==LayerFlops(6*2*8, 6*2*8, 48) and 'lin.weight' not in l           # and the sum of both is dense
+
+def test_a_product_without_weights_belongs_to_the_module_that_runs():
+    "Also after a part that failed"
+    class Part(nn.Module):
+        def forward(self, x): raise RuntimeError('no')
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict(dict(part=Part()))
+        def forward(self, x):
+            try: self.inner.part(x)
+            except RuntimeError: return x@x.t()
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+        def forward(self, x): return self.net(x)@x
+    assert count_flops(Outer(), torch.randn(3, 8)).layers=={'net': LayerFlops(72, 72), '': LayerFlops(72, 72)}
+
+@pytest.mark.parametrize('make,shape', [(lambda: nn.Sequential(nn.Linear(8, 6)), (2, 8)), (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), (1, 3, 8, 8)),
+                                        (lambda: nn.LSTM(6, 8), (7, 3, 6)), (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (1, 5, 8))], ids=['linear', 'conv', 'lstm', 'attention'])
+def test_inference_mode(make, shape):
+    "Around the call, and around all"
+    sparsify_model(model := make(), .5)
+    x = torch.randn(shape)
+    expected = count_flops(model, x).layers
+    with torch.inference_mode():
+        assert count_flops(model, x).layers==expected
+        model,x = copy.deepcopy(model),x.clone()
+        assert count_flops(model, x).layers==expected
+    assert count_flops(model, x).layers==expected and any(l.macs for l in expected.values())
+    if isinstance(model, nn.Sequential):
+        to_sparse_layers(model, least=0.)
+        with torch.inference_mode(): assert count_flops(model, x).layers==expected
+
+@pytest.mark.parametrize('jit', [lambda m: torch.jit.trace(m, torch.randn(1, 4)), torch.jit.script], ids=['traced', 'scripted'])
+def test_a_traced_module_is_refused(jit):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        part = jit(nn.Linear(4, 4))
+    for model in (part, nn.Sequential(nn.Linear(4, 4), part)):
+        with pytest.raises(TypeError, match='traced'): count_flops(model, torch.randn(1, 4))
+        assert model.training and model(torch.randn(1, 4)).shape==(1, 4)
 
 # ------------------------------------------------------------ nothing is disturbed
 def test_nothing_changes():
@@ -176,6 +265,45 @@ def test_state_outside_buffers_comes_back_even_after_an_error():
     with pytest.raises(RuntimeError, match='seven'): count_flops(model, torch.ones(7, 3))
     assert model.calls==0 and model.hidden is None and not model.running.any() and not hasattr(model, 'new') and torch.equal(rng, torch.get_rng_state())
     assert torch.backends.mha.get_fastpath_enabled() and model.training
+
+def test_a_backward_that_is_pending():
+    "And buffers that the forward pass writes to, even past torch's count of writes"
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.register_buffer('scale', torch.ones(1))
+            self.register_buffer('past', torch.ones(1))
+        def forward(self, x):
+            if not self.training: self.scale += 1; self.past.data += 1
+            return super().forward(x)*self.scale
+    model,x = Net(),torch.randn(2, 3, 8, 8)
+    loss = model(x).sum()
+    versions,buffers = [b._version for b in model.buffers()], list(model.buffers())
+    count_flops(model, x)
+    assert all(a is b for a,b in zip(buffers, model.buffers())) and versions==[b._version for b in buffers] and model.scale==model.past==1
+    loss.backward()
+
+def test_all_chance_is_as_it_was():
+    class Net(nn.Linear):
+        def forward(self, x): return super().forward(x)*random.random()*float(np.random.rand())*torch.rand(1)
+    def chance(): return random.random(), float(np.random.rand()), float(torch.rand(1))
+    def run(look):
+        random.seed(1); np.random.seed(1); torch.manual_seed(1)
+        model = Net(3, 3)
+        if look: count_flops(model, torch.ones(1, 3))
+        return chance()
+    assert run(True)==run(False)
+
+def test_no_warning_and_settings_as_they_were():
+    mkldnn,flags = torch.backends.mkldnn, torch.backends.mha.get_fastpath_enabled
+    for on in (True, False):
+        mkldnn.enabled = on
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error')
+                count_flops(nn.Linear(3, 3), torch.randn(1, 3))
+            assert mkldnn.enabled==on and flags()
+        finally: mkldnn.enabled = True
 
 def test_awd_lstm():
     from fastai.text.models.awdlstm import AWD_LSTM
@@ -261,6 +389,17 @@ def test_pruning_factor(sparsity, uniform, computed):
         if method.due(step, pct): ds.append((step+1, {'w': 1-method.sparsity_at(sparsity, method.sparsity_pos(step, pct))}))
     count = FlopCount({'first': LayerFlops(round(first*1e6), 0, 1), 'w': LayerFlops(round((1-first)*1e6), 0, 1)})
     assert training_flops(count, method, total, ds)/training_flops(count, None, total)==pytest.approx(computed, abs=.0015)
+
+def test_densities_from_step_0_and_out_of_order():
+    "What the recorder's frames have, and what a dict of them may have"
+    cost = lambda ds: training_flops(FlopCount({'w': LayerFlops(10, 0, 1)}), None, 10, ds)/20
+    assert cost([(0, {'w': .5})])==cost([(1, {'w': .5})])==15 and cost([])==30
+    assert cost([(6, {'w': .5}), (3, {'w': .2})])==cost([(3, {'w': .2}), (6, {'w': .5})])==pytest.approx(2*3+3*.6+5*1.5)
+
+def test_a_preset_is_no_method():
+    count = FlopCount({'w': LayerFlops(10, 0, 1)})
+    with pytest.raises(TypeError, match=r'not dict.*DSTMethod\(\*\*'): training_flops(count, RigL_presets, 10)
+    with pytest.raises(ValueError, match='batches_per_update'): training_flops(count, DSTMethod(**{**RigL_presets, 'batches_per_update': None}), 10)
 
 # ------------------------------------------------------------ a real training, step by step
 ALL = {n: globals()[n] for n in names if n.endswith('_presets') and n!='SR_STE_presets'}

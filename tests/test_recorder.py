@@ -12,6 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch.utils.data import TensorDataset
 from helpers import *
+import sparsefast.recorder
 from sparsefast import presets
 from sparsefast.core import *
 from sparsefast.analysis import live_units
@@ -179,6 +180,64 @@ def test_a_model_that_cannot_be_counted_trains_on():
     learn.sparsify(.5)
     with pytest.warns(UserWarning, match='not one'): learn.fit(1, cbs=(rec := SparseRecorderCallback()))
     assert rec.flops==0 and rec.now['sparsity']==.5
+
+def pictures(size, n=32):
+    x,y = torch.randn(n, 1, size, size), torch.randint(3, (n,))
+    return DataLoaders(*(DataLoader(TensorDataset(x, y), bs=8, num_workers=0) for _ in range(2)), device='cpu')
+
+def test_progressive_resizing(monkeypatch):
+    "Each fit at the price of its samples; they are counted when their shape is new, and only then"
+    counts,count = [], sparsefast.recorder.count_flops
+    monkeypatch.setattr(sparsefast.recorder, 'count_flops', lambda *args: (counts.append(args[1].shape[-1]), count(*args))[1])
+    learn = learner(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
+    learn.sparsify(.5)
+    learn.add_cb(rec := SparseRecorderCallback())
+    expected,dense = 0,0
+    for size in (8, 8, 16, 8):
+        learn.dls = pictures(size)
+        learn.validate()
+        learn.fit(2)
+        cost = count_flops(learn.model, torch.randn(1, 1, size, size))
+        expected,dense = expected+6*64*cost.active_macs, dense+6*64*cost.macs
+        assert rec.flops==pytest.approx(expected, rel=1e-9) and rec.spent()==expected and rec.spent(dense=True)==dense
+    assert counts==[8, 16, 8]
+
+def test_another_head():
+    learn = learner(mlp(8, 24, 3))
+    learn.sparsify(.5, exclude='2')
+    learn.add_cb(rec := SparseRecorderCallback())
+    learn.fit(1)
+    learn.model[2] = nn.Sequential(nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 3))
+    learn.create_opt()
+    learn.fit(1)
+    assert rec.flops==rec.spent()==6*80*(2*96+24*3+24*30+30*3)
+
+def test_another_model():
+    "Needs `reset`, and says so; then all is as in a new recorder"
+    rec,model = SparseRecorderCallback(),sparse_mlp(.5, (8, 6, 3))
+    learner(sparse_mlp(.5)).fit(1, cbs=[DynamicSparseTrainingCallback(**preset_of('RigL')), rec])
+    with pytest.raises(ValueError, match=r'0.weight .*\(24, 8\).*\(6, 8\).*reset'): learner(model).fit(1, cbs=rec)
+    rec.reset()
+    assert rec.count is None and rec.method is None
+    learner(model).fit(1, cbs=rec)
+    assert rec.flops==rec.spent()==6*80*count_flops(model, torch.randn(1, 8)).active_macs and len(rec.fits)==1
+
+def test_each_fit_has_its_own_method():
+    learn = make('RigL')
+    learn.fit(2)
+    learn.remove_cb(learn.dynamic_sparse_training)
+    learn.fit(1)
+    rec = learn.sparse_recorder
+    assert [f['looks'] for f in rec.fits]==[[[4, 4], [8, 8], [12, 12]], []] and rec.spent()==pytest.approx(rec.flops, rel=1e-9)
+
+def test_a_compiled_model():
+    learns = [make('RigL', record=False) for _ in range(2)]
+    learns[1].model = torch.compile(learns[1].model, backend='eager')
+    recs = [SparseRecorderCallback(keep=0) for _ in range(2)]
+    for learn,rec in zip(learns, recs): learn.fit(2, cbs=rec)
+    a,b = recs
+    assert a.history==b.history and a.history and a.fits==b.fits and a.spent()==b.spent()<a.spent(dense=True) and list(b.frames)==['0.weight'] and list(b.explored)==list(a.explored)
+    assert learns[1].sparse_summary().to_dict()==learns[0].sparse_summary().to_dict()
 
 def test_autocast_does_not_hide_the_masks(cpu_amp):
     learn = make('SET').to_fp16()
@@ -380,6 +439,17 @@ def test_export():
     learn.fit(1)
     cb = pickle.loads(pickle.dumps(learn.sparse_recorder))
     assert cb.history==learn.sparse_recorder.history and cb.metrics_[0].value==cb.now['sparsity']
+
+@pytest.mark.parametrize('name', ['SET', 'RigL', 'RigL_avg', 'SNFS', 'TopKAST'])
+def test_a_state_says_what_was_spent(name, tmp_path):
+    "In a new recorder, without a learner"
+    learn = make(name)
+    learn.fit(3)
+    old,new = learn.sparse_recorder,SparseRecorderCallback()
+    torch.save(old.state_dict(), tmp_path/'state.pth')
+    new.load_state_dict(torch.load(tmp_path/'state.pth', weights_only=True))
+    assert new.flops==old.flops and new.spent()==old.spent() and new.spent(dense=True)==old.spent(dense=True) and new.history==old.history
+    assert new.spent()==pytest.approx(new.flops, rel=1e-9) and SparseRecorderCallback().spent()==0
 
 # ------------------------------------------------------------ stopped and continued
 class Stop(Exception): pass
