@@ -6,7 +6,7 @@
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
 columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, itertools, json, math, platform, statistics, sys, time, warnings
+import argparse, copy, importlib, itertools, json, math, platform, statistics, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -76,15 +76,17 @@ def check(fs, dense, tol):
         if n in fs: assert (e := float((torch.as_tensor(fs[n]()).float()-want).norm()/want.norm()))<tol[n], (n, e)
 
 @torch.no_grad()
-def linear(threads, rounds=21, **kw):
+def linear(threads, rounds=21, other=None, **kw):
+    if other: sys.path.insert(0, other)
     for o,i in ((1024,1024), (768,3072), (3072,768), (4096,1024)):
         for s in (.8, .9, .95, .98):
             torch.manual_seed(0)
             layer = nn.Linear(i, o)
-            masked = copy.deepcopy(layer)
+            masked = copy.deepcopy(layer).eval()
             sparsify_model(masked, s)
             sparse = SparseLinear.from_masked(masked)
             layer.weight.copy_(masked.weight)
+            theirs = importlib.import_module('sparselab').SparseLinear(i, o, sparsity=s).eval() if other else None      # with weights of its own, as many
             half,csr,bsr = copy.deepcopy(layer).bfloat16(),layer.weight.detach().to_sparse_csr(),blocks(masked)
             for b in (1, 16, 128):
                 x = torch.randn(b, i)
@@ -93,6 +95,7 @@ def linear(threads, rounds=21, **kw):
                 if s in (.9, .95):
                     fs |= dict(bfloat16=lambda: half(xb), bsr=lambda: F.linear(x, bsr, layer.bias), onnx=onnx_session(layer, x, threads), onnx_int8=onnx_session(layer, x, threads, True))
                 check(fs, 'dense', dict(sparse=1e-5, masked=1e-6, csr=1e-5, bfloat16=.02, onnx=1e-5, onnx_int8=.1))
+                if theirs: fs['sparselab'] = lambda: theirs(x)
                 write('linear', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds, .002))
 
 @torch.no_grad()
