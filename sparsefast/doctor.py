@@ -232,12 +232,12 @@ def check_dead(
 def check_budget(
     case:Case, # What the doctor knows
 )->Iterator: # Of `Finding`
-    "Has one layer taken the weights of the others? It has most of them, and is ten times as dense as they are together"
-    nnz,numel = [int(l.mask.count_nonzero()) for _,l in case.layers], [l.p.numel() for _,l in case.layers]
-    for (n,_),a,k in zip(case.layers, nnz, numel):
-        others,room = sum(nnz)-a,sum(numel)-k
-        if room and a>=max(others, 1) and a*room>=10*others*k:
-            yield Finding('warning', 'budget', n, f'{a/sum(nnz):.1%} of all active weights are in this layer, which has {k/sum(numel):.1%} of the weights', 'exclude the layer, give it a sparsity of its own (`sparsities=`), or use a distribution or redistribution that is less steep')
+    "Has one layer taken the weights of the others? Then it has most of them, and is ten times as dense as those are that are not empty"
+    live = [(n, a, l.p.numel()) for n,l in case.layers if (a := int(l.mask.count_nonzero()))]
+    nnz,numel = (sum(v[i] for v in live) for i in (1, 2))
+    for n,a,k in live:
+        if nnz/2<=a<nnz and a*(numel-k)>=10*(nnz-a)*k:
+            yield Finding('warning', 'budget', n, f'{a/nnz:.1%} of all active weights are in this layer, {k/numel:.1%} of the weights', 'exclude the layer, give it a sparsity of its own (`sparsities=`), or use a distribution or redistribution that is less steep')
 
 # %% ../nbs/08c_doctor.ipynb #af8b825d
 def check_weights(

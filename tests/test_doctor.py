@@ -183,6 +183,12 @@ def test_one_layer_has_its_own_budget():
     sparsify_model(model := mlp(40, 30), .5)
     assert sparse_doctor(model)==[]
 
+def test_a_budget_is_not_that_of_empty_layers():
+    model,*_ = made(sizes=(64,100,50,10), sparsity=.8)
+    model[2].weight_mask.zero_()
+    apply_masks(model)
+    assert 'budget' not in sparse_doctor(model).kinds
+
 @pytest.mark.parametrize('sparsities', [dict(), {'0': .5, '2': .9}], ids=['uniform', 'own'])
 def test_a_target_that_its_buffer_cannot_hold_is_no_fault(sparsities):
     "As in layers of 2^25 weights in single precision"
