@@ -347,7 +347,7 @@ def sparse_doctor(
     model, # A model, or a `Learner`, whose optimizer and `DynamicSparseTrainingCallback` are taken too; anything else is a `TypeError`, here and below
     opt=None, # Optimizer
     method=None, # `DSTMethod`, or a preset: without it, promises that depend on the method are judged leniently
-    max_dead:float=0.5, # Share of dead outputs from which on a layer is a finding; a `ValueError` if it is none
+    max_dead:float=0.5, # Share of dead outputs from which on a layer is a finding; what is no fraction is a `ValueError`
 )->Findings: # The gravest first
     "Check every promise of a sparse model. Nothing is changed"
     if isinstance(model, Learner):

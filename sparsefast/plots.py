@@ -109,7 +109,7 @@ def show_masks(
     rows:int=60, # Show so many outputs
     cols:int=120, # and so many inputs at most, from the first on
     axs=None, # Matplotlib axes
-)->np.ndarray: # Of axes
+)->np.ndarray: # Matplotlib axes
     "One layer's mask at several times; what has come since the picture before is in another colour"
     frames,n = _frames(frames), n if axs is None else np.size(axs)
     _size(n=n, rows=rows, cols=cols)
@@ -169,7 +169,7 @@ def plot_weights(
     which=None, # Layers, as `select_weights` takes them; by default all that have masks
     bins:int=50, # Bars in a histogram
     axs=None, # As many matplotlib axes as layers
-)->np.ndarray: # Of axes
+)->np.ndarray: # Matplotlib axes
     "Histograms of the active weights, by layer"
     layers = [(n, l.p.detach() if is_stored(l.module) else l.p.detach()[l.mask]) for n,l in named_masks(_model(model), which).items()]
     if not layers: raise ValueError("there is no layer with a mask to draw: call `sparsify_model(model, sparsity)` first")
