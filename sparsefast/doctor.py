@@ -46,12 +46,12 @@ class Finding(NamedTuple):
 class Findings(list):
     "Of `Finding`, the gravest first; empty for a healthy model"
     @property
-    def healthy(self)->bool:
+    def healthy(self)->bool: # Notes do not count
         "Is there no fault, and no warning?"
         return not any(f.severity in ('fault', 'warning') for f in self)
 
     @property
-    def kinds(self)->list:
+    def kinds(self)->list: # Of words, sorted
         "What was found, in a word or two, each once"
         return sorted({f.kind for f in self})
 
@@ -366,6 +366,6 @@ _doctor = sparse_doctor
 @patch
 def sparse_doctor(self:Learner,
     **kwargs # `method` and `max_dead`, as for `sparse_doctor`
-)->Findings:
+)->Findings: # The gravest first
     "`sparse_doctor` of the learner"
     return _doctor(self, **kwargs)

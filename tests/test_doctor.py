@@ -1,8 +1,7 @@
 "The doctor finds every planted fault, names the place, and finds nothing in a healthy model, whatever trained it"
-import copy, html, inspect, re, warnings
+import copy, html, re, warnings
 from functools import partial
 import pytest, torch
-from fastcore.docments import docments
 from torch import nn
 from fastai import optimizer as fo
 from helpers import *
@@ -453,8 +452,3 @@ def test_what_is_no_model_no_optimizer_no_method_is_refused():
     with pytest.raises(TypeError, match="preset, not 'RigL'"): sparse_doctor(model, opt, 'RigL')
     for bad in (1.5, 'half', None):
         with pytest.raises(ValueError, match='max_dead'): sparse_doctor(model, max_dead=bad)
-
-@pytest.mark.parametrize('f', [f for nm in doctor.__all__ if inspect.isfunction(f := getattr(doctor, nm))], ids=lambda f: f.__name__)
-def test_every_check_says_what_it_returns(f): assert f.__annotations__['return'] and docments(f, full=True)['return']['docment']
-
-def test_findings_say_what_they_tell(): assert all(p.fget.__doc__ and p.fget.__annotations__['return'] for p in (Findings.healthy, Findings.kinds))

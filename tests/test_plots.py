@@ -1,11 +1,9 @@
 "Pictures show what they should: lengths, counts, positions; they draw where they are told, and refuse what they cannot draw"
-import inspect, warnings
+import warnings
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
-from fastcore.docments import docments
 from torch import nn
 from helpers import *
 from sparsefast.core import *
-from sparsefast import plots
 from sparsefast.plots import *
 
 @pytest.fixture(autouse=True)
@@ -256,6 +254,3 @@ def test_runs_that_lack_something():
     with pytest.raises(ValueError, match="'flops'"): plot_runs([dict(method='a', sparsity=.9, accuracy=.8)], x='flops')
     with pytest.raises(ValueError, match="'speed'"): plot_runs(RUNS, x='speed')
     assert plot_runs(RUNS, y='flops', dense=None, ax=(ax := plt.subplots()[1])) is ax
-
-@pytest.mark.parametrize('f', [f for nm in plots.__all__ if inspect.isfunction(f := getattr(plots, nm))], ids=lambda f: f.__name__)
-def test_every_picture_says_what_it_returns(f): assert docments(f, full=True)['return']['docment']
