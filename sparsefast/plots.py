@@ -29,13 +29,28 @@ from .select import is_transposed
 blue,orange,green,red,purple,sky,black,grey = '#0072B2','#E69F00','#009E73','#D55E00','#CC79A7','#56B4E9','#000000','#999999'
 palette = [blue, orange, green, red, purple, sky, black]
 
-def _model(m): return m if isinstance(m, nn.Module) else m.model
+# %% ../nbs/08b_plots.ipynb #7d1c04e9
+def _model(m):
+    "A model, or that of a `Learner`, without what `torch.compile` wraps around it"
+    model = m if isinstance(m, nn.Module) else getattr(m, 'model', None)
+    if not isinstance(model, nn.Module): raise TypeError(f"a picture of a model needs one, or a `Learner`, not {m!r:.60}")
+    return getattr(model, '_orig_mod', model)
+
+def _told(mask): return f'one of {mask.dtype} with shape {tuple(mask.shape)}' if torch.is_tensor(mask) else f'{mask!r:.60}'
 
 def _axes(ax, figsize): return ax if ax is not None else plt.subplots(figsize=figsize, layout='constrained')[1]
 
+def _count_pixels(ax):
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+def _given(axs, n):
+    "`n` of the user's axes, flat"
+    if len(axs := np.ravel(axs))<n: raise ValueError(f"{n} pictures need as many axes, not {len(axs)}")
+    return axs[:n]
+
 def _grid(n, ncols, size, axs=None):
     "`n` axes in a grid, flat; those left over are off"
-    if axs is not None: return np.ravel(axs)
+    if axs is not None: return _given(axs, n)
     ncols = min(n, ncols)
     axs = plt.subplots(math.ceil(n/ncols), ncols, figsize=(size[0]*ncols, size[1]*math.ceil(n/ncols)), layout='constrained', squeeze=False)[1].ravel()
     for ax in axs[n:]: ax.axis('off')
@@ -43,12 +58,13 @@ def _grid(n, ncols, size, axs=None):
 
 # %% ../nbs/08b_plots.ipynb #45d9d136
 def plot_sparsity(
-    model, # A sparse model, or a `Learner`
+    model, # A sparse model, or a `Learner`; one without a layer that could be sparse is a `ValueError`
     ax=None, # Matplotlib axes
     figsize:tuple=None, # In inches; by default as high as there are layers
-): # The axes
+)->plt.Axes: # The axes
     "How sparse each layer is, and how sparse it should be"
-    rows = layer_rows(as_masked(_model(model)))
+    rows = layer_rows(as_masked(model := _model(model)))
+    if not rows: raise ValueError(f"{type(model).__name__} has no layer that is sparse or could be: there is nothing to draw")
     ax = _axes(ax, figsize or (7, 1.2+0.28*len(rows)))
     y = np.arange(len(rows))
     ax.barh(y, [100*r.sparsity for r in rows], color=sky, height=0.7, label='sparsity')
@@ -68,103 +84,127 @@ def _flat(mask): return mask.reshape(len(mask), -1) if mask.dim()>1 else mask[No
 
 def _picture(mask, before):
     "0 inactive, 1 active as before, 2 new"
-    return _flat(mask).int() + (0 if before is None else _flat(mask & ~before).int())
+    return (_flat(mask).int() + (0 if before is None else _flat(mask & ~before).int())).cpu().numpy()
 
+def _frames(frames):
+    "As a list, checked: boolean masks of one layer, at least one"
+    try: frames = [(step, mask) for step,mask in frames]
+    except (TypeError, ValueError): raise TypeError(f"frames must be a list of (step, mask), as `recorder.masks()` gives it, not {frames!r:.60}") from None
+    if not frames: raise ValueError("there are no masks to draw: record some by `SparseRecorderCallback(keep=...)`, and train")
+    for _,mask in frames:
+        if not torch.is_tensor(mask) or mask.dtype!=torch.bool or not mask.dim() or not mask.numel(): raise ValueError(f"a mask must be a boolean tensor with at least one weight, not {_told(mask)}")
+        if mask.shape!=frames[0][1].shape: raise ValueError(f"the masks must be of one layer, and there are shapes {tuple(frames[0][1].shape)} and {tuple(mask.shape)}")
+    return frames
+
+def _size(**sizes):
+    for k,v in sizes.items():
+        if not isinstance(v, (int, np.integer)) or v<1: raise ValueError(f"{k} must be a whole number, 1 or more, not {v!r}")
+
+def _part(shown, all_, what): return f'{shown} of {all_} {what}' if shown<all_ else what
+
+# %% ../nbs/08b_plots.ipynb #3be80a57
 def show_masks(
-    frames:list, # Of (step, mask), from `SparseRecorderCallback.masks`
-    n:int=4, # How many to show, spread over time
+    frames:list, # Of (step, mask), from `SparseRecorderCallback.masks`; none at all are a `ValueError`
+    n:int=4, # How many to show, spread over time; with `axs` as many as these
     rows:int=60, # Show so many outputs
     cols:int=120, # and so many inputs at most, from the first on
-    axs=None, # Matplotlib axes, `n` of them
-): # The axes
+    axs=None, # Matplotlib axes
+)->np.ndarray: # Matplotlib axes
     "One layer's mask at several times; what has come since the picture before is in another colour"
+    frames,n = _frames(frames), n if axs is None else np.size(axs)
+    _size(n=n, rows=rows, cols=cols)
+    (height,width),dim = _flat(frames[0][1]).shape,frames[0][1].dim()
+    rows,cols = min(rows, height),min(cols, width)
     at = sorted({round(i) for i in np.linspace(0, len(frames)-1, min(n, len(frames)))})
-    axs = _grid(len(at), 2, (4.6, 0.6+4.2*min(rows, len(_flat(frames[0][1])))/min(cols, _flat(frames[0][1]).shape[1])), axs)
+    aspect = 'auto' if axs is None or not 0.3<=rows/cols<=3 else 'equal'
+    axs = _grid(len(at), 2, (4.6, 0.8+4*min(max(rows/cols, 0.3), 1)), axs)      # so that weights are about square, unless that would be a ribbon
     for k,(ax,i) in enumerate(zip(axs, at)):
         step,mask = frames[i]
-        ax.imshow(_picture(mask, frames[at[k-1]][1] if k else None)[:rows,:cols], cmap=ListedColormap(['#F2F2F2', blue, orange]), vmin=0, vmax=2, interpolation='nearest')
-        ax.set(title=f'step {step:,}' if step else 'start', xlabel='input', ylabel='output')
-    axs[0].figure.legend(handles=[Patch(color=blue, label='active'), Patch(color=orange, label='new since the picture before'), Patch(facecolor='#F2F2F2', edgecolor=grey, label='masked')],
-                         loc='outside lower center', ncols=3, frameon=False)
+        ax.imshow(_picture(mask, frames[at[k-1]][1] if k else None)[:rows,:cols], cmap=ListedColormap(['#F2F2F2', blue, orange]), vmin=0, vmax=2, interpolation='nearest', aspect=aspect)
+        ax.set(title=f'step {step:,}' if step else 'start', xlabel=_part(cols, width, {1: 'weights', 2: 'inputs'}.get(dim, 'inputs x places in the kernel')), ylabel=_part(rows, height, 'outputs') if dim>1 else '')
+        _count_pixels(ax)
+    new = [Patch(color=orange, label='new since the picture before')] if len(at)>1 else []
+    axs[0].figure.legend(handles=[Patch(color=blue, label='active'), *new, Patch(facecolor='#F2F2F2', edgecolor=grey, label='masked')], loc='outside lower center', ncols=3, frameon=False)
     return axs
 
 # %% ../nbs/08b_plots.ipynb #aaa036a5
-def _history(h): return getattr(h, 'history', h)
+def _history(h):
+    "Of a recorder, or as it is, checked"
+    h = getattr(h, 'history', h)
+    if not isinstance(h, (list, tuple)) or not all(isinstance(r, dict) for r in h): raise TypeError(f"plot_churn takes a `SparseRecorderCallback` or its `history`, not {h!r:.60}")
+    if not h: raise ValueError("no update was recorded: train with `SparseRecorderCallback` beside `DynamicSparseTrainingCallback`")
+    return h
+
+def _by_fit(h, f):
+    "`f` of each update, and a gap where the next fit begins"
+    begins = lambda i: i and h[i].get('fit')!=h[i-1].get('fit')
+    return [v for i,r in enumerate(h) for v in ([math.nan] if begins(i) else [])+[f(r)]]
 
 def plot_churn(
-    history, # A `SparseRecorderCallback`, or its `history`
+    history, # A `SparseRecorderCallback`, or its `history`; without an update it is a `ValueError`
     axs=None, # Two matplotlib axes
     figsize:tuple=(7, 5), # In inches
-): # The two axes
+)->np.ndarray: # The two axes
     "How much each update replaces, and how much of the network has been tried out"
     h = _history(history)
-    if not h: raise ValueError("no update was recorded: train with `SparseRecorderCallback` beside `DynamicSparseTrainingCallback`")
-    axs = plt.subplots(2, 1, figsize=figsize, sharex=True, layout='constrained')[1] if axs is None else axs
-    step,get = [r['step'] for r in h], lambda k: [100*r[k] for r in h]
-    axs[0].plot(step, get('drop'), '--', color=grey, label='drop fraction of the schedule')
+    axs = plt.subplots(2, 1, figsize=figsize, sharex=True, layout='constrained')[1] if axs is None else _given(axs, 2)
+    step,get = _by_fit(h, lambda r: r['step']), lambda k: _by_fit(h, lambda r: 100*r[k])
+    axs[0].plot(step, get('drop'), '.--', color=grey, ms=4, label='drop fraction')
     axs[0].plot(step, get('churn'), 'o-', color=blue, ms=4, label='churn')
     axs[0].set(title='Active weights replaced at each update', ylabel='of active weights')
-    axs[1].plot(step, get('explored'), 's-', color=red, ms=4, label='active at some time ($R_s$)')
-    axs[1].plot(step, [100*(1-r['sparsity']) for r in h], '--', color=black, label='active now (density)')
+    axs[1].plot(step, get('explored'), 's-', color=red, ms=4, label='ever active ($R_s$)')
+    axs[1].plot(step, _by_fit(h, lambda r: 100*(1-r['sparsity'])), '.--', color=black, ms=4, label='active now')
     axs[1].set(title='Exploration', xlabel='optimizer steps', ylabel='of all weights')
     for ax in axs:
-        ax.yaxis.set_major_formatter(PercentFormatter())
-        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%' if v<=100 else ''))
+        ax.set_ylim(0, 1.25*ax.get_ylim()[1])                                # with room for the legend
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
+        ax.legend(loc='upper right', ncols=2, frameon=False)
     return axs
 
 # %% ../nbs/08b_plots.ipynb #03f7cb42
 def plot_weights(
-    model, # A sparse model, or a `Learner`
+    model, # A sparse model, or a `Learner`; one without masks is a `ValueError`
     which=None, # Layers, as `select_weights` takes them; by default all that have masks
     bins:int=50, # Bars in a histogram
     axs=None, # As many matplotlib axes as layers
-): # The axes
+)->np.ndarray: # Matplotlib axes
     "Histograms of the active weights, by layer"
     layers = [(n, l.p.detach() if is_stored(l.module) else l.p.detach()[l.mask]) for n,l in named_masks(_model(model), which).items()]
     if not layers: raise ValueError("there is no layer with a mask to draw: call `sparsify_model(model, sparsity)` first")
     axs = _grid(len(layers), 3, (3.4, 2.6), axs)
     for ax,(n,w) in zip(axs, layers):
-        ax.hist(w.float().cpu().numpy(), bins=bins, color=blue)
+        finite = w[w.isfinite()].float().cpu().numpy()
+        ax.hist(finite, bins=bins, color=blue)
         ax.axvline(0, color=black, lw=0.8)
-        ax.set_title(f'{n}\n{len(w):,} active weights', fontsize=10)
+        ax.set_title(f'{n}\n{len(w):,} active weights' + (f', {len(w)-len(finite):,} not finite' if len(finite)<len(w) else ''), fontsize=10)
         ax.set(xlabel='value', ylabel='weights')
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return axs
 
 # %% ../nbs/08b_plots.ipynb #54830d14
 def input_counts(
-    module, # A layer
-    mask:torch.Tensor, # Its mask
-): # Active weights by input: for convolutions input channel x kernel, else 1-d
+    module, # A layer, or `None` for one whose weight has its outputs first
+    mask:torch.Tensor, # Its mask; anything else is a `ValueError`
+)->torch.Tensor: # Active weights by input: for convolutions input channel x kernel, else 1-d
     "How many active weights read each input"
+    if not torch.is_tensor(mask) or mask.dtype!=torch.bool or mask.dim()<2: raise ValueError(f"a mask must be a boolean tensor of outputs x inputs, not {_told(mask)}")
     if is_transposed(module): mask = mask.transpose(0, 1)
     return mask.sum(0)
 
 def _square(counts, shape):
     if shape is None and (side := math.isqrt(len(counts)))**2==len(counts): shape = (side, side)
     if shape is None: shape = (1, len(counts))
-    if math.prod(shape)!=len(counts): raise ValueError(f"a picture of shape {tuple(shape)} has {math.prod(shape)} pixels, and the layer {len(counts)} inputs")
+    if math.prod(np.ravel(shape))!=len(counts): raise ValueError(f"a picture of shape {shape} has {math.prod(np.ravel(shape))} pixels, and the layer {len(counts)} inputs")
     return counts.reshape(shape)
 
-def show_inputs(
-    model, # A sparse model or a `Learner`, or a mask
-    which=None, # The layer, as `select_weights` takes it; by default the first that has a mask
-    shape:tuple=None, # Of the picture that the inputs are; by default a square, if they are as many
-    vmax:float=None, # Count that gets the last colour, to compare pictures
-    colorbar:bool=True, # Draw the scale of colours?
-    ax=None, # Matplotlib axes
-): # The axes
-    "How many connections each pixel of the input has. For a convolution: each place of its kernel"
-    module,mask = (None, model) if torch.is_tensor(model) else _first(_model(model), which)
+def _seen(module, mask, shape):
+    "What each pixel stands for, and a picture of their counts"
     counts = input_counts(module, mask).float().cpu()
-    counts = _square(counts, shape) if counts.dim()==1 else counts.sum(0)
-    ax = _axes(ax, (4.6, 3.8))
-    im = ax.imshow(counts.reshape(-1, counts.shape[-1]), cmap='cividis', vmin=0, vmax=vmax, interpolation='nearest')
-    if colorbar: ax.figure.colorbar(im, ax=ax, label='active weights', shrink=0.85, ticks=MaxNLocator(6, integer=True))
-    ax.set(title='Connections of each input', xlabel='column', ylabel='row')
-    return ax
+    if not counts.numel(): raise ValueError(f"a mask of shape {tuple(mask.shape)} has no inputs to draw")
+    if counts.dim()==1: return 'input', _square(counts, shape)
+    return ('pair of inputs', counts) if isinstance(module, nn.Bilinear) else ('place of the kernel', counts.sum(0))
 
 def _first(model, which):
     "(module, mask) of the layer that is meant"
@@ -172,22 +212,54 @@ def _first(model, which):
     first = next(iter(layers.values()))
     return first.module,first.mask
 
+# %% ../nbs/08b_plots.ipynb #e0b7c1d2
+def show_inputs(
+    model, # A sparse model or a `Learner`, or a mask; a layer without a mask is a `ValueError`
+    which=None, # The layer, as `select_weights` takes it; by default the first that has a mask
+    shape:tuple=None, # Of the picture that the inputs are; by default a square, if they are as many, and another number of pixels is a `ValueError`
+    vmax:float=None, # Count that gets the last colour, to compare pictures
+    colorbar:bool=True, # Draw the scale of colours?
+    ax=None, # Matplotlib axes
+)->plt.Axes: # The axes
+    "How many connections each pixel of the input has. For a convolution: each place of its kernel"
+    what,counts = _seen(*((None, model) if torch.is_tensor(model) else _first(_model(model), which)), shape)
+    ax = _axes(ax, (4.6, 3.8))
+    *_,height,width = 1,*counts.shape
+    im = ax.imshow(counts.reshape(-1, height, width).transpose(0, 1).flatten(1).numpy(), cmap='cividis', vmin=0, vmax=max(float(counts.max()), 1) if vmax is None else vmax, interpolation='nearest')
+    if colorbar: ax.figure.colorbar(im, ax=ax, label='active weights', shrink=0.85, ticks=MaxNLocator(6, integer=True))
+    ax.set(title=f'Connections of each {what}', xlabel='column' if counts.dim()<3 else f'column, of {counts.numel()//(height*width)} pictures side by side', ylabel='row')
+    _count_pixels(ax)
+    return ax
+
 # %% ../nbs/08b_plots.ipynb #52df48f4
 def show_start_end(
-    frames:list, # Of (step, mask) of a first layer, from `SparseRecorderCallback.masks`
+    frames:list, # Of (step, mask) of a first layer, from `SparseRecorderCallback.masks`; none at all are a `ValueError`
     shape:tuple=None, # Of the picture that the inputs are; by default a square
     axs=None, # Two matplotlib axes
-): # The two axes
+)->np.ndarray: # The two axes
     "The connections of each input pixel before and after a training, in the same colours"
-    axs = plt.subplots(1, 2, figsize=(8.6, 3.9), layout='constrained')[1] if axs is None else axs
-    vmax = max(float(input_counts(None, frames[i][1]).max()) for i in (0, -1))
+    frames = _frames(frames)
+    seen = [_seen(None, frames[i][1], shape) for i in (0, -1)]
+    axs = plt.subplots(1, 2, figsize=(8.6, 3.9), layout='constrained')[1] if axs is None else _given(axs, 2)
+    vmax = max(1, *(float(counts.max()) for _,counts in seen))
     for ax,i in zip(axs, (0, -1)):
         step,mask = frames[i]
         show_inputs(mask, shape=shape, vmax=vmax, colorbar=i<0, ax=ax).set_title(f'after {step:,} steps' if step else 'at the start')
-    axs[0].figure.suptitle('Connections of each input pixel')
+    axs[0].figure.suptitle(f'Connections of each {seen[0][0]}')
     return axs
 
 # %% ../nbs/08b_plots.ipynb #dba9202d
+def _runs(runs, x, y, by):
+    "As a list, checked: dicts with numbers that the axes have room for"
+    if not (runs := list(runs)): raise ValueError(f"there are no runs to draw: give dicts, each with {x!r}, {y!r} and {by!r}")
+    if bad := [r for r in runs if not isinstance(r, dict)]: raise TypeError(f"a run must be a dict, not {bad[0]!r:.60}; of a data frame take `df.to_dict('records')`")
+    if missing := [k for k in (x, y, by) if any(k not in r for r in runs)]: raise ValueError(f"every run must have {missing[0]!r}")
+    for k,r in ((k, r) for k in (x, y) for r in runs):
+        try: float(r[k])
+        except (TypeError, ValueError): raise TypeError(f"{k!r} of a run must be a number, not {r[k]!r:.60}") from None
+    if bad := [r[x] for r in runs if not (0<=r[x]<1 if x=='sparsity' else r[x]>0)]: raise ValueError(f"{x!r} of a run must be {'from 0 to below 1' if x=='sparsity' else 'above 0'}, not {bad[0]!r}")
+    return runs
+
 def _curves(runs, x, y, by):
     "Name -> [(x, mean of y, lowest, highest)], sorted by x"
     out = {}
@@ -199,44 +271,52 @@ def _curves(runs, x, y, by):
         out[name] = sorted(points)
     return out
 
+def _halvings(s): return -np.log10(np.clip(1-np.asarray(s), 1e-9, None))
+
 def _sparsity_axis(ax, xs):
-    "Sparsity on a scale that gives each halving of the density the same room"
-    ax.set_xscale('function', functions=(lambda s: -np.log10(np.clip(1-np.asarray(s), 1e-9, None)), lambda t: 1-10.**-np.asarray(t)))
-    ax.set_xticks(sorted(set(xs)), [f'{100*s:g}%' for s in sorted(set(xs))])
+    "Sparsity on a scale that gives each halving of the density the same room; numbers as far as there is room for them"
+    ax.set_xscale('function', functions=(_halvings, lambda t: 1-10.**-np.asarray(t)))
+    xs,ticks = sorted(set(xs)), []
+    room = 0.8*(_halvings(xs[-1])-_halvings(xs[0]))/(ax.get_position().width*ax.figure.get_figwidth())
+    for s in reversed(xs):
+        if not ticks or _halvings(ticks[-1])-_halvings(s)>=room: ticks.append(s)
+    ax.set_xticks(ticks, [f'{100*s:.5g}%' for s in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
 
-def _cost_axis(ax):
+def _cost_axis(ax, xs):
     "Shares of a cost, on a scale that gives each factor the same room"
     ax.set_xscale('log')
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(MaxNLocator(4) if min(xs)<max(xs)<2*min(xs) else LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:g}%'))
 
 # %% ../nbs/08b_plots.ipynb #d37bded2
+def _words(k): return {'flops': 'FLOPs'}.get(k, k.replace('_', ' '))
+
 def plot_runs(
-    runs:list, # Of dicts with `sparsity`, `flops` (a share of the dense cost), `accuracy`, and what `by` names; runs that agree in it, in sparsity and epochs are averaged
+    runs:list, # Of dicts with `sparsity`, `flops` (a share of the dense cost), `accuracy`, and what `by` names; runs that agree in it, in sparsity and epochs are averaged. None at all, or one that lacks something, is a `ValueError`
     x:str='sparsity', # What to plot against: 'sparsity' or 'flops'
     y:str='accuracy', # What to plot
     by:str='method', # A curve for each of these
     dense:str='dense', # Which of them to draw as a line across; `None` for none
     title:str=None, # Of the picture
+    percent:bool=None, # Is `y` a share, to be read in percent? By default if it is an accuracy, 'error_rate', 'flops' or 'sparsity'
     ax=None, # Matplotlib axes
     figsize:tuple=(7, 4.5), # In inches
-): # The axes
+)->plt.Axes: # The axes
     "Accuracy against sparsity, or against the cost of training. Bars are from the lowest to the highest run"
     if x not in ('sparsity', 'flops'): raise ValueError(f"x must be 'sparsity' or 'flops', not {x!r}")
-    if missing := [k for k in (x, y, by) if any(k not in r for r in runs)]: raise ValueError(f"every run must have {missing[0]!r}")
-    ax = _axes(ax, figsize)
-    curves = _curves(runs, x, y, by)
-    across = curves.pop(dense, None)
+    curves = _curves(_runs(runs, x, y, by), x, y, by)
+    ax,across = _axes(ax, figsize), curves.pop(dense, None) if len(curves)>1 else None
+    unit = 100 if percent or percent is None and ('accuracy' in y or y in ('error_rate', 'flops', 'sparsity')) else 1
     for (name,pts),(i,marker) in zip(curves.items(), cycle(enumerate('osD^vPX*<>'))):
         xs,mean,lo,hi = (np.array(v) for v in zip(*pts))
-        ax.errorbar(xs, 100*mean, 100*np.stack([mean-lo, hi-mean]).clip(0), ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
-    if across: ax.axhline(100*np.mean([m for _,m,*_ in across]), color=grey, ls='--', label=dense)
-    if x=='sparsity': _sparsity_axis(ax, [p[0] for pts in curves.values() for p in pts])
-    else: _cost_axis(ax)
-    ax.set(xlabel='sparsity' if x=='sparsity' else 'FLOPs of the training, share of the dense one', ylabel=y, title=title or f'{y.capitalize()} against {"sparsity" if x=="sparsity" else "cost of training"}')
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%'))
+        ax.errorbar(xs, unit*mean, unit*np.stack([mean-lo, hi-mean]).clip(0), ls='-' if x=='sparsity' else 'none', marker=marker, ms=6, capsize=3, color=palette[i%len(palette)], label=name)
+    (_sparsity_axis if x=='sparsity' else _cost_axis)(ax, [p[0] for pts in curves.values() for p in pts])
+    if across: ax.axhline(unit*np.mean([m for _,m,*_ in across]), color=grey, ls='--', label=dense)      # last, as a line fixes the limits
+    ax.set(xlabel='sparsity' if x=='sparsity' else 'FLOPs of the training, share of the dense one', ylabel=_words(y),
+           title=title or f'{_words(y)[0].upper()+_words(y)[1:]} against {"sparsity" if x=="sparsity" else "cost of training"}')
+    if unit==100: ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}%'))
     ax.grid(alpha=0.3)
     ax.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return ax

@@ -1,11 +1,12 @@
 "The doctor finds every planted fault, names the place, and finds nothing in a healthy model, whatever trained it"
-import copy, html, warnings
+import copy, html, re, warnings
 from functools import partial
 import pytest, torch
 from torch import nn
 from fastai import optimizer as fo
 from helpers import *
 from sparsefast import presets
+from sparsefast import doctor
 from sparsefast.core import *
 from sparsefast.doctor import Finding, Findings, sparse_doctor
 
@@ -95,6 +96,21 @@ def test_orphan():
     nn.utils.parametrizations.weight_norm(model[2])
     sick(sparse_doctor(model), 'orphan', '2.weight')
 
+def test_a_mask_that_is_gone():
+    model,*_ = made()
+    del model[2].weight_mask
+    f = sick(sparse_doctor(model), 'lost mask', '2.weight')
+    assert len(f)==1 and sparse_doctor(model).kinds==['lost mask']
+    add_mask(model[2], 'weight', model[2].weight!=0, model[2].weight_sparsity)                          # what the finding says helps
+    assert sparse_doctor(model)==[]
+    del model[2].weight_mask, model[2].weight_sparsity
+    assert sparse_doctor(model)==[]
+
+def test_a_buffer_of_that_name_beside_no_parameter_is_nobody_s_target():
+    model,*_ = made()
+    model.register_buffer('act_sparsity', torch.tensor(.5))
+    assert sparse_doctor(model)==[]
+
 def test_a_count_below_the_target():
     model,method,_ = made()
     i = model[2].weight_mask.nonzero()[0]
@@ -153,6 +169,50 @@ def test_a_budget_that_one_layer_eats():
     sparsify_model(unsparsify_model(model), .9, sparsities={'2': .1})
     found = sick(sparse_doctor(model), 'budget', '2.weight', severity='warning')
     assert len(found)==1 and '%' in found[0].what
+
+@pytest.mark.parametrize('sizes,sparsity,own,sick_at', [((100,100,43), .7073, {'0': .99, '2': .05}, '2.weight'),     # three tenths of the weights
+                                                        ((100,100,100), .5, {'0': .95}, '2.weight'),                 # half of them, twenty times as dense
+                                                        ((100,100,100), .5, {'0': .85}, None),                       # six times
+                                                        ((64,100,100,10), .6384, {'0': .02, '2': .999, '4': .99}, '0.weight')])
+def test_a_budget_that_a_large_layer_eats(sizes, sparsity, own, sick_at):
+    sparsify_model(model := mlp(*sizes), sparsity, sparsities=own)
+    assert [f.where for f in sparse_doctor(model) if f.kind=='budget']==[sick_at]*bool(sick_at)
+
+def test_one_layer_has_its_own_budget():
+    sparsify_model(model := mlp(40, 30), .5)
+    assert sparse_doctor(model)==[]
+
+def test_a_budget_is_not_that_of_empty_layers():
+    model,*_ = made(sizes=(64,100,50,10), sparsity=.8)
+    model[2].weight_mask.zero_()
+    apply_masks(model)
+    assert 'budget' not in sparse_doctor(model).kinds
+
+@pytest.mark.parametrize('sparsities', [dict(), {'0': .5, '2': .9}], ids=['uniform', 'own'])
+def test_a_target_that_its_buffer_cannot_hold_is_no_fault(sparsities):
+    "As in layers of 2^25 weights in single precision"
+    sparsify_model(model := mlp(200, 200, 200), .777 if not sparsities else .7, sparsities=sparsities)
+    model[0]._buffers['weight_sparsity'] = torch.tensor(.777 if not sparsities else .5).half()
+    d = int(model[0].weight_mask.sum())-round((1-float(model[0].weight_sparsity))*40000)
+    assert (d!=0)==(not sparsities) and sparse_doctor(model)==[] and sparse_doctor(model, method=CATALOGUE['SET'])==[] and sparse_doctor(model, method=CATALOGUE['SNFS'])==[]
+    off = (model[0].weight_mask.nonzero()[:100]).unbind(1)
+    model[0].weight_mask[off] = False                                                                  # more than digits explain
+    apply_masks(model)
+    for method in (None, CATALOGUE['SET'], CATALOGUE['SNFS']): sick(sparse_doctor(model, method=method), 'count', '0.weight')
+
+def test_a_total_is_kept_to_what_buffers_can_hold():
+    "A method that moves weights moved some into a layer whose target is rounded"
+    sparsify_model(model := mlp(200, 200, 200, 200), .777)
+    for i in (0, 2): model[i]._buffers['weight_sparsity'] = torch.tensor(.777).half()
+    for i,to in ((0, False), (2, True)): model[i].weight_mask[(model[i].weight_mask!=to).nonzero()[:100].unbind(1)] = to
+    apply_masks(model)
+    assert sparse_doctor(model, method=CATALOGUE['SNFS'])==[] and len(sick(sparse_doctor(model, method=CATALOGUE['SET']), 'count'))==2
+
+def test_a_target_in_half_precision_is_a_fault_where_a_method_needs_it():
+    sparsify_model(model := mlp(33, 17, 5), .777)
+    model.half()
+    assert sparse_doctor(model)==[] and sparse_doctor(model, method=CATALOGUE['RigL'])==[]
+    assert 'float16' in sick(sparse_doctor(model, method=CATALOGUE['GMP']), 'target', '0.weight')[0].what
 
 def test_masked_weights():
     model,*_ = made()
@@ -259,7 +319,6 @@ def test_momentum():
 
 def test_ranks(monkeypatch):
     "Two processes, the other of which has another mask (the real thing is in test_ranks)"
-    from sparsefast import doctor
     model,*_ = made()
     other = {n: m.clone() for n,m in [('0.weight', model[0].weight_mask), ('2.weight', ~model[2].weight_mask), ('4.weight', model[4].weight_mask)]}
     monkeypatch.setattr(doctor.dist, 'is_initialized', lambda: True)
@@ -268,6 +327,100 @@ def test_ranks(monkeypatch):
     monkeypatch.setattr(doctor.dist, 'all_gather_object', gather)
     f = sick(sparse_doctor(model), 'ranks', '2.weight')
     assert len(f)==1 and 'rank 1' in f[0].what
+
+# ------------------------------------------------------------ layers that store active weights only
+def stored(name='RigL', only=None, opt=True, steps=0):
+    "All layers stored, or only these"
+    model,method,o = made(name)
+    to_sparse_layers(model, o if opt else None, least=0.)
+    for i in [i for i in (0, 2, 4) if only is not None and i not in only]: model[i] = model[i].to_masked()
+    if only is not None: o = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+    for step,(x,y) in enumerate(batches(steps, n_out=4), 1):
+        backward(model, x, y)
+        method.step(model, o, step, (step-1)/steps)
+    return model,method,o
+
+some = pytest.mark.parametrize('only', [None, (0,), (2, 4)], ids=['all', 'first', 'others'])
+@some
+def test_stored_layers_are_healthy(only):
+    model,method,opt = stored(only=only, steps=10)
+    assert sparse_doctor(model, opt, method)==sparse_doctor(model, opt)==sparse_doctor(torch.compile(model), opt)==sparse_doctor(copy.deepcopy(model))==[]
+
+@some
+def test_stored_layers_that_the_optimizer_does_not_know(only):
+    model,method,_ = stored(only=only)
+    f = sparse_doctor(model, torch.optim.SGD(mlp(8,24,20,4).parameters(), lr=.1), method)
+    assert [x.where for x in sick(f, 'unknown to optimizer')]==['0.weight', '2.weight', '4.weight']
+    sick(f, 'foreign parameters', 'SGD', severity='warning')
+
+def test_a_conversion_that_the_optimizer_was_not_told_of():
+    model,method,opt = stored(opt=False)
+    f = sparse_doctor(model, opt, method)
+    assert len(sick(f, 'unknown to optimizer', '2.weight'))==3 and 'to_sparse_layers(model, opt)' in f[0].todo and '3 parameters' in sick(f, 'foreign parameters', severity='warning')[0].what
+    learn = learner(sparse_mlp(.8))
+    learn.fit(1)
+    to_sparse_layers(learn.model, least=0.)
+    sick(learn.sparse_doctor(), 'unknown to optimizer', '0.weight')
+
+def test_frozen_values_need_no_optimizer():
+    model,method,_ = stored()
+    for p in model[0].parameters(): p.requires_grad_(False)
+    assert sparse_doctor(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1), method).kinds==['frozen']
+
+def test_state_in_layers_that_stayed_masked():
+    model,method,opt = stored(only=(0,), steps=10)
+    opt.state[model[2].weight]['momentum_buffer'][~model[2].weight_mask] = 1.
+    assert len(sick(sparse_doctor(model, opt, method), 'state', '2.weight'))==1
+
+def flip(m): m.col[:2] = m.col[:2].flip(0)
+def replaced(m): m.values = nn.Parameter(m.values[:-1].detach().clone())
+def moved(m):
+    "A connection to another input: outputs follow, gradients do not"
+    free = next(i for i in range(m.in_features) if i not in m.col[:m.crow[1]].tolist())
+    m.col[:m.crow[1]] = torch.cat([m.col[1:m.crow[1]], torch.tensor([free], dtype=torch.int32)]).sort()[0]
+
+@pytest.mark.parametrize('ill,what', [(lambda m: m.col.__setitem__(0, 99), 'from 0 to 7'), (flip, 'must rise'), (replaced, r'\d+ columns'), (moved, 'gradients'), (lambda m: setattr(m, 'crow', m.crow.to('meta')), 'meta'),
+                                      (lambda m: setattr(m, 'col', None), 'col missing'), (lambda m: m.crow.__setitem__(1, 999), 'row starts')], ids=['column', 'order', 'values', 'one way', 'device', 'missing', 'rows'])
+def test_an_index_that_is_none(ill, what):
+    model,method,opt = stored()
+    good = copy.deepcopy(model.state_dict())
+    ill(model[0])
+    found = sick(f := sparse_doctor(model, opt, method), 'index', '0.weight')
+    assert len(found)==1 and re.search(what, found[0].what) and {x.where for x in f} <= {'0.weight', 'SGD'}
+    if what not in ('meta', 'col missing'):
+        model.load_state_dict(good)                                                                    # what the finding says helps
+        assert 'index' not in sparse_doctor(model, opt, method).kinds
+
+def test_others_are_looked_at_beside_a_broken_index():
+    model,*_ = stored()
+    model[0].col[0] = 99
+    with torch.no_grad(): model[2].values[0] = float('nan')
+    f = sparse_doctor(model)
+    sick(f, 'index', '0.weight'), sick(f, 'not finite', '2.weight')
+
+def test_a_method_that_stored_layers_cannot_serve():
+    for name,why in (('SNFS', 'momentum'), ('TopKAST', 'outside the masks')):
+        model,_,opt = stored()
+        found = sick(f := sparse_doctor(model, opt, CATALOGUE[name]), 'storage', '0.weight')
+        assert len(f)==1 and why in found[0].what and 'to_masked_layers(model, opt)' in found[0].todo and f.kinds==['storage']
+        with pytest.raises(ValueError, match='to_masked_layers'): DSTMethod(**preset_of(name)).check(model, opt)
+
+def test_values_that_are_kept_are_missed_in_masked_layers_only():
+    model,_,opt = stored(only=(0,))
+    assert [x.where for x in sick(sparse_doctor(model, opt, CATALOGUE['TopKAST']), 'store')]==['2.weight', '4.weight']
+
+def test_a_single_stored_layer():
+    sparsify_model(m := nn.Linear(8, 6), .5)
+    m = SparseLinear.from_masked(m)
+    assert sparse_doctor(m, torch.optim.SGD(m.parameters(), lr=.1))==[]
+    m.col[0] = 99
+    sick(sparse_doctor(m), 'index', 'weight')
+
+def test_nothing_changes_in_stored_layers():
+    model,method,opt = stored(steps=10)
+    before,held = snapshot(model, opt),[id(m) for m in model.modules()]
+    sparse_doctor(model, opt, method)
+    assert not changed(before, snapshot(model, opt)) and held==[id(m) for m in model.modules()]
 
 # ------------------------------------------------------------ the report
 def test_gravest_first_and_forms():
@@ -291,3 +444,11 @@ def test_nothing_changes():
 
 def test_an_unknown_setting_of_a_method_is_refused():
     with pytest.raises(TypeError, match='did you mean'): sparse_doctor(made()[0], method=dict(stop_pc=.5))
+
+def test_what_is_no_model_no_optimizer_no_method_is_refused():
+    model,method,opt = made()
+    with pytest.raises(TypeError, match='a model or a `Learner`, not 3'): sparse_doctor(3)
+    with pytest.raises(TypeError, match='by `method=`'): sparse_doctor(model, CATALOGUE['RigL'])
+    with pytest.raises(TypeError, match="preset, not 'RigL'"): sparse_doctor(model, opt, 'RigL')
+    for bad in (1.5, 'half', None):
+        with pytest.raises(ValueError, match='max_dead'): sparse_doctor(model, max_dead=bad)

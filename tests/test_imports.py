@@ -67,7 +67,7 @@ MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=
                   files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'], deploy=['layers','masks','patterns','shrink','sparsify'],
                   export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','rewire','select'], plots=['analysis','layers','rewire','select'],
                   console=[], datasets=['console'], models=['console'], recorder=['analysis','callback','flops','masks','rewire','select'],
-                  doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparsify'])
+                  doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparse_ops','sparsify'])
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
     rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)
