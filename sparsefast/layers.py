@@ -519,6 +519,7 @@ def as_masked(
     model:nn.Module, # A model
 )->nn.Module: # The model itself, if no layer of it is sparse
     "A copy of a model with sparse layers, with masked ones in their place"
+    if isinstance(model, SparseLayer): return model.to_masked()
     if not any(isinstance(m, SparseLayer) for m in model.modules()): return model
     to_masked_layers(twin := deepcopy(model))
     return twin

@@ -258,7 +258,10 @@ def main():
     print(step_table(), pass_table(), eval_table(), update_table(), memory_table(), setting(), sep='\n\n')
 
 # ------------------------------------------------------------ what it came to
-def markdown(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *rows])
+def markdown(head, rows):
+    "Columns of numbers are set to the right"
+    to_right = [all(not r[i] or r[i][0].isdigit() for r in rows) for i in range(len(head))]
+    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---:' if t else '---' for t in to_right], *rows])
 
 def show(r, k):
     "A ratio, with its quartiles"
@@ -274,7 +277,7 @@ def step_table():
 def pass_table():
     "The pass over the gradients"
     rows = [[name, f"{r['weights']/1e6:.1f} million", *(f"{w['ns']:.2f} ({w['low']:.2f}-{w['high']:.2f})" for w in r['ways'].values())] for name in works if (r := done().get((f'pass {name}', 1)))]
-    return markdown(['network', 'weights', 'by bytes, in pieces: ns a weight', 'by a mask four bytes wide', 'times a number'], rows)
+    return markdown(['network', 'weights', 'as the engine does: ns a weight', 'by a mask four bytes wide', 'times a number'], rows)
 
 def eval_table():
     "Evaluations: sparse to dense, with hooks that mask each time to dense, with hooks that do nothing to dense, and dense to dense"
