@@ -26,7 +26,8 @@ from .select import is_transposed
 
 # %% ../nbs/08b_plots.ipynb #b652cea6
 # Colours of Okabe and Ito, and the order in which series of a picture take them
-blue,orange,green,red,purple,sky,black,grey = '#0072B2','#E69F00','#009E73','#D55E00','#CC79A7','#56B4E9','#000000','#999999'
+blue,orange,green,red = '#0072B2','#E69F00','#009E73','#D55E00'
+purple,sky,black,grey = '#CC79A7','#56B4E9','#000000','#999999'
 palette = [blue, orange, green, red, purple, sky, black]
 
 # %% ../nbs/08b_plots.ipynb #7d1c04e9
