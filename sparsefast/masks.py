@@ -81,18 +81,18 @@ def places(
     where:torch.Tensor, # Boolean, any shape
 )->torch.Tensor: # int64, rising
     "Flat positions of the ones"
-    return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.reshape(-1).nonzero().squeeze(1)     # numpy is three times as quick
+    return torch.from_numpy(np.flatnonzero(where.numpy())) if where.is_cpu else where.reshape(-1).nonzero().squeeze(1)     # numpy is nearly four times as quick
 
 def n_ones(
     where:torch.Tensor, # Boolean, any shape
 )->torch.Tensor: # 0-d, on its device
     "How many ones there are"
-    return torch.tensor(np.count_nonzero(where.numpy())) if where.is_cpu else where.count_nonzero()                        # and here ten times
+    return torch.tensor(np.count_nonzero(where.numpy())) if where.is_cpu else where.count_nonzero()                        # here too
 
-_compared = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)          # types that numpy compares, as quickly
+_compared = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)          # types that numpy compares as quickly
 
 def _where(f, t, cut):
-    "`f(t, cut)` of a tensor on the CPU, `f` being `torch.gt` or `torch.eq`. Numpy compares ten times as fast"
+    "`f(t, cut)` of a tensor on the CPU, `f` being `torch.gt` or `torch.eq`. Numpy compares five times as fast"
     return torch.from_numpy({torch.gt: np.greater, torch.eq: np.equal}[f](t.numpy(), cut.numpy())) if t.dtype in _compared else f(t, cut)
 
 def _first(where, n):

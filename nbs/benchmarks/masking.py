@@ -10,6 +10,7 @@ quartiles. Each has a dense twin that is compared with dense too: what differs f
 import argparse, ctypes, json, os, platform, random, re, subprocess, sys, time, warnings
 from pathlib import Path
 from statistics import median, quantiles
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from fastai.basics import DataLoaders, Learner, SGD
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from sparsefast.core import *
-from sparsefast.masks import masked_params, zero_masked_
+from sparsefast.masks import masked_params, places, zero_masked_
 
 out = Path(__file__).with_suffix('.jsonl')
 sparsity = 0.9
@@ -202,6 +203,18 @@ def roots(n=1<<20, k=40):
     got = rounds({name: x.sqrt for name,x in given.items()}, k)
     return {name: [round(1e9*q/n, 3) for q in quantiles(ts, n=4)] for name,ts in got.items()}
 
+# ------------------------------------------------------------ what an update is made of
+def primitives(n=1<<20, k=30):
+    "Nanoseconds a number, of a vector of which a tenth is chosen: what torch has for it, and what stands in its place (median and quartiles)"
+    t,where = torch.randn(n), torch.rand(n)<.1
+    idx,cut,out = places(where), torch.tensor(1.), torch.zeros(n)
+    some = t.index_select(0, idx)
+    fs = {'compare': (lambda: t>cut, lambda: np.greater(t.numpy(), cut.numpy())), 'count': (where.count_nonzero, lambda: np.count_nonzero(where.numpy())),
+          'find': (where.nonzero, lambda: np.flatnonzero(where.numpy())), 'gather': (lambda: t[idx], lambda: t.index_select(0, idx)),
+          'scatter': (lambda: out.index_put_((idx,), some), lambda: out.scatter_(0, idx, some))}
+    got = rounds({(name, i): f for name,both in fs.items() for i,f in enumerate(both)}, k)
+    return {name: [[round(1e9*q/n, 4) for q in quantiles(got[name, i], n=4)] for i in (0, 1)] for name in fs}
+
 # ------------------------------------------------------------ memory
 def memory(name):
     "Bytes a weight that stay resident beside the weights: in buffers, and in what is noted at their memory"
@@ -230,6 +243,7 @@ def plan():
     for name in works: yield f'plain AdamW {name}', 1, plain_steps, (name, 'AdamW')
     for name in works: yield f'plain AdamW, fused {name}', 1, plain_steps, (name, 'fused')
     yield 'square roots', 1, roots, ()
+    yield 'primitives', 1, primitives, ()
     for n in (1, 10, 100): yield f'update {n}M', 1, updates, (n*10**6,)
     for name in works:
         yield f'pass {name}', 1, passes, (name,)
@@ -291,6 +305,12 @@ def update_table():
     rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['live_mib']:.1f} MiB" if 'live_mib' in r else '', f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
             for name in ('ResNet-50', '1M', '10M', '100M') for t in (1, 2) if (r := got.get((f'update {name}', t)))]
     return markdown(['network', 'tensors', 'weights', 'threads', 'one update', 'a weight', 'memory in use on top', 'with what was freed', 'largest layer'], rows)
+
+def primitive_table():
+    "What torch has, and what is used"
+    r = done()['primitives', 1]
+    by = dict(compare='`>`; numpy', count='`count_nonzero`; numpy', find='`nonzero`; numpy', gather='`t[idx]`; `index_select`', scatter='`t[idx] = x`; `scatter_`')
+    return markdown(['', 'torch has; is used', 'torch: ns a number', 'used: ns a number'], [[k, by[k], *(f"{mid:.2f} ({lo:.2f}-{hi:.2f})" for lo,mid,hi in r[k])] for k in by])
 
 def memory_table():
     "What stays resident"
