@@ -24,15 +24,15 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from .analysis import html_table, live_units
 from .callback import DynamicSparseTrainingCallback
-from .layers import _misfit
+from .layers import index_misfit
 from .masks import check_fraction, enforced_by, is_sparseable_module, maybe_float, n_active
-from .methods import DSTMethod, _check_stored, _check_targets
+from .methods import DSTMethod, check_stored, check_targets
 from .patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from .rewire import Layer, is_stored, needs, pattern_of
 from .select import is_transposed
 from .scores import inner_opt, keeps_momentum, opt_state, slow_weights
 from .sparse_ops import transposed_index
-from .sparsify import _users
+from .sparsify import mask_users
 
 # %% ../nbs/08c_doctor.ipynb #da3d6d1f
 class Finding(NamedTuple):
@@ -99,7 +99,7 @@ def _broken(m):
     index = {k: m._buffers.get(k) for k in ('crow', 'col', 't_crow', 't_col', 't_perm')}
     if gone := [k for k,t in index.items() if t is None]: return f"{' and '.join(gone)} missing"
     if away := [k for k,t in index.items() if t.device!=m.values.device]: return f'{away[0]} is on {index[away[0]].device} and the values on {m.values.device}'
-    if why := _misfit(m, dict(values=m.values, crow=m.crow, col=m.col)): return why
+    if why := index_misfit(m, dict(values=m.values, crow=m.crow, col=m.col)): return why
     turned = transposed_index(m.crow, m.col, m._matrix_shape[1])
     return '' if all(map(torch.equal, turned, (m.t_crow, m.t_col, m.t_perm))) else 'the index by which gradients go back is not that by which outputs are computed'
 
@@ -165,7 +165,7 @@ def check_stored(
     for n,m in stored.items():
         if why := _broken(m): yield Finding('fault', 'index', n, f'this is no index of its values: {why}', 'was it, or `values`, replaced or written to? Load a good state by `load_state_dict`')
     layers = [Layer(i, m, 'weight', m.values, None) for i,m in enumerate(stored.values())]
-    if case.method and (no := _refused(_check_stored, case.method, layers, case.opt)): yield Finding('fault', 'storage', next(iter(stored)), *no)
+    if case.method and (no := _refused(check_stored, case.method, layers, case.opt)): yield Finding('fault', 'storage', next(iter(stored)), *no)
 
 # %% ../nbs/08c_doctor.ipynb #4641e004
 def _target(l): return maybe_float(l.module._buffers.get(f'{l.name}_sparsity'))
@@ -302,7 +302,7 @@ def check_hooks(
     names = {m: n for n,m in case.model.named_modules()}
     good = {l.module for _,l in case.layers}
     if any(not _well_formed(p, mask) for *_,p,mask in case.raw): return                      # hooks cannot be told before that is mended
-    for m,f in _users(case.model):
+    for m,f in mask_users(case.model):
         owner = enforced_by(f, m)
         if owner in good and not _has_hook(m, owner): yield Finding('warning', 'hook', names[m] or type(m).__name__, 'no hook masks the weights before a forward pass, so what others write into them is used', 'call `enforce_masks(model)`, unless `enforce_mask=False` was meant')
 
@@ -313,7 +313,7 @@ def check_method(
     if case.method is None: return
     masked = {n for n,l in _own(case) if not is_stored(l.module)}
     for n,l in case.layers:
-        if (case.method.sparsity_sched_f or case.method.pattern_f is not drop_grow) and (no := _refused(_check_targets, [l])): yield Finding('fault', 'target', n, *no)
+        if (case.method.sparsity_sched_f or case.method.pattern_f is not drop_grow) and (no := _refused(check_targets, [l])): yield Finding('fault', 'target', n, *no)
         if case.method.pattern_f is not drop_grow and not follows(l.mask, pattern_of(case.method, l)): yield Finding('fault', 'pattern', n, "the mask does not keep to the method's pattern", 'pass `pattern_f` to `sparsify_model` too, or `learn.sparsify(sparsity, preset=...)`')
         if case.method.explore_pct and n in masked and l.recall('store') is None: yield Finding('fault', 'store', n, 'the method trains masked weights, and their values have not been kept', 'call `sparsify_model(..., keep_dense=True)`, or `learn.sparsify(sparsity, preset=...)`')
     if case.opt is not None and needs(case.method, 'momentum') and not keeps_momentum(case.opt):

@@ -25,7 +25,7 @@ from .layers import SparseLayer
 from .masks import masked_params, memory_name
 from .scores import inner_opt, opt_state, slow_weights
 from .sparse_ops import index_of
-from .sparsify import _misfit, _split, load_sparse_state
+from .sparsify import state_misfit, split_state, load_sparse_state
 
 # %% ../nbs/11_files.ipynb #c80ed1ca
 def to_bits(
@@ -303,7 +303,7 @@ def _digest(desc, data):
 
 def _belongs(state):
     "Name -> name of its mask: (weights, what methods remember of them)"
-    masked = _split(state)[0]
+    masked = split_state(state)[0]
     return {n: f'{n}_mask' for n in masked}, {k: f'{n}_mask' for n in masked for k in state if k.startswith(memory_name(n, ''))}
 
 def save_sparse(
@@ -357,8 +357,8 @@ def _check_fit(model, names, shapes):
     if lacks := [n for n in _sparse(model) if f'{_prefix(n)}weight_mask' not in names]: raise ValueError(f"it has no mask for the sparse layer {lacks[0]!r}")
     own = _AsMasked(model)
     state = {n: torch.empty(shapes[n][0], dtype=shapes[n][1], device='meta') for n in names}
-    masked,_,rest = _split(state)
-    if problem := _misfit(own, rest, masked): raise ValueError(f"it does not fit {type(model).__name__}: {problem}")
+    masked,_,rest = split_state(state)
+    if problem := state_misfit(own, rest, masked): raise ValueError(f"it does not fit {type(model).__name__}: {problem}")
     for n in masked:
         if state[f'{n}_mask'].shape!=state[n].shape:
             raise ValueError(f"the mask of {n!r} has shape {tuple(state[n+'_mask'].shape)}, not {tuple(state[n].shape)}")

@@ -67,6 +67,28 @@ def test_products_with_bias_in_rows_and_columns(n, dtype):
         got = product(crow, col, w[mask], pieces(x.t()), n, b, rows)
         assert got.is_contiguous() and torch.allclose((got if rows else got.t())[1:].double(), want[1:], tol, tol)
 
+@pytest.mark.parametrize('n', [17, 200, 256, 257, 900])
+def test_batches_turned_as_a_whole_and_by_pieces(n):
+    mask,crow,col = random_index(70, 300, .1)                                # 300 times 900 is more than is turned at once, 257 is too wide
+    w,x = torch.randn(70, 300)*mask, torch.randn(n, 300)
+    cut = [m for _,m in pieces(x.t())]
+    assert sum(cut)==n and (len(cut)==1)==(n<=256)
+    for rows in (True, False): assert torch.allclose(product(crow, col, w[mask], x.t(), rows=rows).double(), (x@w.t() if rows else w@x.t()).double(), atol=1e-4)
+
+@pytest.mark.parametrize('gaps', [None, (3, 5), (4, 4)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_products_go_where_they_should_and_leave_gaps_out(gaps, bias):
+    mask,crow,col = random_index(7, 5, .5)
+    w,x,b = torch.randn(7, 5)*mask, torch.randn(5, 40), torch.randn(7) if bias else None
+    counts = torch.arange(40)%(gaps[1] if gaps else 40)<(gaps[0] if gaps else 40)
+    want = (w@x + (b[:,None] if bias else 0))[:,counts]
+    cut = [(x[:,i:i+20].contiguous(), 20) for i in (0, 20)]
+    got = product(crow, col, w[mask], iter(cut), want.shape[1], b, gaps=gaps)
+    assert torch.allclose(got, want, atol=1e-5)
+    place = torch.full((3, *want.shape), 9.)
+    assert product(crow, col, w[mask], iter(cut), want.shape[1], b, out=place[1], gaps=gaps).data_ptr()==place[1].data_ptr()
+    assert place[1].equal(got) and (place[0]==9).all() and (place[2]==9).all()
+
 @pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('tokens', [5, 40, 197])
 def test_outputs_in_columns_are_the_same_numbers(batch, tokens):

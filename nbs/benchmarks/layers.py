@@ -4,7 +4,8 @@
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
-columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
+columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, importlib, itertools, json, math, platform, statistics, sys, time, warnings
 from pathlib import Path
@@ -256,13 +257,31 @@ def widths(threads, rounds=7, **kw):
         layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
         def by(w):
             def f():
-                S.width = L.width = (lambda n_row, n=None, windows=False: S._rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
+                S.width = L.width = (lambda n_row, n=None, windows=False: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
                 S._whole = 0 if w else chosen[1]
                 layer(x)
             return f
         fs = {'chosen': by(None), **{str(w): by(w) for w in (64, 128, 256, 512, 1024)}}
         write('widths', threads, shape=[o, i, k, k], pixels=side, sparsity=.95, **interleaved(fs, rounds))
         by(None)()
+
+@torch.no_grad()
+def turned(threads, rounds=7, **kw):
+    "Linear layers on batches that lie in rows: turned as a whole, or by pieces"
+    from sparsefast import sparse_ops as S
+    chosen = S._whole_turned,S._widest_turned
+    for o,i in ((384,384), (1536,384), (3072,768), (1024,1024), (384,1536), (768,3072)):
+        sparsify_model(m := nn.Linear(i, o), .9)
+        layer = SparseLinear.from_masked(m)
+        def by(limits, x):
+            def f():
+                S._whole_turned,S._widest_turned = limits
+                layer(x)
+            return f
+        for n in (32, 64, 128, 197, 256, 394, 512):
+            x = torch.randn(1, n, i)
+            write('turned', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'pieces': by((0, 0), x), 'whole': by((math.inf, math.inf), x), 'chosen': by(chosen, x)}, rounds))
+    S._whole_turned,S._widest_turned = chosen
 
 # ------------------------------------------------------------ tables
 def table():
@@ -281,7 +300,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')
