@@ -32,7 +32,7 @@ def first_layer_dense_uniform(
     params:list, # Weights, in the model's order
     model_sparsity:float, # Fraction of zeros in all layers but the first, in [0,1]
 )->list: # Sparsities, in the order of `params`
-    "The first layer dense, the others as sparse as the model: 'uniform' in [RigL](https://arxiv.org/abs/1911.11134), section 3"
+    "The first of `params` dense (where the model's first layer is excluded, that is the next), the others as sparse as the model: 'uniform' in [RigL](https://arxiv.org/abs/1911.11134), section 3"
     return [0.]*len(params[:1]) + uniform_sparsity(params[1:], model_sparsity)
 
 # %% ../nbs/02_distributions.ipynb #e5546595

@@ -88,10 +88,19 @@ def _check_numbers(m):
 # %% ../nbs/05_methods.ipynb #5df60750
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool) and v>=1
 
+def _check_combination(m):
+    "Refuse settings that would do nothing"
+    for name,idle,need in (('penalty_f', m.penalty_f and not m.explore_pct, "acts on weights that train although they are not used: set explore_pct above 0"),
+                           ('grow_value_f', m.grow_value_f and m.explore_pct, "has nothing to set, since with explore_pct weights keep the values that they have outside the masks: leave one of the two out"),
+                           ('prune_share_f', m.prune_share_f and not m.sparsity_sched_f, "shares out pruning, and there is none without sparsity_sched_f: set it too"),
+                           ('initial_sparsity', m.initial_sparsity and not m.sparsity_sched_f, "is where sparsity_sched_f starts: set it too")):
+        if idle: raise ValueError(f"{name} {need}")
+
 def _check_method(m):
     "Refuse wrong values by name, and warn of an interval so short that updates eat the training"
     _check_functions(m)
     _check_numbers(m)
+    _check_combination(m)
     n = m.batches_per_update
     if not (m.grad_steps is None or _whole(m.grad_steps)):
         raise ValueError(f"grad_steps must be a whole number of optimizer steps, 1 or more, or None for all since the last update, not {m.grad_steps!r}")
@@ -120,8 +129,9 @@ def due(self:DSTMethod,
 def drop_pct(self:DSTMethod,
     pct:float, # Share of training done
 )->float: # In [0,1]
-    "The share of active weights that an update replaces"
-    return self.drop_sched_f(self.initial_drop_grow_pct, self.final_drop_grow_pct, min(pct/self.stop_pct, 1.) if self.stop_pct else 1.)
+    "The share of active weights that an update replaces; a `ValueError` if `drop_sched_f` gives what is no share"
+    share = self.drop_sched_f(self.initial_drop_grow_pct, self.final_drop_grow_pct, min(pct/self.stop_pct, 1.) if self.stop_pct else 1.)
+    return check_fraction(share, f"what drop_sched_f, {_show(self.drop_sched_f)}, gives at {pct:.4g} of training")
 
 # %% ../nbs/05_methods.ipynb #8cc827d3
 @patch
@@ -295,8 +305,8 @@ def _check_layers(self, layers):
 
 def _check_total(self, total):
     n = self.batches_per_update
-    if self.sparsity_sched_f and (n>=total or (n-1)/total>=self.stop_pct):
-        warnings.warn(f"no update falls into {total} optimizer steps at batches_per_update={n}, so sparsity will stay what it is: use a shorter interval", stacklevel=4)
+    if (self.sparsity_sched_f or self.initial_drop_grow_pct or self.final_drop_grow_pct) and (n>=total or (n-1)/total>=self.stop_pct):
+        warnings.warn(f"no update falls into {total} optimizer steps at batches_per_update={n}, so {'sparsity' if self.sparsity_sched_f else 'the masks'} will stay what {'it is' if self.sparsity_sched_f else 'they are'}: use a shorter interval", stacklevel=4)
 
 # %% ../nbs/05_methods.ipynb #85e98fdf
 def _check_start(self, layers):

@@ -91,7 +91,9 @@ def _best(score, among, room):
     return torch.zeros_like(among).scatter_(1, order, place) & among
 
 # %% ../nbs/01a_patterns.ipynb #56d60231
-def _nm_capacity(t, n=2, m=4, gradual=False): return t.numel()*n//m
+def _nm_capacity(t, n=2, m=4, gradual=False):
+    if not (isinstance(n, int) and isinstance(m, int) and 1<=n<=m): raise ValueError(f"n:m must be whole numbers with 1 <= n <= m, such as 2:4, not {n}:{m}")
+    return t.numel()*n//m
 
 def nm_pattern(
     mask, # Boolean: active weights
@@ -105,9 +107,10 @@ def nm_pattern(
 )->torch.Tensor: # Boolean: the new mask; a `ValueError` if the weight's inputs, or so many active weights, do not fit
     "At most `n` of each `m` consecutive inputs; with all that there is room for, exactly `n`"
     (keep,total),shape = _total(mask, n_drop, n_grow), mask.shape
+    most = _nm_capacity(mask, n, m)
     if mask.dim()<2 or shape[1]%m: raise ValueError(f"{n}:{m} needs a multiple of {m} inputs, and a weight of shape {tuple(shape)} has {shape[1] if mask.dim()>1 else 1}: exclude the layer")
-    if gradual: n = max(n, math.ceil(total*m/mask.numel()))
-    if total>(most := _nm_capacity(mask, n, m)):
+    if gradual: most = _nm_capacity(mask, n := max(n, math.ceil(total*m/mask.numel())), m)
+    if total>most:
         raise ValueError(f"{n}:{m} has room for {most} of {mask.numel()} weights, not for {total}: use a sparsity of {1-n/m:g} or more, or `gradual=True` if a method prunes to it")
     best = lambda score, among, room: _unrows(_best(*(_rows(t).reshape(-1, m) for t in (score, among)), room).view(shape[0], -1), shape)
     size = lambda t: _rows(t).reshape(-1, m).sum(1)
@@ -118,6 +121,10 @@ def nm_pattern(
 nm_pattern.capacity = _nm_capacity
 
 # %% ../nbs/01a_patterns.ipynb #47da7e88
+def _block_capacity(t, size=(1,4)):
+    if not (isinstance(size, (tuple, list)) and len(size)==2 and all(isinstance(k, int) and k>0 for k in size)): raise ValueError(f"the size of blocks must be two whole numbers, rows and columns, such as (1, 4), not {size!r}")
+    return t.numel()
+
 def _check_blocks(shape, size):
     rows,cols = shape[0], math.prod(shape[1:])
     if rows%size[0] or cols%size[1]:
@@ -132,8 +139,9 @@ def block_pattern(
     size:tuple=(1,4), # Rows and columns of a block
 )->torch.Tensor: # Boolean: the new mask; a `ValueError` if blocks do not fit the weight
     "Blocks that are active or not as a whole"
+    _block_capacity(mask, size)
+    _check_blocks(mask.shape, size)
     (keep,total),area,shape = _total(mask, n_drop, n_grow), math.prod(size), mask.shape
-    _check_blocks(shape, size)
     block = lambda t: _rows(t).reshape(shape[0]//size[0], size[0], -1, size[1]).transpose(1, 2)
     sums = lambda t: block(t).sum((2,3), dtype=torch.promote_types(t.dtype, torch.float32))
     old = block(mask).all(3).all(2)
@@ -141,6 +149,8 @@ def block_pattern(
     new = drop_grow(old, sums(keep_score), sums(grow_score), int(old.count_nonzero())-n_keep, round(total/area)-n_keep)
     new = new[:,None,:,None].expand(-1, size[0], -1, size[1]).reshape(shape[0], -1)
     return _unrows(new, shape)
+
+block_pattern.capacity = _block_capacity
 
 # %% ../nbs/01a_patterns.ipynb #8098378b
 def _ablated(salient, total, ablate):

@@ -38,7 +38,8 @@ SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, ini
 SET_original_presets = {**SET_presets, 'keep_score_f': per_sign_magnitude, 'drop_sched_f': constant_anneal,
                         'grow_value_f': random_value}
 
-# Dettmers and Zettlemoyer 2019. https://arxiv.org/abs/1907.04840
+# Dettmers and Zettlemoyer 2019. Its code drops a smaller share, the layer's sparsity, in layers less than 20 % sparse
+# that the momentum favours; here each drops the scheduled share. https://arxiv.org/abs/1907.04840
 SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=0.5,
                     final_drop_grow_pct=0.005, batches_per_update=None, stop_pct=1.0, replaces_step=False,
                     redistribute_f=importance_redistribution)
@@ -90,9 +91,9 @@ GraNet_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magni
                       sparsity_sched_f=inverse_power_anneal, sparsity_span=(0., 0.3), prune_share_f=global_share)
 GraNet_half_presets = {**GraNet_presets, 'initial_sparsity': 0.5}
 
-# Peste et al. 2021: dense and sparse phases by turns, pruned globally. Phases of 100 epochs of ImageNet.
-# https://arxiv.org/abs/2106.12379
-ACDC_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=None, stop_pct=1.0,
+# Peste et al. 2021: dense and sparse phases by turns, pruned globally. Phases of 100 epochs of ImageNet; looking each
+# hundredth of training lets them begin where they should in trainings of any length. https://arxiv.org/abs/2106.12379
+ACDC_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=1/100, stop_pct=1.0,
                     replaces_step=False, sparsity_sched_f=alternate, prune_share_f=global_share)
 
 # %% ../nbs/05a_presets.ipynb #5db5c55f
@@ -103,8 +104,8 @@ SRigL_presets = {**RigL_presets, 'pattern_f': fan_in_pattern}
 SR_STE_presets = {**TopKAST_presets, 'explore_pct': 1., 'penalty_f': sr_ste_penalty, 'pattern_f': nm_pattern}
 
 # %% ../nbs/05a_presets.ipynb #45ddea40
-# RigL's criteria with no row left empty, gradients averaged between few, large updates, and density that moves between
-# layers
+# RigL's criteria with no row left empty as long as its layer has a weight for each, gradients averaged between few,
+# large updates, and density that moves between layers
 RigL_avg_presets = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude,
                         initial_drop_grow_pct=0.5, batches_per_update=1/12, stop_pct=1.0, replaces_step=False,
                         redistribute_f=importance_redistribution, grad_steps=None)

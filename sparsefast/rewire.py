@@ -14,7 +14,7 @@ __all__ = ['Layer', 'is_stored', 'in_order', 'sparse_layers', 'unfold', 'as_seen
            'counts', 'most', 'goals', 'pattern_of', 'plan', 'rewire', 'bring_in', 'take_out']
 
 # %% ../nbs/04a_rewire.ipynb #633acd6c
-import inspect, random
+import inspect, random, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -82,7 +82,7 @@ def sparse_layers(
 )->list: # Of `Layer`, each parameter once
     "Every masked parameter; none at all is a `ValueError`"
     found = {p: (m, n, p, mask) for mod in ([modules] if isinstance(modules, nn.Module) else modules) for m,n,p,mask in in_order(mod)}
-    if not found: raise ValueError("there is no mask to train with: call `sparsify_model(model, sparsity)` first")
+    if not found: raise ValueError("there is no mask to train with: call `sparsify_model(model, sparsity)` first, with a sparsity above 0 (at 0 no layer gets a mask: train without a method)")
     for p,(m,n,*_) in found.items():
         if hasattr(p, 'device_mesh'): check_whole(p, f'`{n}` of {m}')             # (to name a layer takes longer than to look)
     group = group_of(modules)
@@ -284,6 +284,8 @@ def plan(
             goal = [min(max(b+g-d, 0), l.p.numel()) for b,g,d,l in zip(goal, n_grow, n_drop, layers)]
             targets = [1-b/l.p.numel() for b,l in zip(goal, layers)]
         n_grow = [max(b-a+d, 0) for b,a,d in zip(goal, nnz, n_drop)]
+    if empty := [l for l,a,d,g in zip(layers, nnz, n_drop, n_grow) if a-d+g==0 and l.mask.any()]:
+        warnings.warn(f"the update at step {time['step']} leaves no weight in `{empty[0].name}` of {empty[0].module}{f' and {len(empty)-1} more' if len(empty)>1 else ''}: nothing can pass it. Use a lower sparsity, or exclude the layer", stacklevel=2)
     news = [None]*len(layers)
     for j in sorted(range(len(layers)), key=lambda j: -layers[j].p.numel()):                        # the largest while little waits beside it
         l,d,g,k = layers[j],n_drop[j],n_grow[j],_unpack(masks[j], layers[j].mask)

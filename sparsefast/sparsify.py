@@ -165,16 +165,29 @@ def _make_masks(owners, starts, targets, own, names, score_f, pattern_f):
     return masks
 
 # %% ../nbs/04_sparsify.ipynb #0a820873
-def _set_mask(w, mask, sparsity, keep_dense, init_f):
+def _new_values(w, mask, init_f):
+    "What a weight starts from, by `init_f`; the weight itself stays as it is"
+    new,mask = w.p.detach().clone(), mask.to(w.p.device)
+    init_f(new, mask, transposed=is_transposed(w.module))
+    return zero_masked_(new, mask)
+
+def _set_mask(w, mask, sparsity, keep_dense, new):
     module,name,p = *w, w.p
     store = zero_masked_(p.detach().clone(), ~mask.to(p.device)) if keep_dense else None
     add_mask(module, name, mask, sparsity)
     if keep_dense: module.register_buffer(memory_name(name, 'store'), store)
-    if init_f:
-        init_f(p, module._buffers[f'{name}_mask'], transposed=is_transposed(module))
-        zero_masked_(p.data, module._buffers[f'{name}_mask'])
-    if sparsity<1 and not mask.any():
-        warnings.warn(f"a layer of {mask.numel()} weights has none left at sparsity {sparsity:.4g}: nothing can pass it. Use ERK, or exclude the layer", stacklevel=3)
+    if new is not None: p.data.copy_(new)
+
+def _check_functions(**fs):
+    "Refuse what is no function, and an initialisation with another signature"
+    for n,f in fs.items():
+        if not callable(f) and not (f is None and n=='init_f'): raise TypeError(f"{n} must be a function, such as `{_for_example[n]}`, not {f!r}")
+    if (f := fs['init_f']) is None: return
+    try: inspect.signature(f).bind(None, None, transposed=False)
+    except TypeError as e: raise TypeError(f"init_f is called as `init_f(p, mask, transposed=...)`, as `sparse_kaiming_normal_` is, and {getattr(f, '__name__', f)} is not made for that: {e}") from None
+    except ValueError: pass                                                  # no signature to be had
+
+_for_example = dict(sparse_f='erdos_renyi_sparsity', score_f='weight_magnitude', pattern_f='nm_pattern', init_f='sparse_kaiming_normal_')
 
 # %% ../nbs/04_sparsify.ipynb #60cff06d
 def sparsify_model(
@@ -190,12 +203,15 @@ def sparsify_model(
     score_f=random_score, # Each mask is the highest scores of its layer: chance, `weight_magnitude`, a method at initialisation
     pattern_f=drop_grow, # Sparsity pattern
     keep_dense:bool=False, # Keep the values of masked weights aside, for methods that train them?
-    init_f=None, # New initial values for sparse layers, such as `sparse_kaiming_normal_`
+    init_f=None, # New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`, as `sparse_kaiming_normal_` does
     depthwise:bool=False, # Make depthwise convolutions sparse too? They have few weights, and papers leave them dense and do not count them
 )->Hooks: # The hooks; `remove()` ends the enforcement, the masks stay
     "Give sparseable layers masks, in place. Layers of sparsity 0 get none. Errors (`ValueError`) leave the model as it was"
     if isinstance(model, Learner): model = model.model
     check_fraction(model_sparsity, 'model_sparsity')
+    _check_functions(sparse_f=sparse_f, score_f=score_f, pattern_f=pattern_f, init_f=init_f)
+    for n,v in dict(sparsities=sparsities, masks=masks).items():
+        if not isinstance(v, (dict, type(None))): raise TypeError(f"{n} must be a dict, from layers (as `select_weights` takes them) to {'their sparsities' if n=='sparsities' else 'masks'}, not {v!r}")
     if initial_sparsity is not None and check_fraction(initial_sparsity, 'initial_sparsity')>model_sparsity:
         raise ValueError(f"initial_sparsity must be at most model_sparsity, {model_sparsity}, not {initial_sparsity}")
     owners,names = _owners(model, exclude, additional_types, depthwise)
@@ -208,7 +224,10 @@ def sparsify_model(
         starts = {p: min(initial_sparsity if p in fixed else s, targets[p]) for p,s in zip(owners, rest)}
     sparse = {p: w for p,w in owners.items() if targets[p] or p in own}
     made = _make_masks(sparse, starts, targets, own, names, score_f, pattern_f)
-    for p,w in sparse.items(): _set_mask(w, made[p], targets[p], keep_dense, init_f)
+    new = {p: _new_values(w, made[p], init_f) if init_f else None for p,w in sparse.items()}
+    for p,w in sparse.items(): _set_mask(w, made[p], targets[p], keep_dense, new[p])
+    if (empty := [n for w,n in names.items() if w.p in sparse and w.p not in fixed and not made[w.p].any()]) and model_sparsity<1:
+        warnings.warn(f"{empty[0]!r}{f' and {len(empty)-1} more have' if len(empty)>1 else ' has'} no weight left: nothing can pass it. Use ERK (`sparse_f=erdos_renyi_sparsity`), or exclude the layer", stacklevel=2)
     return enforce_masks(model) if enforce_mask else Hooks([], noop)
 
 # %% ../nbs/04_sparsify.ipynb #5149c432

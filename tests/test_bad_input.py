@@ -11,7 +11,7 @@ from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.distributions import *
 from sparsefast.masks import *
 from sparsefast.methods import DSTMethod
-from sparsefast.patterns import drop_grow
+from sparsefast.patterns import block_pattern, drop_grow, nm_pattern
 from sparsefast.scores import *
 from sparsefast.sparsify import *
 
@@ -26,6 +26,39 @@ def refused(f, *args, error=ValueError, match, model=None, opt=None):
     if model is not None: assert hooks==n_hooks() and not changed(before, snapshot(model, opt)) and torch.equal(rng, torch.get_rng_state())
 
 def named(v): return re.escape(repr(v))
+
+# ------------------------------------------------------------ functions that are none, or others
+@pytest.mark.parametrize('kwargs,match', [(dict(sparse_f='erk'), "sparse_f must be a function, such as `erdos_renyi_sparsity`, not 'erk'"), (dict(score_f='magnitude'), 'score_f must be a function'),
+    (dict(pattern_f='2:4'), "pattern_f must be a function, such as `nm_pattern`, not '2:4'"), (dict(init_f='sparse'), 'init_f must be a function, such as `sparse_kaiming_normal_`'),
+    (dict(init_f=nn.init.kaiming_normal_), r'init_f is called as .*transposed=.*kaiming_normal_ is not made for that'), (dict(sparsities=[.5]), r'sparsities must be a dict.*not \[0.5\]'), (dict(masks=[1]), 'masks must be a dict')])
+def test_what_sparsify_model_is_given(kwargs, match):
+    model = mlp(8, 16, 4)
+    refused(lambda: sparsify_model(model, .5, **kwargs), error=TypeError, match=match, model=model)
+    sparsify_model(model, .5)                                                                # nothing is left behind
+
+def test_an_initialisation_that_fails_leaves_the_model():
+    model = mlp(8, 16, 4)
+    before = snapshot(model)
+    def odd(p, mask, transposed):
+        if len(p)==4: raise RuntimeError('no')
+        p.zero_()
+    with pytest.raises(RuntimeError, match='no'): sparsify_model(model, .5, init_f=odd)
+    assert not changed(before, snapshot(model)) and not any('mask' in n for n,_ in model.named_buffers())
+
+@pytest.mark.parametrize('pattern_f,match', [(partial(nm_pattern, n=5, m=4), 'whole numbers with 1 <= n <= m.*5:4'), (partial(nm_pattern, n=0, m=4), '0:4'), (partial(nm_pattern, n=0, m=0), '0:0'),
+    (partial(block_pattern, size=(0, 4)), r'two whole numbers.*\(0, 4\)'), (partial(block_pattern, size=4), 'not 4')])
+def test_sizes_of_patterns(pattern_f, match):
+    model = mlp(8, 16, 4)
+    refused(lambda: sparsify_model(model, .5, pattern_f=pattern_f), match=match, model=model)
+
+def test_layers_that_come_out_empty_are_named():
+    "Also where the distribution says that all should go; not where the user does"
+    model = mlp(8, 16, 16, 4)
+    model[0].weight.data.mul_(1e-6)
+    with pytest.warns(UserWarning, match="'0' has no weight left.*erdos_renyi_sparsity"): sparsify_model(model, .7, sparse_f=global_sparsity(weight_magnitude), score_f=weight_magnitude)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sparsify_model(mlp(8, 16, 16, 4), .7, sparsities={'0': 1.})
 
 # ------------------------------------------------------------ masks and distributions
 @pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)

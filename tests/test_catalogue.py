@@ -1,5 +1,5 @@
 "Every preset: the budget it promises, what it does to weights and optimizer, and the same as a plain-Python reference"
-import copy, math, warnings
+import copy, inspect, math, warnings
 from functools import partial
 import pytest, torch
 from hypothesis import given, strategies as st
@@ -49,6 +49,44 @@ def trained(model, m, total=40, every_step=noop, opt=None):
     plain_loop(model, opt, m, total, every_step)
     return opt
 
+# ------------------------------------------------------------ what each is made of
+def test_presets_are_what_their_papers_say():
+    "Every value that differs from RigL's, written down a second time: `spec.md` 1 and 2, and its sources"
+    e,cubic = dict(keep_score_f=weight_magnitude), inverse_power_anneal
+    later = dict(stop_pct=1., replaces_step=False)
+    top = dict(e, grow_score_f=weight_magnitude, initial_drop_grow_pct=1., drop_sched_f=constant_anneal, batches_per_update=1, explore_pct=.1, penalty_f=exploration_penalty, **later)
+    granet = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1000, sparsity_sched_f=cubic, sparsity_span=(0., .3), prune_share_f=global_share, **later)
+    itop = dict(e, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, **later)
+    rigl = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=100, stop_pct=.75, replaces_step=True)
+    want = dict(
+        Static       = dict(initial_drop_grow_pct=0., batches_per_update=1, stop_pct=0.),
+        SET          = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.3, **later),
+        SET_original = dict(keep_score_f=per_sign_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, drop_sched_f=constant_anneal, grow_value_f=random_value, **later),
+        SNFS         = dict(e, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, redistribute_f=importance_redistribution, **later),
+        RigL         = rigl,
+        SET_ITOP     = dict(itop, grow_score_f=random_score, batches_per_update=1500),
+        RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=4000),
+        DSR          = dict(e, grow_score_f=random_elsewhere, initial_drop_grow_pct=.14, drop_sched_f=constant_anneal, batches_per_update=100, stop_pct=.95, replaces_step=False,
+                            drop_share_f=threshold_share, redistribute_f=survivor_redistribution),
+        MEST         = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.2, drop_sched_f=step_anneal, **later),
+        MEST_soft    = dict(e, grow_score_f=random_score, initial_drop_grow_pct=1/6, drop_sched_f=step_anneal, sparsity_sched_f=step_anneal, initial_sparsity=denser, **later),
+        TopKAST      = top,
+        GMP          = dict(e, initial_drop_grow_pct=0., batches_per_update=100, sparsity_sched_f=cubic, sparsity_span=(10/32, 25/32), **later),
+        GraNet       = granet,
+        GraNet_half  = dict(granet, initial_sparsity=.5),
+        ACDC         = dict(e, initial_drop_grow_pct=0., batches_per_update=.01, sparsity_sched_f=alternate, prune_share_f=global_share, **later),
+        SRigL        = dict(rigl, pattern_f=fan_in_pattern),
+        SR_STE       = dict(top, explore_pct=1., penalty_f=sr_ste_penalty, pattern_f=nm_pattern),
+        RigL_avg     = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, batches_per_update=1/12, redistribute_f=importance_redistribution, grad_steps=None, **later))
+    assert want.keys()==CATALOGUE.keys()
+    for name,values in want.items(): assert DSTMethod(**values)==DSTMethod(**CATALOGUE[name]), name
+
+def test_defaults_of_what_presets_name():
+    "Numbers that are defaults of functions: phases of AC/DC's code, MEST's steps and bound, SR-STE's scale, 2:4, SRigL's threshold"
+    default = lambda f, k: inspect.signature(f).parameters[k].default
+    assert default(alternate, 'at')==(*(i/100 for i in range(10, 80, 5)), .85) and default(step_anneal, 'at')==(90/160, 120/160) and default(denser, 'by')==1.2
+    assert default(sr_ste_penalty, 'scale')==2e-4 and (default(nm_pattern, 'n'), default(nm_pattern, 'm'))==(2, 4) and default(fan_in_pattern, 'ablate')==.3 and default(inverse_power_anneal, 'power')==3
+
 # ------------------------------------------------------------ all of them
 @pytest.mark.parametrize('make', [net, convnet])
 @pytest.mark.parametrize('name', list(CATALOGUE))
@@ -85,18 +123,21 @@ def test_each_layer_keeps_its_number(name):
     start = nnz(model)
     trained(model, m, every_step=lambda step: [pytest.fail(f'step {step}') for _ in [0] if nnz(model)!=start])
 
+@pytest.mark.parametrize('redistribute_f', [CATALOGUE['RigL_avg']['redistribute_f'], None])
 @pytest.mark.parametrize('keep_score_f,stay', [(magnitude_no_empty_rows, True), (weight_magnitude, False)])
-def test_no_row_with_weights_loses_them_all(keep_score_f, stay):
-    "Even weak rows; drop by magnitude alone empties them"
-    m,model = preset('RigL_avg', keep_score_f=keep_score_f, redistribute_f=None), net()
+def test_no_row_with_weights_loses_them_all(keep_score_f, stay, redistribute_f):
+    "Even weak rows, as long as a layer keeps a weight for each; drop by magnitude alone empties them"
+    m,model = preset('RigL_avg', keep_score_f=keep_score_f, redistribute_f=redistribute_f), net()
     started(model, m, .6)                                                                    # so that half of the weights are still enough for all rows
     for mod in model.modules():
         if hasattr(mod, 'weight'): mod.weight.data[::2] *= 1e-3
     has = lambda: [k.any(1) for k in masks(model)]
     before,held = has(),[]
+    left = [sum(map(int, k.sum(1))) for k in masks(model)]
     def look(step):
-        held.append(all((now|~was).all() for was,now in zip(before, has())))
-        before[:] = has()
+        enough = [n-int(m.drop_pct((step-1)/40)*n)>=int(was.sum()) for n,was in zip(left, before)]     # weights that stay, and rows that want one
+        held.append(all((now|~was).all() for was,now,e in zip(before, has(), enough) if e))
+        before[:],left[:] = has(),nnz(model)
     trained(model, m, every_step=look, opt=momentum_sgd(model, lr=1e-4))
     assert all(held)==stay
 
@@ -120,7 +161,25 @@ def test_another_seed_grows_elsewhere(name):
         runs.append(masks(model))
     assert not same_masks(*runs)
 
-@pytest.mark.parametrize('sparsity', [.05, .9, .995])
+@pytest.mark.parametrize('name', list(CATALOGUE))
+def test_sparsity_zero_is_said_to_be_dense(name):
+    "Nothing gets a mask, and the error says so"
+    m = preset(name)
+    model = started(net(), m, 0.)
+    assert not list(sparse_params(model))
+    with pytest.raises(ValueError, match='sparsity above 0 .at 0 no layer gets a mask'): trained(model, m)
+
+@pytest.mark.parametrize('sparsity', [.5, .95, .99])
+def test_srigl_at_extremes(sparsity):
+    "Refused where a row would be left without a weight, else within a row's fan-in of the budget"
+    m = preset('SRigL')
+    if sparsity>.9:
+        with pytest.raises(ValueError, match='fewer than one for each'): started(net(), m, sparsity)
+        return
+    trained(model := started(net(), m, sparsity), m)
+    assert all(0<=n_active(k.numel(), sparsity)-int(k.sum())<len(k) for k in masks(model))
+
+@pytest.mark.parametrize('sparsity', [.05, .9, .995, .999])
 @pytest.mark.parametrize('name', [k for k in DYNAMIC if k not in ('SRigL', 'SR_STE')])
 def test_extreme_sparsity(name, sparsity):
     m = preset(name)
@@ -152,19 +211,38 @@ def test_adam(name):
         trains = l.mask if l.recall('trains') is None else l.recall('trains')
         assert all((t[~trains]==0).all() for t in opt_tensors(opt, l.p).values())
 
-@given(st.sampled_from(DYNAMIC), st.lists(st.integers(1, 6).map(lambda i: 4*i), min_size=1, max_size=3), st.sampled_from([.5, .25, .75]), st.integers(3, 9), st.integers(0, 9))
-def test_generated_models(name, sizes, sparsity, every, seed):
-    "Whatever the model: the model's budget at the end, zeros, and patterns"
+def generated(seed, sizes, convs):
+    "A network of blocks: convolutions with norms and a shortcut here and there, then linear layers"
+    torch.manual_seed(seed)
+    if not convs: return mlp(8, *sizes, 4)
+    layers,n = [nn.Unflatten(1, (8,1,1)), nn.Upsample(size=3)], 8
+    for i,c in enumerate(sizes):
+        layers += [nn.Conv2d(n, c, (3,1)[i%2], padding=(1,0)[i%2], bias=bool(i%2)), nn.BatchNorm2d(c), nn.ReLU()]
+        n = c
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 4))
+
+def budget(m, model, step, total):
+    "(fewest, most) active weights that an update should leave, in all"
+    layers,pos = sparse_layers(model),m.sparsity_pos(step, (step-1)/total)
+    N,targets = [l.p.numel() for l in layers], [l.target for l in layers]
+    if m.prune_share_f: return [n_active(sum(N), m.sparsity_at(sum(n*s for n,s in zip(N, targets))/sum(N), pos))]*2
+    most = sum(n_active(n, m.sparsity_at(s, pos)) for n,s in zip(N, targets))
+    return most-(sum(len(l.p)-1 for l in layers) if m.pattern_f is fan_in_pattern else 0), most
+
+@given(st.sampled_from(DYNAMIC), st.lists(st.integers(1, 6).map(lambda i: 4*i), min_size=1, max_size=3), st.booleans(), st.sampled_from([.5, .25, .75]), st.integers(3, 9), st.integers(0, 9))
+def test_generated_models(name, sizes, convs, sparsity, every, seed):
+    "Whatever the model: at every update the model's budget, zeros, and patterns"
     if name=='SR_STE': sparsity = .5
-    m,model = preset(name, every), net(seed, (8, *sizes, 4))
-    if name=='SRigL' and any(n_active(l.weight.numel(), sparsity)<len(l.weight) for l in model if isinstance(l, nn.Linear)): return
+    m,model,total = preset(name, every), generated(seed, sizes, convs), 30
+    if name=='SRigL' and any(n_active(l.weight.numel(), sparsity)<len(l.weight) for l in model if isinstance(l, (nn.Linear, nn.Conv2d))): return
     started(model, m, sparsity)
-    trained(model, m, 30)
-    assert masked_are_zero(model)
-    got,want = sum(nnz(model)),sum(n_active(p.numel(), sparsity) for p,*_ in sparse_params(model))
-    if name=='SRigL': assert got<=want and all(follows(mask, fan_in_pattern) for mask in masks(model))
-    elif m.prune_share_f: assert got==n_active(n_params(model), sparsity)
-    else: assert got==want
+    def look(step):
+        if not m.due(step, (step-1)/total): return
+        low,high = budget(m, model, step, total)
+        assert low<=sum(nnz(model))<=high and masked_are_zero(model), step
+        if m.pattern_f is not drop_grow: assert all(follows(mask, m.pattern_f) for mask in masks(model))
+    trained(model, m, total, look)
+    assert masked_are_zero(model) and (m.due(1, 0.) or every<total)
 
 # ------------------------------------------------------------ sparsity over time
 def at_update(name, model, m, total=60):
@@ -213,6 +291,23 @@ def test_acdc_phases():
         assert sum(n)==(N if dense and step!=39 else n_active(N, s)), step
     assert sum(nnz(model))==n_active(N, s)
 
+@pytest.mark.parametrize('epochs', [4, 10, 100])
+def test_acdc_phases_through_the_callback(epochs):
+    "As shipped: dense and sparse phases by turns in trainings of any length, each within a hundredth of training of its place"
+    from fastai.basics import Callback
+    from sparsefast.callback import DynamicSparseTrainingCallback
+    learn,seen = learner(net(sizes=(8,24,3)), n_iter=max(2, 200//epochs)), []
+    learn.sparsify(.8, ACDC_presets)
+    class Look(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training: seen.append(all(bool(mask.all()) for *_,mask in masked_params(learn.model)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=[DynamicSparseTrainingCallback(**ACDC_presets), Look()])
+    total = len(seen)
+    changes = [i/total for i in range(1, total) if seen[i]!=seen[i-1]]
+    want = [*(i/100 for i in range(10, 80, 5)), .85]
+    assert seen[0] and not seen[-1] and len(changes)==len(want) and all(abs(a-b)<=.015 for a,b in zip(changes, want))
+
 def test_acdc_restores_from_zero():
     m = preset('ACDC', every=1, sparsity_sched_f=partial(alternate, at=(.25,.5,.75)))
     model = started(net(), m, .8)
@@ -257,7 +352,36 @@ def test_training_too_short_for_an_update_warns():
     m = preset('GMP', every=50)
     model = started(net(), m)
     with pytest.warns(UserWarning, match='no update has brought'): trained(model, m, 20)
-    with pytest.warns(UserWarning, match='no update falls into 20'): m.check(model, momentum_sgd(model), 20)
+    with pytest.warns(UserWarning, match='no update falls into 20.*so sparsity will stay'): m.check(model, momentum_sgd(model), 20)
+
+def test_an_interval_longer_than_training_warns():
+    "Methods of fixed density, too; static masks have no updates to miss"
+    model = started(net(), m := preset('RigL_ITOP', every=4000))
+    with pytest.warns(UserWarning, match='no update falls into 60 .*=4000, so the masks will stay'): m.check(model, momentum_sgd(model), 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        preset('Static').check(model, momentum_sgd(model), 60)
+        preset('RigL', every=30).check(model, momentum_sgd(model), 60)
+
+@pytest.mark.parametrize('name,change,match', [
+    ('RigL', dict(penalty_f=sr_ste_penalty), 'penalty_f.*explore_pct above 0'), ('TopKAST', dict(grow_value_f=random_value), 'grow_value_f.*leave one of the two out'),
+    ('RigL', dict(prune_share_f=global_share), 'prune_share_f.*sparsity_sched_f'), ('RigL', dict(initial_sparsity=.2), 'initial_sparsity.*sparsity_sched_f')])
+def test_settings_that_would_do_nothing_are_refused(name, change, match):
+    with pytest.raises(ValueError, match=match): preset(name, **change)
+
+@pytest.mark.parametrize('bad', [1.5, -.2, float('nan')])
+def test_a_share_that_is_none_names_its_schedule(bad):
+    def odd(start, end, pos): return bad
+    model = started(net(), m := preset('RigL', drop_sched_f=odd))
+    before = masks(model)
+    with pytest.raises(ValueError, match='drop_sched_f, odd, gives at'): trained(model, m)
+    assert same_masks(before, masks(model))
+
+def test_a_layer_that_loses_all_its_weights_is_told():
+    m,model = preset('GraNet', every=5), net()
+    started(model, m, .9)
+    model[2].weight.data.mul_(1e-6)
+    with pytest.warns(UserWarning, match='leaves no weight in `weight` of Linear.in_features=24, out_features=20'): trained(model, m, opt=momentum_sgd(model, lr=0.))
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_schedules_stay_between_their_ends(a, b, pos):

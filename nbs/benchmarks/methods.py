@@ -7,7 +7,7 @@ Each run is one thread, plain PyTorch and `DSTMethod.step`. Runs are independent
 `--only REGEX` picks those whose name, as printed, matches. Accuracy is that of the last epoch on the 10,000 test images, in [0,1]. `nnz` counts the weights of linear layers and
 convolutions that are not zero; `flops` is the cost of the training as a share of the dense one's, multiply-adds of these layers only: 1 for the forward pass and
 2 for the backward pass by the active weights of each step, and the whole gradient where a method looks at it. Budgets: `epochs` gives every run the same number of epochs; `flops` gives methods that are
-denser on their way as many as cost what a static mask costs (at least one). The whole takes some six core-hours."""
+denser on their way, or look at all gradients at each step, as many as cost what a static mask costs (at least one). `masks` says how the masks were made. The whole takes some seven core-hours."""
 import argparse, json, math, platform, re, time
 from collections import defaultdict
 from functools import partial
@@ -93,11 +93,19 @@ methods = {
     'GMP':            (GMP_presets, None, None),
     'GraNet':         (GraNet_presets, 1000/62_400, None),               # of its 160 epochs of CIFAR
     'GraNet, half':   (GraNet_half_presets, 1000/62_400, None),
-    'AC/DC':          (ACDC_presets, 0.01, None),                        # so that each phase begins where it should
+    'AC/DC':          (ACDC_presets, 0.01, None),                        # the preset's own
 }
 def without(**changes): return {**RigL_avg_presets, **changes}
 
 def use(**kw): return lambda *args: kw
+
+def tiny_dense(params, sparsity):
+    "ERK, but layers with less than a hundredth of the weights stay dense"
+    n = [p.numel() for p in params]
+    small = [k<sum(n)/100 for k in n]
+    rest = [p for p,t in zip(params, small) if not t]
+    some = iter(erdos_renyi_sparsity(rest, sparsity*sum(n)/sum(p.numel() for p in rest)))
+    return [0. if t else next(some) for t in small]
 
 ablation = {                                                             # 'RigL, averaged', with one of its ingredients changed: a method as above, and changes of the recipe
     'one gradient':         (without(grad_steps=1), 1/12, None),
@@ -109,14 +117,15 @@ ablation = {                                                             # 'RigL
     'sparse-aware init':    (RigL_avg_presets, 1/12, use(init_f=sparse_kaiming_normal_)),
     'rows may empty':       (without(keep_score_f=weight_magnitude), 1/12, None),
     'uniform':              (RigL_avg_presets, 1/12, use(sparse_f=uniform_sparsity)),
+    'tiny layers dense':    (RigL_avg_presets, 1/12, use(sparse_f=tiny_dense)),
     'no warm-up':           (RigL_avg_presets, 1/12, None, dict(warmup_epochs=0)),
     'half the rate':        (RigL_avg_presets, 1/12, None, dict(lr=0.05)),
     'norms re-estimated':   (RigL_avg_presets, 1/12, None, dict(update_bn=True)),
 }
-def changes(net, m): return m in ('no redistribution', 'rows may empty') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
+def changes(net, m): return m in ('no redistribution', 'rows may empty', 'tiny layers dense') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
 
-denser   = ('MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
-leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'GMP', 'GraNet')   # those the residual network sees, at 95 and 98 %
+denser   = ('SNFS', 'RigL, averaged', 'MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
+leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'Top-KAST', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')   # those the residual network sees, at 95 and 98 %: three that all compare with, and those that lead on the others
 
 # ------------------------------------------------------------ what a step costs
 def positions(model, x):
@@ -153,14 +162,20 @@ def lr_at(step, total, warm, lr):
     return lr*(step/warm if step<=warm else (1+math.cos(math.pi*(step-warm)/(total-warm)))/2)
 
 def started(model, method, sparsity, total, seed, dsets):
-    "The method of a run, its masks made"
+    "The method of a run, its masks made; and how they were made"
     (x,y),_ = dsets
     preset,share,masks = (methods|ablation)[method][:3]
     every = round(share*total) if share else preset['batches_per_update'] or len(x)//recipe['bs']              # as the callback fills it in
     dst = DSTMethod(**{**preset, 'batches_per_update': max(1, every), 'seed': seed})
     kw = masks(model, x, y, sparsity) if masks else {}
-    sparsify_model(model, sparsity, **{'sparse_f': erdos_renyi_sparsity, **dst.start(sparsity), **kw})
-    return dst
+    kw = {'sparse_f': erdos_renyi_sparsity, **dst.start(sparsity), **kw}
+    sparsify_model(model, sparsity, **kw)
+    return dst, {k: named(v) for k,v in kw.items()}
+
+def named(v):
+    "A function's name, with those of the functions it was made of; or a value"
+    if isinstance(v, partial): return f"{named(v.func)}({', '.join(f'{k}={named(x)}' for k,x in v.keywords.items() if callable(x))})"
+    return v.__name__ if callable(v) else v
 
 def width(net, sparsity):
     "The width at which a dense network has as many weights as the sparse one"
@@ -177,7 +192,7 @@ def train(net, method, sparsity, seed, dsets, n_epochs=None, look=noop, **change
     model = nets[net](width(net, sparsity) if method=='small dense' else 1.).to(memory_format=torch.channels_last)
     bs,n_iter = opts['bs'], len(x)//opts['bs']
     total,step = round(n_iter*n_epochs), 0
-    dst = started(model, method, sparsity, total, seed, dsets) if method in methods|ablation else None
+    dst,masks = started(model, method, sparsity, total, seed, dsets) if method in methods|ablation else (None, None)
     opt = torch.optim.SGD(model.parameters(), lr=0., momentum=opts['momentum'], weight_decay=opts['weight_decay'])
     meter,batches = Meter(model, x, dst), torch.Generator().manual_seed(seed)
     while step<total:
@@ -197,7 +212,7 @@ def train(net, method, sparsity, seed, dsets, n_epochs=None, look=noop, **change
     layers = sparseable_modules(model)
     return dict(net=net, method=method, sparsity=sparsity, seed=seed, epochs=round(n_epochs, 2), accuracy=round(acc, 4), weights=sum(m.weight.numel() for m in layers),
                 nnz=sum(int(m.weight.count_nonzero()) for m in layers), active=sum(int(mask.sum()) for _,mask,_ in sparse_params(model)), empty_rows=sum(int((m.weight.flatten(1)==0).all(1).sum()) for m in layers),
-                flops=round(meter.share(total), 4), seconds=round(time.perf_counter()-start, 1), settings=repr(dst), **opts, **hardware())
+                flops=round(meter.share(total), 4), seconds=round(time.perf_counter()-start, 1), settings=repr(dst), masks=masks, **opts, **hardware())
 
 def hardware():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
@@ -221,10 +236,10 @@ def plan():
             if net!='resnet' or m in leading: yield net, m, s, seed, 'flops'
 
 def epochs_for(net, method, sparsity, budget, runs):
-    "So many that the run costs what a static mask costs over the full number of epochs"
+    "So many, at least one, that the run costs what a static mask costs over the full number of epochs; `None` while the runs that show what it costs are missing"
     if budget=='epochs': return epochs[net]
-    cost = lambda m: next(r['flops'] for k,r in runs.items() if k[:3]==(net, m, sparsity) and k[4]=='epochs')
-    return max(1., epochs[net]*cost('static')/cost(method))
+    cost = lambda m: next((r['flops'] for k,r in runs.items() if k[:3]==(net, m, sparsity) and k[4]=='epochs'), None)
+    if None not in (a := cost('static'), b := cost(method)): return max(1., epochs[net]*a/b)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,6 +254,9 @@ def main():
         for r in [r for r in plan() if re.search(args.only, ' '.join(map(str, r)))][i::n]:
             if r in (seen := done()): continue
             net,method,s,seed,budget = r
+            if epochs_for(net, method, s, budget, seen) is None:
+                print(*r, 'waits for the runs at equal epochs: start again when they are there', flush=True)
+                continue
             rec = {**train(net, method, s, seed, dsets, epochs_for(net, method, s, budget, seen)), 'budget': budget}
             with out.open('a') as f: f.write(json.dumps(rec)+'\n')
             print(*r, rec['accuracy'], f"{rec['seconds']:.0f} s", flush=True)
@@ -260,14 +278,22 @@ def level(net, s):
     least = max(map(mean, runs.values()), default=0) - 2*sd*(2/len(seeds))**.5
     return {m for m,a in runs.items() if mean(a)>=least}
 
+def spent(net, m, s, budget='epochs'): return [r['flops']*r['epochs']/epochs[net] for k,r in done().items() if k[:3]==(net, m, s) and k[4]==budget]
+
+def more(net, m, s, budget):
+    "How many times what static masks cost, where equal cost would have been less than an epoch"
+    if budget!='flops' or not (cost := spent(net, m, s, budget)): return ''
+    ratio = mean(cost)/mean(spent(net, 'static', s))
+    return f' (×{ratio:.1f})' if ratio>1.15 else ''
+
 def table(net, only=methods, costs=True):
     "Accuracy in percent, mean and standard deviation over seeds, as Markdown; bold are the methods that cannot be told apart from the best"
     cols = [s for s in sparsities if any(accuracies(net, m, s) for m in only)]                   # those that have been run
     best,rows = {s: level(net, s) for s in cols}, []
     rows += ['| method | ' + ' | '.join(f'{s:.0%}' for s in cols) + (' | cost at 95 % |' if costs else ' |'), '|---|' + '---:|'*(len(cols)+costs)]
     for m,budget in [*product(('small dense', *only), ['epochs']), *product([m for m in denser if m in only], ['flops'] if costs else [])]:
-        cells = [f'**{c}**' if m in best[s] and budget=='epochs' else c for s in cols for c in [show(accuracies(net, m, s, budget))]]
-        cost = [r['flops']*r['epochs']/epochs[net] for k,r in done().items() if k[:3]==(net, m, .95) and k[4]==budget and m!='small dense']
+        cells = [f'**{c}**' if m in best[s] and budget=='epochs' else c+more(net, m, s, budget) for s in cols for c in [show(accuracies(net, m, s, budget))]]
+        cost = spent(net, m, .95, budget) if m!='small dense' else []
         if any(cells): rows.append(f"| {m}{', equal cost' if budget=='flops' else ''} | " + ' | '.join(cells + ([f'{mean(cost):.2f}' if cost else ''] if costs else [])) + ' |')
     return '\n'.join(rows)
 
