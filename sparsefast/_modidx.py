@@ -481,7 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparsefast.methods._unknown': ('methods.html#_unknown', 'sparsefast/methods.py'),
                                     'sparsefast.methods._update': ('methods.html#_update', 'sparsefast/methods.py'),
                                     'sparsefast.methods._whole': ('methods.html#_whole', 'sparsefast/methods.py'),
-                                    'sparsefast.methods.check_stored': ('methods.html#check_stored', 'sparsefast/methods.py'),
+                                    'sparsefast.methods.check_storage': ('methods.html#check_storage', 'sparsefast/methods.py'),
                                     'sparsefast.methods.check_targets': ('methods.html#check_targets', 'sparsefast/methods.py'),
                                     'sparsefast.methods.keeps_zeros': ('methods.html#keeps_zeros', 'sparsefast/methods.py')},
             'sparsefast.models': { 'sparsefast.models.convnet': ('models.html#convnet', 'sparsefast/models.py'),

@@ -26,7 +26,7 @@ from .analysis import html_table, live_units
 from .callback import DynamicSparseTrainingCallback
 from .layers import index_misfit
 from .masks import check_fraction, enforced_by, is_sparseable_module, maybe_float, n_active
-from .methods import DSTMethod, check_stored, check_targets
+from .methods import DSTMethod, check_storage, check_targets
 from .patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from .rewire import Layer, is_stored, needs, pattern_of
 from .select import is_transposed
@@ -165,7 +165,7 @@ def check_stored(
     for n,m in stored.items():
         if why := _broken(m): yield Finding('fault', 'index', n, f'this is no index of its values: {why}', 'was it, or `values`, replaced or written to? Load a good state by `load_state_dict`')
     layers = [Layer(i, m, 'weight', m.values, None) for i,m in enumerate(stored.values())]
-    if case.method and (no := _refused(check_stored, case.method, layers, case.opt)): yield Finding('fault', 'storage', next(iter(stored)), *no)
+    if case.method and (no := _refused(check_storage, case.method, layers, case.opt)): yield Finding('fault', 'storage', next(iter(stored)), *no)
 
 # %% ../nbs/08c_doctor.ipynb #4641e004
 def _target(l): return maybe_float(l.module._buffers.get(f'{l.name}_sparsity'))
