@@ -89,7 +89,7 @@ few = 16                                                           # columns up 
 _widths = {320: 256, 1536: 128, 6144: 64}                          # rows of the dense matrix -> columns at a time that the cache has room for
 _window_widths = {6144: 256}                                       # the same for the windows of an image; measured: nbs/benchmarks/layers.py widths
 _whole,_register = 1<<20, 16                                       # numbers up to which a matrix is not cut up; columns that make a full step
-_whole_turned,_widest_turned = 1<<18, 256                          # numbers and columns up to which one that lies transposed is not; measured: nbs/benchmarks/layers.py turned
+_whole_turned,_widest_turned = 1<<17, 256                          # numbers and columns up to which one that lies transposed is not; measured: nbs/benchmarks/layers.py turned
 
 def width(
     n_row:int, # Rows of the dense matrix

@@ -4,10 +4,10 @@
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
-columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` (what of a sparse layer is its product), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
 `_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, importlib, itertools, json, math, platform, statistics, sys, time, warnings
+import argparse, copy, importlib, itertools, json, math, platform, random, statistics, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -34,8 +34,9 @@ def interleaved(fs, rounds, least=.004):
         start = time.perf_counter()
         f()
         reps[n] = max(1, int(least/(time.perf_counter()-start)))
+    rng = random.Random(0)
     for _ in range(rounds):
-        for n,f in fs.items():
+        for n,f in rng.sample(list(fs.items()), len(fs)):
             start = time.perf_counter()
             for _ in range(reps[n]): f()
             times[n].append((time.perf_counter()-start)/reps[n]*1e6)
@@ -266,7 +267,7 @@ def widths(threads, rounds=7, **kw):
         by(None)()
 
 @torch.no_grad()
-def turned(threads, rounds=7, **kw):
+def turned(threads, rounds=15, **kw):
     "Linear layers on batches that lie in rows: turned as a whole, or by pieces"
     from sparsefast import sparse_ops as S
     chosen = S._whole_turned,S._widest_turned
@@ -282,6 +283,17 @@ def turned(threads, rounds=7, **kw):
             x = torch.randn(1, n, i)
             write('turned', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'pieces': by((0, 0), x), 'whole': by((math.inf, math.inf), x), 'chosen': by(chosen, x)}, rounds))
     S._whole_turned,S._widest_turned = chosen
+
+@torch.no_grad()
+def parts(threads, rounds=25, **kw):
+    "The linear layers of a vision transformer of width 384, for one image of 197 tokens: what the sparse product itself takes, of inputs that lie as it wants them"
+    for o,i in ((1152,384), (384,384), (1536,384), (384,1536)):
+        for s in (.9, .95):
+            sparsify_model(m := nn.Linear(i, o), s)
+            layer,x,columns = SparseLinear.from_masked(m),torch.randn(1, 197, i), torch.randn(i, 208)
+            crow,col,v = layer.crow,layer.col,layer.values.detach()
+            write('parts', threads, shape=[o, i], sparsity=s, columns=197, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x),
+                                                                                          'product': lambda: torch.embedding_bag(columns, col, crow, False, 0, False, v, True)[0]}, rounds))
 
 # ------------------------------------------------------------ tables
 def table():
@@ -300,7 +312,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned', 'parts'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')
