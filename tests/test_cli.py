@@ -134,7 +134,7 @@ def test_dense_has_no_twin_and_no_table(command, load):
 
 @pytest.mark.parametrize('dist, expect', dict(uniform=[0.8]*4, first_dense=[0, 0.8, 0.8, 0.8], erk=None).items())
 def test_dists(command, dist, expect):
-    code,out,err = command(f'--epochs 1 --bs 256 --sparsity 0.8 --dist {dist}')
+    code,out,err = command(f'--epochs 3 --bs 256 --sparsity 0.8 --dist {dist}')
     rows = list(table(out).values())
     assert (code,err)==(0, '')
     if expect: assert [round(r[4], 4) for r in rows[:-1]]==expect
@@ -164,10 +164,12 @@ def test_update_every():
     assert cli.update_every(cli.RigL_presets, 10**6)==100 and cli.update_every(cli.SET_presets, 330) is None
 
 # ------------------------------------------------------------ images in folders
+TOO_SHORT = 'warning: no update falls into 1 optimizer steps at batches_per_update=10, so the masks will stay what they are: use a shorter interval\n'
+
 def test_folder_with_a_seeded_split(command, load, here):
     folder(here.parent/'pets')
     code,out,err = command(f'--data {here.parent}/pets --epochs 1 --size 16 --every 10')
-    assert (code,err)==(0, '') and '16 images to train on and 4 to validate on, 16x16, 2 classes' in out
+    assert (code,err)==(0, TOO_SHORT) and '16 images to train on and 4 to validate on, 16x16, 2 classes' in out
     learn = load('sparsefast_pets.pkl')
     assert list(learn.dls.vocab)==['cat', 'dog'] and learn.predict(here.parent/'pets'/'cat'/'0.png')[0] in ('cat', 'dog')
 
@@ -186,7 +188,7 @@ def test_split_depends_on_the_seed(here):
 def test_resnet18_on_a_folder(command, load, here):
     folder(here/'pets', n=6)
     code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
-    assert (code,err)==(0, '') and len(table(out))==22 and table(out)['total'][3]==0.9
+    assert (code,err)==(0, TOO_SHORT) and len(table(out))==22 and table(out)['total'][3]==0.9
     masked = list(masked_params(load('r.pkl').model))
     assert len(masked)>15 and all((p[~mask]==0).all() for *_,p,mask in masked)
 
