@@ -124,7 +124,7 @@ ablation = {                                                             # 'RigL
 }
 def changes(net, m): return m in ('no redistribution', 'rows may empty', 'tiny layers dense') if net=='resnet' else net=='convnet' or m!='norms re-estimated'     # which of them a network sees
 
-denser   = ('SNFS', 'RigL, averaged', 'MEST, soft', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
+denser   = ('SNFS', 'RigL, averaged', 'MEST, soft', 'Top-KAST', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')
 leading  = ('static', 'SET', 'SNFS', 'RigL', 'RigL, averaged', 'Top-KAST', 'GMP', 'GraNet', 'GraNet, half', 'AC/DC')   # those the residual network sees, at 95 and 98 %: three that all compare with, and those that lead on the others
 
 # ------------------------------------------------------------ what a step costs
