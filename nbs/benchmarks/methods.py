@@ -7,7 +7,7 @@ Each run is one thread, plain PyTorch and `DSTMethod.step`. Runs are independent
 `--only REGEX` picks those whose name, as printed, matches. Accuracy is that of the last epoch on the 10,000 test images, in [0,1]. `nnz` counts the weights of linear layers and
 convolutions that are not zero; `flops` is the cost of the training as a share of the dense one's, multiply-adds of these layers only: 1 for the forward pass and
 2 for the backward pass by the active weights of each step, and the whole gradient where a method looks at it. Budgets: `epochs` gives every run the same number of epochs; `flops` gives methods that are
-denser on their way, or look at all gradients at each step, as many as cost what a static mask costs (at least one). `masks` says how the masks were made. The whole takes some seven core-hours."""
+denser on their way, or look at all gradients at each step, as many as cost what a static mask costs (at least one). `masks` says how the masks were made. The committed runs took 13 core-hours, most of them beside other work."""
 import argparse, json, math, platform, re, time
 from collections import defaultdict
 from functools import partial
