@@ -23,18 +23,20 @@ from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from .masks import adopt_memory, enforced_by, keep_masked, memory_name, places
 from .scores import inner_opt, opt_state
-from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, full, pieces, positions, product, rounded, sampled, transposed, transposed_index, width
+from .sparse_ops import as_csr, check_index, index_at, index_of, is_for_csr, laid, pieces, positions, product, rounded, sampled, transposed, transposed_index, width
 
 # %% ../nbs/10_layers.ipynb #f43d1027
 def _stack(ts, like, *size): return ts[0].unsqueeze(0) if len(ts)==1 else torch.stack(ts) if ts else like.new_zeros(0, *size, 0)
 
 def _forward(layer, values, bias, x):
     "(images, outputs, columns)"
-    m,y = layer._matrix(values),None
-    for i,xi in enumerate(x):
-        ps,n,gaps = layer._pieces(xi)
-        if len(x)==1: return product(*m, ps, n, bias, gaps=gaps).unsqueeze(0)
-        if y is None: y = x.new_empty(len(x), layer._n_out, n)
+    m,many,y = layer._matrix(values),x.shape[0],None
+    if many==1:
+        ps,n,gaps = layer._pieces(x.squeeze(0))
+        return product(*m, ps, n, bias, gaps=gaps).unsqueeze(0)
+    for i in range(many):
+        ps,n,gaps = layer._pieces(x[i])
+        if y is None: y = x.new_empty(many, layer._n_out, n)
         product(*m, ps, n, bias, out=y[i], gaps=gaps)
     return x.new_zeros(0, layer._n_out, 0) if y is None else y
 
@@ -115,7 +117,8 @@ class SparseLayer(nn.Module):
 
     def _matrix(self, values, back=False):
         "The matrix that multiplies inputs, or (`back`) gradients of outputs"
-        return (self.crow, self.col, values) if back==self._swapped else (self.t_crow, self.t_col, values.index_select(0, self.t_perm))
+        index = self._buffers                                          # an attribute of a module takes longer to find than a small product to begin
+        return (index['crow'], index['col'], values) if back==self._swapped else (index['t_crow'], index['t_col'], values.index_select(0, index['t_perm']))
 
     def __getstate__(self): return {**self.__dict__, '_held': [], '_cached': None}
 
@@ -238,7 +241,7 @@ class SparseLinear(SparseLayer):
     def forward(self, x):
         if x.shape[-1]!=self.in_features: raise ValueError(f"{self} takes inputs with {self.in_features} features in the last dimension, not a tensor of shape {tuple(x.shape)}")
         if torch.jit.is_tracing(): return F.linear(x, self.weight.t() if self._swapped else self.weight, self.bias)
-        rows = x.reshape(-1, self.in_features)
+        rows = x if x.dim()==2 else x.reshape(-1, self.in_features)
         wide = self._learns(x) or torch.is_autocast_enabled(x.device.type)
         y = self._run(rows.t().unsqueeze(0))[0].t() if wide else self._infer(rows, x.dim()!=2 and not self.columns)
         return y if x.dim()==2 else y.view(*x.shape[:-1], self.out_features) if self.columns or not wide else y.contiguous().view(*x.shape[:-1], self.out_features)
@@ -249,16 +252,18 @@ class SparseLinear(SparseLayer):
 @patch
 def _csr(self:SparseLinear, values):
     "The layer's matrix as a tensor of `torch.sparse`, made anew when values or index lie somewhere else"
-    key = values.data_ptr(),self.col.data_ptr()
-    if self._cached is None or self._cached[0]!=key: self._cached = key,as_csr(self.crow, self.col, values.detach(), self.in_features)
-    return self._cached[1]
+    key,had = (values.data_ptr(), self._buffers['col'].data_ptr()),self._cached
+    if had is None or had[0]!=key: self._cached = had = key,as_csr(self.crow, self.col, values.detach(), self.in_features)
+    return had[1]
 
 @patch
 def _infer(self:SparseLinear, x, rows):
     "(examples, outputs) without gradients, lying in rows or in columns"
-    values,b,n = self.values,self.bias,len(x)
-    if not is_for_csr(values, n) or self._swapped: y = product(*self._matrix(values), pieces(x.t()), n, b, rows)
-    elif n==1: return (self._csr(values).mv(x[0]) if b is None else torch.addmv(b, self._csr(values), x[0])).unsqueeze(0)
+    values,b,n = self.values,self.bias,x.shape[0]
+    if self._swapped or not is_for_csr(values, n): y = product(*self._matrix(values), pieces(x.t()), n, b, rows)
+    elif n==1:
+        x = x.squeeze(0)
+        return (self._csr(values).mv(x) if b is None else torch.addmv(b, self._csr(values), x)).unsqueeze(0)
     else:
         y = self._csr(values)@transposed(x)
         if b is not None: y.add_(b.unsqueeze(1))
@@ -315,11 +320,11 @@ def _windows(x, kernel, stride, dilation):
     out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip((h,w), kernel, stride, dilation)]
     return x.as_strided((c,*kernel,*out), (sc, sh*dilation[0], sw*dilation[1], sh*stride[0], sw*stride[1]), x.storage_offset())
 
-def _runs(x, kernel, dilation):
-    "A view (channels, kernel height, kernel width, pixels) of an image, for a stride of 1: pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
-    c,h,w = x.shape
-    n = (h-dilation[0]*(kernel[0]-1)-1)*w + w-dilation[1]*(kernel[1]-1)
-    return x.as_strided((c,*kernel,n), (h*w, w*dilation[0], dilation[1], 1), x.storage_offset())
+def _runs(x, kernel, dilation, cuts):
+    "Views (channels, kernel height, kernel width, pixels) of an image in one piece, for a stride of 1, by (first pixel, pixels). Pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
+    (c,h,w),begin = x.shape,x.storage_offset()
+    size,stride = (c,*kernel),(h*w, w*dilation[0], dilation[1], 1)
+    for at,n in cuts: yield x.as_strided((*size, n), stride, begin+at)
 
 def _unwindow(g, size, kernel, stride, dilation):
     "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
@@ -362,12 +367,13 @@ class SparseConv2d(SparseLayer):
         n_row = self._matrix_shape[1]
         if not self._in_runs:
             cut = [(v, v.shape[3:].numel()) for v in self._cut(x)]
-            return ((full(v, n_row, m), m) for v,m in cut), sum(m for _,m in cut), None
-        v,step = _runs(x.contiguous(), self.kernel_size, self.dilation),x.shape[2]
+            return laid(cut, n_row), sum(m for _,m in cut), None
+        x,step = x.contiguous(),x.shape[2]
         high,wide = (n-d*(k-1) for n,k,d in zip(x.shape[1:], self.kernel_size, self.dilation))
-        some = step*self._at_a_time(high, step)
-        cut = ((v.narrow(3, at, min(rounded(some), v.shape[3]-at)), min(some, v.shape[3]-at)) for at in range(0, v.shape[3], some))
-        return ((full(v, n_row, v.shape[3]), m) for v,m in cut), high*wide, (wide, step)
+        some,last = step*self._at_a_time(high, step),(high-1)*step+wide
+        at = range(0, last, some)
+        views = _runs(x, self.kernel_size, self.dilation, [(a, min(rounded(some), last-a)) for a in at])
+        return laid(zip(views, [min(some, last-a) for a in at]), n_row), high*wide, (wide, step)
 
     def _pairs(self, g, x):
         for gi,xi in zip(g, x):
@@ -398,7 +404,7 @@ def forward(self:SparseConv2d,
     if min(out)<1: raise ValueError(f"images of {tuple(x.shape[2:])} pixels, padding included, are too small for {self}")
     if torch.jit.is_tracing(): return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
     if self._pointwise: x = (x if self.stride==(1,1) else x[:,:,::self.stride[0],::self.stride[1]]).flatten(2)
-    return self._run(x).view(len(x), self.out_channels, *out)
+    return self._run(x).contiguous().view(x.shape[0], self.out_channels, *out)
 
 @patch
 def extra_repr(self:SparseConv2d)->str: # Without the name of the type

@@ -11,13 +11,13 @@ multiplies a whole row of neighbouring numbers, which is what makes a processor 
 
 # %% auto #0
 __all__ = ['few', 'index_at', 'index_of', 'positions', 'transposed_index', 'check_index', 'transposed', 'width', 'rounded',
-           'as_csr', 'is_for_csr', 'full', 'pieces', 'product', 'sampled']
+           'as_csr', 'is_for_csr', 'laid', 'pieces', 'product', 'sampled']
 
 # %% ../nbs/09a_sparse_ops.ipynb #2e31d495
 import warnings
 from collections.abc import Iterator
 import numpy as np
-import torch, torch.nn.functional as F
+import torch
 from scipy.sparse import csr_matrix
 from .masks import places
 
@@ -106,6 +106,8 @@ def rounded(
     "Columns that fill whole registers"
     return n + -n%_register
 
+_has_mkl = torch.backends.mkl.is_available()
+
 with warnings.catch_warnings():                                    # PyTorch says once that sparse CSR is in beta
     warnings.simplefilter('ignore')
     torch.sparse_csr_tensor(torch.tensor([0,1]), torch.tensor([0]), torch.ones(1), (1,1), check_invariants=False)
@@ -125,27 +127,33 @@ def is_for_csr(
     n:int, # Columns of the dense matrix
 )->bool: # `True` if both
     "Is the product of `torch.sparse` there for this, and better?"
-    return 0<n<=few and values.dtype in (torch.float32, torch.float64) and len(values)>0 and (values.is_cuda or torch.backends.mkl.is_available())
+    return 0<n<=few and values.dtype in (torch.float32, torch.float64) and values.numel()>0 and (values.is_cuda or _has_mkl)
 
-def _is_ragged(x, n): return x.is_cpu and x.dtype!=torch.float64 and n>few and n%_register!=0
+def _is_ragged(x, n): return n%_register!=0 and n>few and x.is_cpu and x.dtype!=torch.float64
 
-def full(
-    x:torch.Tensor, # Dense matrix, or a view of one
-    n_row:int, # Rows of the result; the view is given that shape
-    n:int, # Its columns
-)->torch.Tensor: # (n_row, n or somewhat more)
-    "A matrix as the product wants it: in one piece, and on a CPU with columns of zeros up to a full register"
-    if not _is_ragged(x, n): return x.reshape(n_row, n).contiguous()
-    out = x.new_empty(n_row, rounded(n))
-    out[:,n:] = 0
-    out[:,:n].view(x.shape).copy_(x)
-    return out
+def laid(
+    views, # Of something dense: (view, how many of its columns count), one after another
+    n_row:int, # Rows of a matrix of such a view; the rest of the view's numbers are its columns
+)->Iterator: # Yields (matrix, how many of its columns count); the matrix is good until the next is asked for
+    "Views as matrices, which on a CPU zeros fill up to whole registers, in memory that is used again and again"
+    shape = None
+    for v,n in views:
+        if v.shape!=shape:
+            shape,wide = v.shape,v.numel()//n_row
+            room = v.new_empty(n_row, rounded(wide) if _is_ragged(v, wide) else wide)
+            if room.shape[1]>wide: room[:,wide:] = 0
+            place = room.narrow(1, 0, wide).view(shape)
+        place.copy_(v)
+        yield room, n
 
-def _turned(x): return transposed(F.pad(x, (0, 0, 0, rounded(len(x))-len(x))) if _is_ragged(x, len(x)) else x)
+def _full(x): return next(laid([(x, None)], len(x)))[0] if _is_ragged(x, x.shape[1]) else x.contiguous()
 
-def _piece(crow, col, values, x, n):
+def _turned(x): return transposed(torch.cat([x, x[:-len(x)%_register]]) if _is_ragged(x, len(x)) else x)
+
+def _piece(crow, col, values, x):
+    n_row,n = x.shape
     if not is_for_csr(values, n): return torch.embedding_bag(x, col, crow, False, 0, False, values, True)[0]
-    m = as_csr(crow, col, values, len(x))
+    m = as_csr(crow, col, values, n_row)
     return m.mv(x.squeeze(1)).unsqueeze(1) if n==1 else m@x
 
 # %% ../nbs/09a_sparse_ops.ipynb #b14573ff
@@ -156,15 +164,9 @@ def pieces(
     n = x.shape[1]
     whole = x.numel()<=_whole if x.is_contiguous() else x.numel()<=_whole_turned and n<=_widest_turned
     at_a_time = n if whole else width(len(x), n)
-    for p in x.split(at_a_time, 1) if at_a_time<n else [x]: yield full(p, *p.shape) if p.stride(1)==1 else _turned(p.t()), p.shape[1]
+    for p in x.split(at_a_time, 1) if at_a_time<n else [x]: yield _full(p) if p.stride(1)==1 else _turned(p.t()), p.shape[1]
 
 # %% ../nbs/09a_sparse_ops.ipynb #6e32acc3
-def _write(out, y, bias):
-    if bias is None: out.copy_(y)
-    else: torch.add(y, bias, out=out)
-
-def _without_gaps(y, n, run, step): return y.as_strided((len(y), -(-n//step), run), (y.stride(0), step, 1))
-
 def product(
     crow:torch.Tensor, # Row starts
     col:torch.Tensor, # Columns
@@ -174,22 +176,24 @@ def product(
     bias:torch.Tensor=None, # A number for each row, which is added
     rows:bool=False, # Lay an example in each row of the result?
     out:torch.Tensor=None, # Where the result goes; by default it is new
-    gaps:tuple=None, # (run, step) if of each `step` columns of a piece only the first `run` count
-)->torch.Tensor: # (rows, n), or (n, rows)
+    gaps:tuple=None, # (run, step) if of each `step` columns of a piece only the first `run` count, in as many runs as the piece has
+)->torch.Tensor: # (rows, n), or (n, rows); of a single piece, perhaps a view of somewhat more columns
     "Sparse times dense"
     if torch.is_tensor(x): x,n = pieces(x), x.shape[1]
-    at = 0
+    values,at,axis = values.detach(),0,int(not rows)
+    run,step = gaps or (None, None)
     if bias is not None and not rows: bias = bias.view(-1, *(1,)*(2 if gaps else 1))
     for p,m in x:
-        y = _piece(crow, col, values, p, m)
-        if rows: y = transposed(y)[:m]
-        elif gaps: y = _without_gaps(y, m, *gaps)
-        elif y.shape[1]!=m: y = y[:,:m]
-        if out is None and m==n and y.is_contiguous() and not gaps: return y if bias is None else y.add_(bias)
+        y = _piece(crow, col, values, p)
+        if rows: y = transposed(y).narrow(0, 0, m)
+        elif gaps: y = y.as_strided((len(y), -(-m//step), run), (y.stride(0), step, 1))
+        elif y.shape[1]!=m: y = y.narrow(1, 0, m)
+        if out is None and m==n and not gaps: return y if bias is None else y.add_(bias)
         if out is None: out = values.new_empty((n, len(crow)-1) if rows else (len(crow)-1, n))
-        now = y.shape[0] if rows else y.shape[1:].numel()
-        _write(out.narrow(int(not rows), at, now).view(y.shape), y, bias)
-        at += now
+        if at==0: places = out.view(len(out), -1, run) if gaps else out
+        now = places.narrow(axis, at, y.shape[axis])
+        torch.add(y, bias, out=now) if bias is not None else now.copy_(y)
+        at += y.shape[axis]
     return out
 
 # %% ../nbs/09a_sparse_ops.ipynb #1535be9e
