@@ -52,7 +52,7 @@ class Attached:
 
 # %% ../nbs/05b_attach.ipynb #2c6f9164
 def attach(
-    method:DSTMethod, # What is to happen
+    method:DSTMethod, # What is to happen; an interval that is a share of training is one of `total`
     modules, # A sparse model, or a list of modules; under `DistributedDataParallel` the wrapped model
     opt, # Its torch optimizer, or a wrapper around one (accelerate's); without step hooks a `ValueError`
     total:int, # Optimizer steps in the whole training
@@ -62,6 +62,7 @@ def attach(
     opt = inner_opt(opt)
     if not isinstance(opt, torch.optim.Optimizer): raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
     if not (isinstance(total, int) and total>=1): raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, not {total!r}")
+    method = method.in_steps(total)
     method.check(modules, opt, total)
     method.enforce(modules, opt)
     return Attached(method, modules, opt, total, step)

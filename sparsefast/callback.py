@@ -10,7 +10,6 @@ loading and copying need no help from it."""
 __all__ = ['DynamicSparseTrainingCallback']
 
 # %% ../nbs/06_callback.ipynb #26dd6e36
-from dataclasses import replace
 import math
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -66,11 +65,7 @@ def before_train(self:DynamicSparseTrainingCallback):
     per_step = math.ceil(self.gradient_accumulation.n_acc/self.dls.train.bs) if hasattr(self.learn, 'gradient_accumulation') else 1
     n_iter = len(self.dls.train)
     self.n_total,self.n_step = max(1, self.n_epoch*n_iter//per_step), self.epoch*n_iter//per_step
-    every = self.method.batches_per_update
-    if every is None: every = n_iter//per_step
-    if isinstance(every, float): every = round(every*self.n_total)
-    every = max(1, every)
-    self.timed = self.method if every==self.method.batches_per_update else replace(self.method, batches_per_update=every)
+    self.timed = self.method.in_steps(self.n_total, n_iter//per_step)
     if not hasattr(self.learn, 'lr_finder'): self.timed.check(self._modules(), self.learn.opt, self.n_total)
 
 # %% ../nbs/06_callback.ipynb #1a993be0

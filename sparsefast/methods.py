@@ -15,7 +15,7 @@ __all__ = ['DSTMethod', 'check_storage', 'check_targets', 'keeps_zeros']
 import difflib, inspect, math, warnings, weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class DSTMethod:
     keep_score_f:Callable=weight_magnitude     # Drop criterion: the lowest scoring active weights go
     grow_score_f:Callable=gradient_magnitude   # Grow criterion: the highest scoring candidates come
     initial_drop_grow_pct:float=0.3            # Share of the active weights replaced at the start, in [0,1]
-    batches_per_update:int=None                # Optimizer steps between updates; `None` is each epoch, below 1 a share of training, both for the callback to fill in
+    batches_per_update:int=None                # Optimizer steps between updates; `None` is each epoch, below 1 a share of training: `in_steps` makes numbers of both, and the callback uses it
     stop_pct:float=0.75                        # Share of training after which masks stand still
     final_drop_grow_pct:float=0.               # Share replaced at the end of the schedule
     drop_sched_f:Callable=cosine_anneal        # Schedule of the share: `f(start, end, pos)`
@@ -115,14 +115,28 @@ def _check_method(m):
 def _is_last(step, pct): return step>1 and abs(pct*step-(step-1))<1e-6       # pct = (step-1)/total, and step = total
 
 @patch
+def in_steps(self:DSTMethod,
+    total:int, # Optimizer steps in the whole training
+    per_epoch:int=None, # Optimizer steps in an epoch; without them an interval of one epoch stays as it is
+)->DSTMethod: # The method itself, if its interval is a number of steps already
+    "The method with its interval, a share of training or an epoch, as a number of optimizer steps"
+    n = self.batches_per_update
+    n = per_epoch if n is None else round(n*total) if isinstance(n, float) else n
+    return self if n is None or n==self.batches_per_update else replace(self, batches_per_update=max(1, n))
+
+def _check_interval(self):
+    n = self.batches_per_update
+    if not _whole(n):
+        raise ValueError(f"batches_per_update is {n} ({'a share of training' if n else 'once an epoch'}): give a number of optimizer steps, "
+                         f"or use `method.in_steps(total{'' if n else ', per_epoch'})`, as the fastai callback does")
+
+@patch
 def due(self:DSTMethod,
     step:int, # Optimizer step, from 1
     pct:float, # Share of training done before it, `(step-1)/total`
 )->bool: # By the numbers alone
     "Is this an update step? Every `batches_per_update` steps while `pct < stop_pct`, but never the last of all: nothing would train what it grows"
-    if not _whole(self.batches_per_update):
-        raise ValueError(f"batches_per_update is {self.batches_per_update} ({'a share of training' if self.batches_per_update else 'once an epoch'}), which only the fastai "
-                         "callback can fill in: give a number of optimizer steps")
+    _check_interval(self)
     return step%self.batches_per_update==0 and pct<self.stop_pct and not _is_last(step, pct)
 
 @patch
@@ -330,7 +344,9 @@ def check(self:DSTMethod,
     check_storage(self, layers, opt)
     _check_known(layers, opt)
     _check_layers(self, unfold(layers))
-    if total is not None: _check_total(self, total)
+    if total is not None:
+        _check_interval(self)
+        _check_total(self, total)
 
 # %% ../nbs/05_methods.ipynb #52d0e70c
 @patch

@@ -23,6 +23,19 @@ def test_equals_the_plain_loop(preset, opt):
         assert masked_are_zero(model) and all(p.grad is not None for p in model.parameters())
     assert not changed(snapshot(model, opts[0]), snapshot(twin, opts[1])) and attached.step==40
 
+def test_interval_as_a_share_of_training():
+    "A tenth of forty steps is each four"
+    model,twin = sparse_mlp(),sparse_mlp()
+    opt,other = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9) for m in (model, twin))
+    attached = attach(method_of('RigL', batches_per_update=.1), model, opt, 40)
+    for x,y in batches(40): backward(model, x, y); opt.step()
+    plain_loop(twin, other, method_of('RigL', batches_per_update=4), 40)
+    assert attached.method.batches_per_update==4 and not changed(snapshot(model, opt), snapshot(twin, other))
+
+def test_once_an_epoch_is_no_interval_that_can_be_known():
+    model = sparse_mlp()
+    with pytest.raises(ValueError, match='once an epoch.*per_epoch'): attach(DSTMethod(batches_per_update=None), model, torch.optim.SGD(model.parameters(), lr=.1), 40)
+
 def test_grad_scaler():
     "The scaler steps, or does not: an overflow is no optimizer step"
     model,twin = sparse_mlp(),sparse_mlp()

@@ -433,7 +433,7 @@ def test_interval_as_a_share_of_training():
     assert cb.timed.batches_per_update==2 and all(i%2==0 for i in moved) and len(moved)>10
 
 def test_share_of_training_needs_the_callback():
-    with pytest.raises(ValueError, match='a share of training.*give a number'): DSTMethod(batches_per_update=.1).due(1, 0.)
+    with pytest.raises(ValueError, match='a share of training.*give a number.*in_steps'): DSTMethod(batches_per_update=.1).due(1, 0.)
 
 @pytest.mark.parametrize('name,start', [('GMP', 1.), ('GraNet_half', .5), ('RigL', .2)])
 def test_sparsify_as_a_preset_wants_it(name, start):

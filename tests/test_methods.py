@@ -1,6 +1,6 @@
 "Methods: drop, grow, reset, redistribute, and when"
 import copy, math, warnings
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
 import pytest, torch
 from hypothesis import given, strategies as st
@@ -589,3 +589,10 @@ def test_presets(preset):
     m = DSTMethod(**PRESETS[preset])
     full = dict(final_drop_grow_pct=0., drop_sched_f=cosine_anneal, redistribute_f=None, seed=0) | TABLE[preset]
     assert {k: getattr(m, k) for k in full}==full and {k: v for k,v in PRESETS[preset].items() if full[k]!=v}=={}
+
+# ------------------------------------------------------------ intervals
+@pytest.mark.parametrize('given,total,per_epoch,want', [(100, 1000, 10, 100), (.01, 1000, None, 10), (.5, 1, None, 1), (.0001, 100, 7, 1), (None, 100, 7, 7), (None, 100, 0, 1), (None, 100, None, None)])
+def test_interval_in_steps(given, total, per_epoch, want):
+    m = DSTMethod(batches_per_update=given, replaces_step=False)
+    got = m.in_steps(total, per_epoch)
+    assert got.batches_per_update==want and replace(got, batches_per_update=given)==m and (got is m)==(want==given)
