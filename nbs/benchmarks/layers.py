@@ -5,7 +5,7 @@
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
 columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` (what of a sparse layer is its product), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
-`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. All forms get the same inputs, and
+`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, importlib, itertools, json, math, platform, random, statistics, sys, time, warnings
 from pathlib import Path
@@ -34,12 +34,13 @@ def interleaved(fs, rounds, least=.004):
         start = time.perf_counter()
         f()
         reps[n] = max(1, int(least/(time.perf_counter()-start)))
-    rng = random.Random(0)
-    for _ in range(rounds):
-        for n,f in rng.sample(list(fs.items()), len(fs)):
-            start = time.perf_counter()
-            for _ in range(reps[n]): f()
-            times[n].append((time.perf_counter()-start)/reps[n]*1e6)
+    rng,alone = random.Random(0), [n for n in fs if n.startswith('onnx') and torch.get_num_threads()>1]
+    for group in ([n for n in fs if n not in alone], *([n] for n in alone)):
+        for _ in range(rounds):
+            for n in rng.sample(group, len(group)):
+                start = time.perf_counter()
+                for _ in range(reps[n]): fs[n]()
+                times[n].append((time.perf_counter()-start)/reps[n]*1e6)
     first = times[next(iter(fs))]
     return {n: dict(us=round(statistics.median(ts), 1), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(first, ts)])]) for n,ts in times.items()}
 
