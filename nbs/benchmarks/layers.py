@@ -36,11 +36,11 @@ def interleaved(fs, rounds, least=.004):
         reps[n] = max(1, int(least/(time.perf_counter()-start)))
     rng,alone = random.Random(0), [n for n in fs if n.startswith('onnx') and torch.get_num_threads()>1]
     for group in ([n for n in fs if n not in alone], *([n] for n in alone)):
-        for _ in range(rounds):
+        for i in range(rounds+1):                                            # the first does not count: memory is still being found
             for n in rng.sample(group, len(group)):
                 start = time.perf_counter()
                 for _ in range(reps[n]): fs[n]()
-                times[n].append((time.perf_counter()-start)/reps[n]*1e6)
+                if i: times[n].append((time.perf_counter()-start)/reps[n]*1e6)
     first = times[next(iter(fs))]
     return {n: dict(us=round(statistics.median(ts), 1), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(first, ts)])]) for n,ts in times.items()}
 
