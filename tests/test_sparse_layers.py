@@ -10,7 +10,7 @@ from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked
 from sparsefast.masks import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
-from sparsefast.sparse_ops import check_index, index_of, pieces, positions, product, sampled, transposed, transposed_index
+from sparsefast.sparse_ops import check_index, few, index_of, laid, pieces, positions, product, sampled, transposed, transposed_index, width
 
 def random_index(rows, n_col, density, seed=0):
     mask = torch.rand(rows, n_col, generator=torch.Generator().manual_seed(seed))<density
@@ -88,6 +88,31 @@ def test_products_go_where_they_should_and_leave_gaps_out(gaps, bias):
     place = torch.full((3, *want.shape), 9.)
     assert product(crow, col, w[mask], iter(cut), want.shape[1], b, out=place[1], gaps=gaps).data_ptr()==place[1].data_ptr()
     assert place[1].equal(got) and (place[0]==9).all() and (place[2]==9).all()
+
+@pytest.mark.parametrize('dtype,full', [(torch.float32, {40: 48, 20: 32, 48: 48, 7: 7}), (torch.float64, {40: 40, 20: 20, 48: 48, 7: 7})])
+def test_windows_are_laid_out_in_one_piece_of_memory(dtype, full):
+    "Of equal views the second goes where the first was; zeros fill registers up, and few columns are left as they are"
+    x,at = torch.randn(3, 400, dtype=dtype), []
+    x[:,200:] = float('nan')                                                 # nothing of what was there before is left
+    views = [(x.as_strided((3, 2, n), (400, 5, 1), i), n-1) for i,n in ((300, 40), (0, 40), (11, 40), (20, 20), (30, 48), (40, 7))]
+    torch.use_deterministic_algorithms(True)                                 # fills new memory with NaN
+    try:
+        for (v,_),(m,n) in zip(views, laid(views, 6)):
+            wide = v.shape[2]
+            assert n==wide-1 and m.shape==(6, full[wide]) and m.is_contiguous() and torch.equal(m[:,:wide].nan_to_num(9.), v.reshape(6, wide).nan_to_num(9.)) and not m[:,wide:].any()
+            at.append(m.data_ptr())
+    finally: torch.use_deterministic_algorithms(False)
+    assert at[0]==at[1]==at[2] and [m.shape[1] for m,_ in laid(views[:1], 6)]==[full[40]]
+
+def test_more_threads_take_wider_pieces_and_fewer_columns_of_torch_sparse():
+    had = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = few(), width(576, windows=True), width(576)
+        torch.set_num_threads(2)
+        two = few(), width(576, windows=True), width(576)
+    finally: torch.set_num_threads(had)
+    assert two[0]<one[0] and two[1]>one[1] and two[2]==one[2]
 
 @pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('tokens', [5, 40, 197])
