@@ -4,7 +4,7 @@
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
-columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` (what of a sparse layer is its product), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
 `_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, importlib, itertools, json, math, platform, random, statistics, sys, time, warnings
@@ -296,6 +296,16 @@ def parts(threads, rounds=25, **kw):
             write('parts', threads, shape=[o, i], sparsity=s, columns=197, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x),
                                                                                           'product': lambda: torch.embedding_bag(columns, col, crow, False, 0, False, v, True)[0]}, rounds))
 
+@torch.no_grad()
+def single(threads, rounds=25, **kw):
+    "A batch of one in a layer that the cache holds: what of a sparse layer is torch's product of a sparse matrix and a vector"
+    for o,i in ((1024,1024), (768,3072)):
+        for s in (.9, .95):
+            sparsify_model(m := nn.Linear(i, o), s)
+            layer,x = SparseLinear.from_masked(m),torch.randn(1, i)
+            csr,v = as_csr(layer.crow, layer.col, layer.values.detach(), i),x[0]
+            write('single', threads, shape=[o, i], sparsity=s, batch=1, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x), 'product': lambda: csr.mv(v)}, rounds))
+
 # ------------------------------------------------------------ tables
 def table():
     rows = {}
@@ -313,7 +323,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned', 'parts'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned', 'parts', 'single'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')
