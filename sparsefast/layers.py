@@ -321,10 +321,10 @@ def _windows(x, kernel, stride, dilation):
     return x.as_strided((c,*kernel,*out), (sc, sh*dilation[0], sw*dilation[1], sh*stride[0], sw*stride[1]), x.storage_offset())
 
 def _runs(x, kernel, dilation, cuts):
-    "Views (channels, kernel height, kernel width, pixels) of an image in one piece, for a stride of 1, by (first pixel, pixels). Pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
+    "(view, how many of its pixels count) by (first pixel, pixels, how many count): views (channels, kernel height, kernel width, pixels) of an image in one piece, for a stride of 1. Pixels follow one another over the whole width, the last few of each row included, which no output pixel has"
     (c,h,w),begin = x.shape,x.storage_offset()
     size,stride = (c,*kernel),(h*w, w*dilation[0], dilation[1], 1)
-    for at,n in cuts: yield x.as_strided((*size, n), stride, begin+at)
+    for at,n,count in cuts: yield x.as_strided((*size, n), stride, begin+at), count
 
 def _unwindow(g, size, kernel, stride, dilation):
     "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
@@ -371,9 +371,8 @@ class SparseConv2d(SparseLayer):
         x,step = x.contiguous(),x.shape[2]
         high,wide = (n-d*(k-1) for n,k,d in zip(x.shape[1:], self.kernel_size, self.dilation))
         some,last = step*self._at_a_time(high, step),(high-1)*step+wide
-        at = range(0, last, some)
-        views = _runs(x, self.kernel_size, self.dilation, [(a, min(rounded(some), last-a)) for a in at])
-        return laid(zip(views, [min(some, last-a) for a in at]), n_row), high*wide, (wide, step)
+        cuts = [(at, min(rounded(some), last-at), min(some, last-at)) for at in range(0, last, some)]
+        return laid(_runs(x, self.kernel_size, self.dilation, cuts), n_row), high*wide, (wide, step)
 
     def _pairs(self, g, x):
         for gi,xi in zip(g, x):

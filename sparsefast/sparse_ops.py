@@ -196,8 +196,8 @@ def product(
         elif y.shape[1]!=m: y = y.narrow(1, 0, m)
         if out is None and m==n and not gaps: return y if bias is None else y.add_(bias)
         if out is None: out = values.new_empty((n, len(crow)-1) if rows else (len(crow)-1, n))
-        if at==0: places = out.view(len(out), -1, run) if gaps else out
-        now = places.narrow(axis, at, y.shape[axis])
+        if at==0: room = out.view(len(out), -1, run) if gaps else out
+        now = room.narrow(axis, at, y.shape[axis])
         torch.add(y, bias, out=now) if bias is not None else now.copy_(y)
         at += y.shape[axis]
     return out
