@@ -17,7 +17,7 @@ __all__ = ['global_share', 'threshold_share', 'importance_redistribution', 'surv
 # %% ../nbs/03c_allocation.ipynb #40a889bf
 import math
 import torch
-from .masks import top_k_mask
+from .masks import tolist, top_k_mask
 
 # %% ../nbs/03c_allocation.ipynb #e3b6d9ff
 def global_share(
@@ -28,7 +28,7 @@ def global_share(
     "The lowest scores of all go, wherever they are: global magnitude pruning"
     cat = torch.cat([s.to(scores[0].device, torch.promote_types(s.dtype, torch.float32)) for s in scores])
     keep = top_k_mask(cat, len(cat)-total)
-    return [int(len(k)-k.count_nonzero()) for k in keep.split([len(s) for s in scores])], None
+    return tolist([len(k)-k.count_nonzero() for k in keep.split([len(s) for s in scores])]), None
 
 # %% ../nbs/03c_allocation.ipynb #3e9ec196
 def threshold_share(
@@ -40,7 +40,7 @@ def threshold_share(
 )->tuple: # (how many each layer drops, the next threshold)
     "What is below an adaptive global threshold goes: [DSR](https://arxiv.org/abs/1902.05967)"
     cut = initial if memory is None else memory
-    n_drop = [min(int((s<cut).count_nonzero()), max(len(s)-1, 0)) for s in scores]
+    n_drop = [min(n, max(len(s)-1, 0)) for n,s in zip(tolist([(s<cut).count_nonzero() for s in scores]), scores)]
     n = sum(n_drop)
     return n_drop, cut/2 if n>(1+tolerance)*total else cut*2 if n<(1-tolerance)*total else cut
 

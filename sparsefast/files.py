@@ -38,10 +38,10 @@ def to_gaps(
     mask:torch.Tensor, # Boolean, on the CPU
 )->torch.Tensor: # uint8
     "Zeros before each active weight, and after the last: a byte each, 255 for 255 zeros and no weight yet"
-    idx,edge = mask.reshape(-1).nonzero().squeeze(1), torch.tensor([mask.numel()])
+    idx,edge = mask.reshape(-1).nonzero().squeeze(1), torch.tensor([mask.numel()], device='cpu')
     gap = torch.cat([idx, edge]) - torch.cat([edge-mask.numel()-1, idx]) - 1
     last = (gap//255+1).cumsum(0)-1
-    code = torch.full((int(last[-1])+1,), 255, dtype=torch.uint8)
+    code = torch.full((int(last[-1])+1,), 255, dtype=torch.uint8, device='cpu')
     code[last] = (gap%255).to(torch.uint8)
     return code
 
@@ -78,8 +78,8 @@ def unpack_mask(
     numel = math.prod(shape)
     if how=='bits': return torch.from_numpy(np.unpackbits(code.numpy(), count=numel)).bool().view(shape)
     ends = code.cumsum(0)[code!=255]
-    mask = torch.zeros(numel, dtype=torch.bool)
-    mask[(ends+torch.arange(len(ends)))[:-1]] = True
+    mask = torch.zeros(numel, dtype=torch.bool, device='cpu')
+    mask[(ends+torch.arange(len(ends), device='cpu'))[:-1]] = True
     return mask.view(shape)
 
 # %% ../nbs/11_files.ipynb #7ea58089
@@ -174,7 +174,7 @@ def decode(
         if not h: return data[n].clone()
         (side,m), = h.items()
         where = masks[m] if side=='on' else ~masks[m]
-        return torch.zeros(where.shape, dtype=data[n].dtype).masked_scatter_(where, data[n])
+        return data[n].new_zeros(where.shape).masked_scatter_(where, data[n])
     res = {n: get(n, h) for n,h in how.items() if 'same' not in h}
     return {n: res[h.get('same', n)] for n,h in how.items()}
 

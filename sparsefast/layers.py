@@ -353,7 +353,7 @@ class SparseConv2d(SparseLayer):
 
     def _at_a_time(self, high, step):
         "Of `high` rows of pixels, each with `step` windows, how many to multiply at a time"
-        most = max(1, width(self._matrix_shape[1], windows=True)//max(step, 1))
+        most = max(1, width(self._matrix_shape[1], windows=True, cpu=self.values.is_cpu)//max(step, 1))
         return -(-high//-(-high//most))
 
     def _cut(self, x):

@@ -20,9 +20,9 @@ from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .masks import attribute, check_fraction, looks_masked, masked_params, n_active, note, noted, sample_masked, zero_masked_
+from .masks import attribute, check_fraction, looks_masked, masked_params, n_active, note, noted, sample_masked, tolist, zero_masked_
 from .patterns import drop_grow, follows
-from .rewire import bring_in, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold, counts, tolist
+from .rewire import aims, bring_in, counts, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, inner_opt, keeps_momentum, momentum, opt_state, weight_magnitude
 
@@ -326,8 +326,9 @@ def _check_total(self, total):
 def _check_start(self, layers):
     "Warn of a schedule of sparsity that has nothing to do, because its masks are sparse already"
     if self.sparsity_sched_f is None or attribute(self.sparsity_sched_f, 'rises', False): return
-    if all(n<=l.p.numel()*(1-l.target)+1 for n,l in zip(counts([l.mask for l in layers]), layers)) and any(self.sparsity_at(l.target, 0.)<l.target for l in layers):
-        start = self.sparsity_at(max(l.target for l in layers), 0.)
+    target = aims(layers)
+    if all(n<=l.p.numel()*(1-s)+1 for n,l,s in zip(counts([l.mask for l in layers]), layers, target)) and any(self.sparsity_at(s, 0.)<s for s in target):
+        start = self.sparsity_at(max(target), 0.)
         warnings.warn(f"the masks are as sparse as they should be in the end, so there is nothing to prune: this method starts at sparsity {start:.4g}; "
                       "say so by `sparsify_model(..., initial_sparsity=...)`", stacklevel=4)
 
@@ -423,7 +424,7 @@ def _prepare(self, live, due, time):
         if self.explore_pct: bring_in(self, l, time)
         elif not (dense or l.mask is None):
             zero_masked_(l.p.grad, l.mask)
-            if lean: _expect(self, l, time['opt'], time['step'])
+            if lean and l.mask.is_cpu: _expect(self, l, time['opt'], time['step'])         # (a GPU's weights are masked after each step)
 
 def _check_end(self, live):
     "Warn if the schedule of sparsity has not been followed to its end"

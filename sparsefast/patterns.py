@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from .masks import attribute, top_k_mask
+from .masks import attribute, n_ones, top_k_mask
 
 # %% ../nbs/01a_patterns.ipynb #edb48d18
 def drop_grow(
@@ -30,10 +30,12 @@ def drop_grow(
     grow_score:torch.Tensor, # Scores of the mask's shape: the highest not kept are grown
     n_drop:int, # How many to drop
     n_grow:int=None, # How many to grow, `n_drop` by default
+    nnz:int=None, # How many weights are active, if that is known
 )->torch.Tensor: # Boolean: the new mask
     "One change of a mask, without a pattern"
-    keep = top_k_mask(keep_score, int(mask.count_nonzero())-n_drop, among=mask)
-    return keep | top_k_mask(grow_score, n_drop if n_grow is None else n_grow, among=~keep)
+    if nnz is None: nnz = int(n_ones(mask))
+    keep = top_k_mask(keep_score, nnz-n_drop, among=mask, n_among=nnz)
+    return keep | top_k_mask(grow_score, n_drop if n_grow is None else n_grow, among=~keep, n_among=mask.numel()-nnz+n_drop)
 
 # %% ../nbs/01a_patterns.ipynb #e004a3f4
 def pattern_mask(

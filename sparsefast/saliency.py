@@ -39,12 +39,16 @@ def table_score(
 # %% ../nbs/03a_saliency.ipynb #c48ad0b0
 def _weights(model, additional_types):
     "The weights of sparseable layers, each once"
-    if not isinstance(model, nn.Module): raise ValueError(f"a model must be a module (of a Learner, `learn.model`), not {type(model).__name__}")
     names = weight_names(model, additional_types)
     check_plain(names)
     ws = list(dict.fromkeys(w.p for w in names))
     if not ws: raise ValueError(f"{type(model).__name__} has no layer that can be made sparse: add its types by `additional_types`")
     return ws
+
+def _own_chance(model):
+    "Random numbers that do not touch those of others, for a model"
+    if not isinstance(model, nn.Module): raise ValueError(f"a model must be a module (of a Learner, `learn.model`), not {type(model).__name__}")
+    return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
 
 def _copy(model, additional_types):
     "A copy of the model, with its weights and the originals they stand for"
@@ -65,7 +69,7 @@ def snip_score(
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
 )->Callable: # Score function
     "`|g*w|` on one batch, as a share of the model's sum"
-    with torch.random.fork_rng():
+    with _own_chance(model):
         twin,ws,originals = _copy(model, additional_types)
         grads = torch.autograd.grad(_loss(twin, loss_func, xb, yb), ws)
     scores = [(g*w).abs().detach() for g,w in zip(grads, ws)]
@@ -83,7 +87,7 @@ def grasp_score(
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
 )->Callable: # Score function
     "`w*(Hg)`: what removing a weight would take from the gradient's norm"
-    with torch.random.fork_rng():
+    with _own_chance(model):
         twin,ws,originals = _copy(model, additional_types)
         grads = torch.autograd.grad(_loss(twin, loss_func, xb, yb, temperature), ws, create_graph=True)
         hg = torch.autograd.grad(sum((g.detach()*g).sum() for g in grads), ws)
@@ -105,7 +109,7 @@ def synflow_score(
 )->Callable: # Score function: -1 for what is pruned, else the flow in the last round
     "Pruning by synaptic flow; the weights that are left score highest"
     density,x = 1-check_fraction(model_sparsity, 'model_sparsity'), torch.ones_like(xb[:1], dtype=torch.float64)
-    with torch.random.fork_rng():
+    with _own_chance(model):
         twin,ws,originals = _copy(model, additional_types)
         twin.eval().double()
         ws = _weights(twin, additional_types)

@@ -27,7 +27,7 @@ def random_score(
     **kwargs
 )->torch.Tensor: # float32 in [0,1), with the shape and device of `p`
     "Every weight is as good as any other: the growth of [SET](https://arxiv.org/abs/1707.04780)"
-    return torch.rand(p.shape, generator=generator).to(p.device)
+    return torch.rand(p.shape, generator=generator, device='cpu', pin_memory=p.is_cuda).to(p.device, non_blocking=True)
 
 def weight_magnitude(
     p:torch.Tensor, # A parameter
@@ -164,7 +164,7 @@ def random_value(
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
     "Normal numbers, as in [SET's own code](https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks)"
-    return (std*torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
+    return torch.randn(p.shape, generator=generator, device='cpu', pin_memory=p.is_cuda).to(p.device, non_blocking=True).mul_(std).to(p.dtype)
 
 def gradient_value(
     p:torch.Tensor, # A parameter, with its gradient

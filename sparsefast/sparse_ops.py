@@ -90,6 +90,7 @@ _few,_few_threads = 16,8
 _widths = {320: 256, 1536: 128, 6144: 64}                          # rows of the dense matrix -> columns at a time that the cache has room for
 _window_widths,_window_widths_threads = {6144: 256},{6144: 1024}    # the same for the windows of an image, with one thread and with more; measured: nbs/benchmarks/layers.py widths
 _whole,_register = 1<<20, 16                                       # numbers up to which a matrix is not cut up; columns that make a full step
+_whole_gpu,_few_gpu,_many_gpu = 1<<24, 128, 1<<19                  # on a GPU: numbers up to which a matrix is not cut up; columns, or active weights, from which torch.sparse is quicker; measured: nbs/benchmarks/gpu.py
 _whole_turned,_widest_turned = 1<<17, 256                          # numbers and columns up to which one that lies transposed is not; measured: nbs/benchmarks/layers.py turned
 
 def few()->int: # Columns
@@ -100,8 +101,10 @@ def width(
     n_row:int, # Rows of the dense matrix
     n:int=None, # Its columns, if they are known: then pieces are of about one size
     windows:bool=False, # Are they the windows of an image?
+    cpu:bool=True, # Is it in a processor's memory?
 )->int: # At least 1
     "How many columns to multiply at a time"
+    if not cpu: return max(1, _whole_gpu//max(n_row, 1))
     widths = _widths if not windows else _window_widths if torch.get_num_threads()==1 else _window_widths_threads
     most = next((w for rows,w in widths.items() if n_row<=rows), 32)
     return most if not n else rounded(-(-n//-(-n//most)))
@@ -116,7 +119,7 @@ _has_mkl = torch.backends.mkl.is_available()
 
 with warnings.catch_warnings():                                    # PyTorch says once that sparse CSR is in beta
     warnings.simplefilter('ignore')
-    torch.sparse_csr_tensor(torch.tensor([0,1]), torch.tensor([0]), torch.ones(1), (1,1), check_invariants=False)
+    torch.sparse_csr_tensor(torch.tensor([0,1], device='cpu'), torch.tensor([0], device='cpu'), torch.ones(1, device='cpu'), (1,1), check_invariants=False)
 
 def as_csr(
     crow:torch.Tensor, # Row starts
@@ -125,7 +128,7 @@ def as_csr(
     n_col:int, # Columns of the matrix
 )->torch.Tensor: # In the layout `torch.sparse_csr`
     "The matrix as PyTorch knows it"
-    return torch.sparse_csr_tensor(crow, col, values, (len(crow)-1, n_col), check_invariants=False)
+    return torch.sparse_csr_tensor(crow, col, values, (len(crow)-1, n_col), device=values.device, check_invariants=False)     # (or it goes where torch's default is)
 
 # %% ../nbs/09a_sparse_ops.ipynb #d6600618
 def is_for_csr(
@@ -133,7 +136,8 @@ def is_for_csr(
     n:int, # Columns of the dense matrix
 )->bool: # `True` if both
     "Is the product of `torch.sparse` there for this, and better?"
-    return 0<n<=few() and values.dtype in (torch.float32, torch.float64) and values.numel()>0 and (values.is_cuda or _has_mkl)
+    if n<1 or not values.numel() or values.dtype not in (torch.float32, torch.float64): return False
+    return n<=few() and _has_mkl if values.is_cpu else n>=_few_gpu or values.numel()>=_many_gpu
 
 def _is_ragged(x, n): return n%_register!=0 and n>few() and x.is_cpu and x.dtype!=torch.float64
 
@@ -168,8 +172,8 @@ def pieces(
 )->Iterator: # Yields (matrix, how many of its columns count)
     "A matrix by some columns at a time"
     n = x.shape[1]
-    whole = x.numel()<=_whole if x.is_contiguous() else x.numel()<=_whole_turned and n<=_widest_turned
-    at_a_time = n if whole else width(len(x), n)
+    whole = x.numel()<=_whole_gpu if not x.is_cpu else x.numel()<=_whole if x.is_contiguous() else x.numel()<=_whole_turned and n<=_widest_turned
+    at_a_time = n if whole else width(len(x), n, cpu=x.is_cpu)
     for p in x.split(at_a_time, 1) if at_a_time<n else [x]: yield _full(p) if p.stride(1)==1 else _turned(p.t()), p.shape[1]
 
 # %% ../nbs/09a_sparse_ops.ipynb #6e32acc3
@@ -213,7 +217,8 @@ def sampled(
     out = None
     for g,x in pairs:
         wide = torch.promote_types(g.dtype, torch.float32)
-        for a,b in zip(g.split(256, 1), x.split(256, 1)):
+        some = width(len(g)+len(x), cpu=False) if g.is_cuda else 256
+        for a,b in zip(g.split(some, 1), x.split(some, 1)):
             first,a,b = out is None, a.to(wide).contiguous(), b.to(wide).contiguous()
             if first: out = as_csr(crow, col, a.new_zeros(len(col)), len(x))
             out = torch.sparse.sampled_addmm(out, a, b.t(), beta=0. if first else 1.)

@@ -52,8 +52,8 @@ def changed(a, b):
 
 # ------------------------------------------------------------ a plain loop
 def batches(n, bs=8, n_in=8, n_out=3, dtype=None, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(bs, n_in, generator=g).to(dtype), torch.randint(n_out, (bs,), generator=g)) for _ in range(n)]
+    g,device = torch.Generator().manual_seed(seed),torch.get_default_device()
+    return [(torch.randn(bs, n_in, generator=g, device='cpu').to(device, dtype), torch.randint(n_out, (bs,), generator=g, device='cpu').to(device)) for _ in range(n)]
 
 def backward(model, x, y):
     for p in model.parameters(): p.grad = None
@@ -83,7 +83,7 @@ TMP = tempfile.TemporaryDirectory()                                             
 def tensor_dls(n_iter=10, bs=8, n_in=8, n_out=3, seed=1):
     x,y = map(torch.cat, zip(*batches(n_iter*bs//8, 8, n_in, n_out, seed=seed)))           # the same examples whatever the batch size
     train,valid = TensorDataset(x, y), TensorDataset(x[:2*bs], y[:2*bs])
-    return DataLoaders(DataLoader(train, bs=bs, shuffle=False, num_workers=0), DataLoader(valid, bs=bs, num_workers=0), device='cpu')
+    return DataLoaders(DataLoader(train, bs=bs, shuffle=False, num_workers=0), DataLoader(valid, bs=bs, num_workers=0), device=torch.get_default_device())
 
 def learner(model=None, opt_func=None, cbs=None, n_iter=10, bs=8, tmp=None, **kwargs):
     "Quiet, with batches that are the same each epoch; ten of them, so that updates each eight steps see different ones"

@@ -8,6 +8,10 @@ from torch import nn
 from fastai import optimizer as fo
 import reference
 from helpers import *
+from sparsefast import presets
+from sparsefast.distributions import uniform_sparsity
+from sparsefast.files import load_sparse, save_sparse
+from sparsefast.layers import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.methods import *
 from sparsefast.presets import *
@@ -65,19 +69,20 @@ FIVE_OPTS = {'torch SGD': TORCH_OPTS['momentum'], 'torch Adam': TORCH_OPTS['adam
 @pytest.mark.parametrize('opt_f', FIVE_OPTS.values(), ids=FIVE_OPTS)
 @pytest.mark.parametrize('frac,new,grown', VECTOR, ids=['.3','.5'])
 def test_rigl_vector(frac, new, grown, opt_f):
+    w,mask,g = (t.to(torch.get_default_device()) for t in (W, M, G))
     m = nn.Linear(5, 2, bias=False, dtype=torch.float64)
-    add_mask(m, 'weight', M.clone())
+    add_mask(m, 'weight', mask.clone())
     opt = opt_f(list(m.parameters()))
-    m.weight.grad = torch.ones_like(W)
+    m.weight.grad = torch.ones_like(w)
     opt.step()                                                                           # state everywhere
     state = {k: v.fill_(7.).clone() for k,v in opt_tensors(opt, m.weight).items()}
-    m.weight.data.copy_(W)                                                               # raw values at inactive positions are to be ignored
-    m.weight.grad = G.clone()
+    m.weight.data.copy_(w)                                                               # raw values at inactive positions are to be ignored
+    m.weight.grad = g.clone()
     assert method(initial_drop_grow_pct=frac).update(m, opt, 8, 0.) is True
     new = torch.tensor(new).bool()
-    assert m.weight_mask.equal(new) and m.weight.detach().equal(torch.where(new & M, W, 0.)) and m.weight[1,1]==.05
-    assert state and all(v.equal(torch.where(new & M, state[k], 0.)) for k,v in opt_tensors(opt, m.weight).items())
-    assert all(m.weight[i]==0 for i in grown) and m.weight.grad.equal(G)
+    assert m.weight_mask.equal(new) and m.weight.detach().equal(torch.where(new & mask, w, 0.)) and m.weight[1,1]==.05
+    assert state and all(v.equal(torch.where(new & mask, state[k], 0.)) for k,v in opt_tensors(opt, m.weight).items())
+    assert all(m.weight[i]==0 for i in grown) and m.weight.grad.equal(g)
 
 @given(st.data(), st.integers(1, 30))
 def test_drop_grow_equals_reference(data, n):
@@ -596,3 +601,30 @@ def test_interval_in_steps(given, total, per_epoch, want):
     m = DSTMethod(batches_per_update=given, replaces_step=False)
     got = m.in_steps(total, per_epoch)
     assert got.batches_per_update==want and replace(got, batches_per_update=given)==m and (got is m)==(want==given)
+
+# ------------------------------------------------------------ where things are
+@pytest.mark.parametrize('preset', [k for k in vars(presets) if k.endswith('_presets')])
+@pytest.mark.parametrize('storage', ['masked', 'sparse'])
+@pytest.mark.filterwarnings('ignore')
+def test_torchs_default_device_is_not_asked(preset, storage, tmp_path, total=24):
+    "With another default than where the model is, all goes on as ever: here it is `meta`, on which nothing can be computed"
+    settings = {**getattr(presets, preset), **({} if preset=='Static_presets' else dict(batches_per_update=4))}
+    if settings.get('grad_steps') is not None: settings['grad_steps'] = 1
+    m = DSTMethod(**settings)
+    if storage=='sparse' and (needs(m, 'momentum') or m.explore_pct): pytest.skip('not served by sparse layers')
+    runs = []
+    for default in ('cpu', 'meta'):
+        torch.manual_seed(0)
+        model,data = mlp(8, 32, 24, 4),batches(total, n_out=4)
+        with torch.device(default):
+            sparsify_model(model, .5, **m.start(.5), **(dict(sparse_f=uniform_sparsity) if m.pattern_f is nm_pattern else {}))
+            opt = TORCH_OPTS['momentum'](model.parameters())
+            if storage=='sparse': to_sparse_layers(model, opt, least=0.)
+            m.enforce(model, opt)
+            for step,(x,y) in enumerate(data, 1):
+                backward(model, x, y)
+                m.step(model, opt, step, (step-1)/total)
+            save_sparse(model, tmp_path/'a.safetensors', opt)
+            load_sparse(tmp_path/'a.safetensors', model, opt)
+        runs.append(snapshot(model))
+    assert not changed(*runs)

@@ -4,7 +4,7 @@ from functools import partial
 import pytest, torch
 from hypothesis import given, strategies as st
 import reference
-from sparsefast.masks import n_active, sparse_mask
+from sparsefast.masks import n_active, sparse_mask, top_k_mask
 from sparsefast.patterns import *
 
 def fibres(shape):
@@ -12,14 +12,25 @@ def fibres(shape):
     idx = torch.arange(math.prod(shape)).view(shape)
     return idx.movedim(1, -1).reshape(-1, shape[1]).tolist() if len(shape)>2 else idx.tolist()
 
+def chance(shape, gen): return torch.rand(shape, generator=gen, device='cpu').to(torch.get_default_device())
+
 @st.composite
 def problems(draw, m=4, full=None):
     "(shape, mask, keep scores, grow scores, number to drop): scores with many ties, linear or convolution"
     shape = draw(st.sampled_from([(3,8), (1,4), (5,12), (2,4,3), (4,8,2,2), (1,8,1,1)]))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     top = draw(st.sampled_from([1, 3, 1000]))
-    score = lambda: torch.randint(top, shape, generator=gen).float()
+    score = lambda: torch.randint(top, shape, generator=gen, device='cpu').float().to(torch.get_default_device())
     return shape, gen, score(), score(), draw(st.floats(0, 1))
+
+@given(st.integers(0, 9999), st.integers(0, 60), st.integers(0, 30), st.integers(0, 30))
+def test_a_known_count_changes_nothing(seed, n_on, n_drop, n_grow):
+    g = torch.Generator().manual_seed(seed)
+    keep,grow = chance((6, 10), g),chance((6, 10), g)
+    mask = top_k_mask(chance((6, 10), g), n_on)
+    n_drop = min(n_drop, n_on)
+    n_grow = min(n_grow, 60-n_on+n_drop)
+    assert torch.equal(drop_grow(mask, keep, grow, n_drop, n_grow, nnz=n_on), drop_grow(mask, keep, grow, n_drop, n_grow))
 
 # ------------------------------------------------------------ N of each M
 def nm_reference(shape, mask, keep, grow, n_drop, n_grow, n, m):
@@ -37,7 +48,7 @@ def test_nm_equals_loops(problem, nm, full):
     (shape,gen,keep,grow,frac),(n,m) = problem,nm
     f = partial(nm_pattern, n=n, m=m)
     cap = math.prod(shape)*n//m
-    mask = pattern_mask(f, torch.rand(shape, generator=gen), cap if full else int(frac*cap))
+    mask = pattern_mask(f, chance(shape, gen), cap if full else int(frac*cap))
     k = int(frac*int(mask.sum()))
     new = f(mask, keep, grow, k)
     groups = [fi[i:i+m] for fi in fibres(shape) for i in range(0, len(fi), m)]
@@ -86,7 +97,7 @@ def block_reference(shape, mask, keep, grow, n_drop, n_grow, size):
 def test_blocks_equal_loops(problem, size):
     shape,gen,keep,grow,frac = problem
     f = partial(block_pattern, size=size)
-    mask = pattern_mask(f, torch.rand(shape, generator=gen), int(frac*math.prod(shape)))
+    mask = pattern_mask(f, chance(shape, gen), int(frac*math.prod(shape)))
     k = int(frac*int(mask.sum()))
     new = f(mask, keep, grow, k)
     assert int(new.sum())==int(mask.sum()) and follows(new, f)
@@ -136,7 +147,7 @@ def test_fan_in_equals_loops(problem, ablate, density):
     shape,gen,keep,grow,frac = problem
     rows,fan_in = shape[0],math.prod(shape[1:])
     f,total = partial(fan_in_pattern, ablate=ablate),max(rows, int(density*rows*fan_in))
-    mask = pattern_mask(f, torch.rand(shape, generator=gen), total)
+    mask = pattern_mask(f, chance(shape, gen), total)
     assert (mask.flatten(1).sum(1)==total//rows).all()
     for _ in range(2):                                                                       # the second time some rows may be gone
         nnz = int(mask.sum())

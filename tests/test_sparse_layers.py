@@ -12,8 +12,11 @@ from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
 from sparsefast.sparse_ops import check_index, few, index_of, laid, pieces, positions, product, sampled, transposed, transposed_index, width
 
+of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
+without_default_device = pytest.mark.skipif('config.getoption("--device")', reason="fastai's metrics want torch's default device to be the CPU")
+
 def random_index(rows, n_col, density, seed=0):
-    mask = torch.rand(rows, n_col, generator=torch.Generator().manual_seed(seed))<density
+    mask = (torch.rand(rows, n_col, generator=torch.Generator().manual_seed(seed), device='cpu')<density).to(torch.get_default_device())
     return mask, *index_of(mask)
 
 def masked(layer, sparsity=.7):
@@ -72,7 +75,7 @@ def test_batches_turned_as_a_whole_and_by_pieces(n):
     mask,crow,col = random_index(70, 300, .1)                                # 300 times 900 is more than is turned at once, 257 is too wide
     w,x = torch.randn(70, 300)*mask, torch.randn(n, 300)
     cut = [m for _,m in pieces(x.t())]
-    assert sum(cut)==n and (len(cut)==1)==(n<=256)
+    assert sum(cut)==n and (len(cut)==1)==(n<=256 or not x.is_cpu)
     for rows in (True, False): assert torch.allclose(product(crow, col, w[mask], x.t(), rows=rows).double(), (x@w.t() if rows else w@x.t()).double(), atol=1e-4)
 
 @pytest.mark.parametrize('gaps', [None, (3, 5), (4, 4)])
@@ -90,6 +93,7 @@ def test_products_go_where_they_should_and_leave_gaps_out(gaps, bias):
     assert place[1].equal(got) and (place[0]==9).all() and (place[2]==9).all()
 
 @pytest.mark.parametrize('dtype,full', [(torch.float32, {40: 48, 20: 32, 48: 48, 7: 7}), (torch.float64, {40: 40, 20: 20, 48: 48, 7: 7})])
+@of_cpus
 def test_windows_are_laid_out_in_one_piece_of_memory(dtype, full):
     "Of equal views the second goes where the first was; zeros fill registers up, and few columns are left as they are"
     x,at = torch.randn(3, 400, dtype=dtype), []
@@ -104,6 +108,7 @@ def test_windows_are_laid_out_in_one_piece_of_memory(dtype, full):
     finally: torch.use_deterministic_algorithms(False)
     assert at[0]==at[1]==at[2] and [m.shape[1] for m,_ in laid(views[:1], 6)]==[full[40]]
 
+@of_cpus
 def test_more_threads_take_wider_pieces_and_fewer_columns_of_torch_sparse():
     had = torch.get_num_threads()
     try:
@@ -208,7 +213,7 @@ def test_all_or_none(sparsity):
 
 def test_autocast():
     sparse,x = twin_of(masked(nn.Linear(9, 13))),torch.randn(6, 9)
-    with torch.autocast('cpu', torch.bfloat16): y = sparse(x.bfloat16())
+    with torch.autocast(x.device.type, torch.bfloat16): y = sparse(x.bfloat16())
     assert y.dtype==torch.float32 and torch.allclose(y, sparse(x.bfloat16().float()))
     y.sum().backward()
     assert sparse.values.grad.dtype==torch.float32
@@ -277,7 +282,7 @@ def test_wrong_input(case, size):
     with pytest.raises(ValueError, match=r'not a tensor of shape|too small'): layer(torch.randn(*size))
 
 # ------------------------------------------------------------ state
-@pytest.mark.parametrize('how', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double().float(), lambda m: m.to('cpu')])
+@pytest.mark.parametrize('how', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double().float(), lambda m: m.to(m.values.device)])
 @pytest.mark.parametrize('case', ['linear', 'conv three'])
 def test_copies(how, case):
     make,size = LAYERS[case]
@@ -614,6 +619,7 @@ def test_attached(preset):
 
 @pytest.mark.parametrize('preset', ['RigL', 'SET', 'GMP', 'RigL_avg'])
 @pytest.mark.parametrize('opt', ['fastai', 'torch'])
+@without_default_device
 def test_in_a_learner(preset, opt):
     from fastai.callback.core import Callback
     from fastai.callback.training import GradientClip
@@ -677,6 +683,7 @@ def test_inference_sees_every_change(n, dtype):
     sparse.values.data.copy_(torch.randn_like(sparse.values)); check()
 
 @pytest.mark.parametrize('preset', ['RigL', 'GMP', 'RigL_avg'])
+@without_default_device
 def test_checkpoint(preset, tmp_path):
     "A training that is stopped goes on, whatever the number of active weights was"
     from fastai.optimizer import Adam as FastaiAdam
