@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.layers._Product': ('layers.html#_product', 'sparsefast/layers.py'),
                                    'sparsefast.layers._Product.backward': ('layers.html#_product.backward', 'sparsefast/layers.py'),
                                    'sparsefast.layers._Product.forward': ('layers.html#_product.forward', 'sparsefast/layers.py'),
+                                   'sparsefast.layers._at_once': ('layers.html#_at_once', 'sparsefast/layers.py'),
                                    'sparsefast.layers._check_opt': ('layers.html#_check_opt', 'sparsefast/layers.py'),
                                    'sparsefast.layers._entries': ('layers.html#_entries', 'sparsefast/layers.py'),
                                    'sparsefast.layers._exchange': ('layers.html#_exchange', 'sparsefast/layers.py'),

@@ -703,3 +703,25 @@ def test_checkpoint(preset, tmp_path):
     again = fresh('cut')
     again.fit(4, .01)
     assert not changed(snapshot(whole.model, whole.opt), snapshot(again.model, again.opt))
+
+@pytest.mark.parametrize('n', [1, 2, 16, 17])
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_short_way_is_left_where_more_is_to_be_done(n, bias):
+    "Small batches go on from the last call, unless something has changed"
+    layer = masked(nn.Linear(9, 13, bias=bias))
+    sparse,x = twin_of(layer),torch.randn(n, 9)
+    with torch.no_grad():
+        first,again = sparse(x),sparse(x)                                    # the second takes the short way
+        assert torch.allclose(first, layer(x), atol=1e-6) and torch.allclose(again, first, atol=1e-6) and again.shape==(n, 13)
+        with pytest.raises(ValueError, match='9 features'): sparse(torch.randn(n, 8))
+        assert sparse(x[:0]).shape==(0, 13) and torch.allclose(sparse(x[0]), first[0], atol=1e-6)
+        with torch.autocast('cpu', torch.bfloat16): assert sparse(x.bfloat16()).dtype==torch.float32
+        traced = torch.jit.trace(sparse, x)
+        other = {k: v+1 for k,v in sparse.named_parameters()}
+        there = torch.func.functional_call(sparse, other, (x,))
+        sparse.values += 1
+        assert torch.allclose(traced(x), sparse(x), atol=1e-5)
+        assert torch.allclose(there, sparse(x) + (0 if not bias else 1), atol=1e-5)
+        sparse.to(torch.float64)
+        assert sparse(x.double()).dtype==torch.float64
+    assert sparse(x.double()).requires_grad
