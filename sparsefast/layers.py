@@ -275,7 +275,7 @@ def _at_once(layer, x):
 def _infer(self:SparseLinear, x, rows):
     "(examples, outputs) without gradients, lying in rows or in columns"
     values,b,n = self.values,self.bias,x.shape[0]
-    if self._swapped or not is_for_csr(values, n): y = product(*self._matrix(values), pieces(x.t()), n, b, rows)
+    if self._swapped or not is_for_csr(values, n): y = product(*self._matrix(values), x.t(), None, b, rows)
     elif n==1:
         x = x.squeeze(0)
         return (self._csr(values).mv(x) if b is None else torch.addmv(b, self._csr(values), x)).unsqueeze(0)

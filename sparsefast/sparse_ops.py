@@ -177,6 +177,15 @@ def pieces(
     for p in x.split(at_a_time, 1) if at_a_time<n else [x]: yield _full(p) if p.stride(1)==1 else _turned(p.t()), p.shape[1]
 
 # %% ../nbs/09a_sparse_ops.ipynb #6e32acc3
+def _is_turned_whole(x): return x.is_cpu and x.numel()<=_whole_turned and x.shape[1]<=_widest_turned and x.stride(0)==1 and x.shape[1]>few()
+
+def _turned_product(crow, col, values, x, n, bias, rows):
+    "What `product` gives for a batch, row after row, that makes one piece, with few steps around it"
+    y = torch.embedding_bag(_turned(x), col, crow, False, 0, False, values, True)[0]
+    if rows: y = transposed(y)
+    if n%_register: y = y.narrow(int(not rows), 0, n)
+    return y if bias is None else y.add_(bias if rows else bias.unsqueeze(1))
+
 def product(
     crow:torch.Tensor, # Row starts
     col:torch.Tensor, # Columns
@@ -189,7 +198,10 @@ def product(
     gaps:tuple=None, # (run, step) if of each `step` columns of a piece only the first `run` count, in as many runs as the piece has
 )->torch.Tensor: # (rows, n), or (n, rows); of a single piece, perhaps a view of somewhat more columns
     "Sparse times dense"
-    if torch.is_tensor(x): x,n = pieces(x), x.shape[1]
+    if torch.is_tensor(x):
+        n = x.shape[1]
+        if out is None and gaps is None and n and _is_turned_whole(x): return _turned_product(crow, col, values.detach(), x.t(), n, bias, rows)
+        x = pieces(x)
     values,at,axis = values.detach(),0,int(not rows)
     run,step = gaps or (None, None)
     if bias is not None and not rows: bias = bias.view(-1, *(1,)*(2 if gaps else 1))
