@@ -730,7 +730,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sparsefast/sparse_ops.py'),
                                        'sparsefast.sparse_ops.as_csr': ('sparse_ops.html#as_csr', 'sparsefast/sparse_ops.py'),
                                        'sparsefast.sparse_ops.check_index': ('sparse_ops.html#check_index', 'sparsefast/sparse_ops.py'),
-                                       'sparsefast.sparse_ops.few': ('sparse_ops.html#few', 'sparsefast/sparse_ops.py'),
                                        'sparsefast.sparse_ops.index_at': ('sparse_ops.html#index_at', 'sparsefast/sparse_ops.py'),
                                        'sparsefast.sparse_ops.index_of': ('sparse_ops.html#index_of', 'sparsefast/sparse_ops.py'),
                                        'sparsefast.sparse_ops.is_for_csr': ('sparse_ops.html#is_for_csr', 'sparsefast/sparse_ops.py'),

@@ -267,7 +267,7 @@ def _at_once(layer, x):
     if n==1:
         x = x.squeeze(0)
         return (m.mv(x) if b is None else torch.addmv(b, m, x)).unsqueeze(0)
-    if not 1<n<=few(): return None
+    if not 1<n<=few: return None
     x = transposed(x)
     return (m@x if b is None else torch.addmm(b.unsqueeze(1), m, x)).t()
 
