@@ -132,7 +132,7 @@ def is_for_csr(
 )->bool: # `True` if both
     "Is the product of `torch.sparse` there for this, and better?"
     if n<1 or not values.numel() or values.dtype not in (torch.float32, torch.float64): return False
-    return n<=few and _has_mkl if values.is_cpu else n>=_few_gpu or values.numel()>=_many_gpu
+    return n<=few and _has_mkl if values.is_cpu else values.is_cuda and (n>=_few_gpu or values.numel()>=_many_gpu)
 
 def _is_ragged(x, n): return n%_register!=0 and n>few and x.is_cpu and x.dtype!=torch.float64
 

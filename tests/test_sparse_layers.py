@@ -10,7 +10,7 @@ from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked
 from sparsefast.masks import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
-from sparsefast.sparse_ops import check_index, index_of, laid, pieces, positions, product, sampled, transposed, transposed_index, width
+from sparsefast.sparse_ops import check_index, few, index_of, is_for_csr, laid, pieces, positions, product, sampled, transposed, transposed_index, width
 
 of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
 without_default_device = pytest.mark.skipif('config.getoption("--device")', reason="fastai's metrics want torch's default device to be the CPU")
@@ -107,6 +107,11 @@ def test_windows_are_laid_out_in_one_piece_of_memory(dtype, full):
             at.append(m.data_ptr())
     finally: torch.use_deterministic_algorithms(False)
     assert at[0]==at[1]==at[2] and [m.shape[1] for m,_ in laid(views[:1], 6)]==[full[40]]
+
+def test_torch_sparse_is_asked_only_where_it_is_there():
+    values = torch.randn(100, device='cpu')
+    assert [is_for_csr(values, n) for n in (0, 1, few, few+1)]==[False, True, True, False] and not is_for_csr(values.bfloat16(), 1) and not is_for_csr(values[:0], 1)
+    assert not any(is_for_csr(values.to('meta'), n) for n in (1, 1000))      # a device that is neither
 
 @of_cpus
 def test_more_threads_take_wider_pieces_of_an_image():
