@@ -370,6 +370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.layers._exchange': ('layers.html#_exchange', 'sparsefast/layers.py'),
                                    'sparsefast.layers._exchange_in': ('layers.html#_exchange_in', 'sparsefast/layers.py'),
                                    'sparsefast.layers._factor': ('layers.html#_factor', 'sparsefast/layers.py'),
+                                   'sparsefast.layers._few_at_once': ('layers.html#_few_at_once', 'sparsefast/layers.py'),
                                    'sparsefast.layers._forward': ('layers.html#_forward', 'sparsefast/layers.py'),
                                    'sparsefast.layers._is_conv1d': ('layers.html#_is_conv1d', 'sparsefast/layers.py'),
                                    'sparsefast.layers._is_sparse_enough': ('layers.html#_is_sparse_enough', 'sparsefast/layers.py'),

@@ -257,6 +257,15 @@ def _csr(self:SparseLinear, values):
     if had is None or had[0]!=values.data_ptr() or had[1] is not col: self._cached = had = values.data_ptr(),col,as_csr(self.crow, col, values.detach(), self.in_features)
     return had[2]
 
+def _few_at_once(m, b, x):
+    "(examples, outputs) of a matrix in `torch.sparse`, lying in columns"
+    if len(x)==1:
+        x = x.squeeze(0)
+        return (m.mv(x) if b is None else torch.addmv(b, m, x)).unsqueeze(0)
+    x = transposed(x)
+    if b is None or not x.is_cpu: return (m@x if b is None else (m@x).add_(b.unsqueeze(1))).t()
+    return torch.addmm(b.unsqueeze(1), m, x).t()                             # one call less; tried on CPUs only
+
 def _at_once(layer, x):
     "What `_infer` gives for one example or a few, if all is as it was at the last; `None` if not, or if there is more to do"
     (at,col,m),params = layer._cached,layer._parameters                      # as few steps as can be: to begin a small product takes as long as a third of it
@@ -264,25 +273,16 @@ def _at_once(layer, x):
     if at!=params['values'].data_ptr() or col is not layer._buffers['col']: return None
     (n,wide),b = x.shape,params.get('bias')
     if wide!=layer.in_features: return None
-    if n==1:
-        x = x.squeeze(0)
-        return (m.mv(x) if b is None else torch.addmv(b, m, x)).unsqueeze(0)
-    if not 1<n<=few: return None
-    x = transposed(x)
-    return (m@x if b is None else torch.addmm(b.unsqueeze(1), m, x)).t()
+    return _few_at_once(m, b, x) if 0<n<=few else None
 
 @patch
 def _infer(self:SparseLinear, x, rows):
     "(examples, outputs) without gradients, lying in rows or in columns"
     values,b,n = self.values,self.bias,x.shape[0]
-    if self._swapped or not is_for_csr(values, n): y = product(*self._matrix(values), x.t(), None, b, rows)
-    elif n==1:
-        x = x.squeeze(0)
-        return (self._csr(values).mv(x) if b is None else torch.addmv(b, self._csr(values), x)).unsqueeze(0)
-    else:
-        y = self._csr(values)@transposed(x)
-        if b is not None: y.add_(b.unsqueeze(1))
-        if rows: y = transposed(y)
+    if not self._swapped and is_for_csr(values, n):
+        y = _few_at_once(self._csr(values), b, x)
+        return transposed(y.t()) if rows and n>1 else y
+    y = product(*self._matrix(values), x.t(), None, b, rows)
     return y if rows else y.t()
 
 # %% ../nbs/10_layers.ipynb #6b4c3566

@@ -2,11 +2,11 @@
 import warnings
 from copy import deepcopy
 from functools import partial
-import numpy as np
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.callback.fp16 import MixedPrecision
 from sparsefast import presets
+from sparsefast.attach import attach
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from sparsefast.doctor import sparse_doctor
@@ -22,14 +22,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 CUDA,CATALOGUE = 'cuda',{k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 
 @pytest.fixture(autouse=True)
-def default_device():
+def default_device(request):
     "Tests here say where things are, whatever `--device` says"
-    before = torch.get_default_device()
     torch.set_default_device(None)
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(request.config.getoption('--device'))
 
-def on(device, x): return x.to(device) if torch.is_tensor(x) else type(x)(on(device, o) for o in x) if isinstance(x, (tuple, list)) else x
 def same_on_cpu(a, b): return same_masks([m.cpu() for m in masks(a)], [m.cpu() for m in masks(b)])
 
 # ------------------------------------------------------------ masks
@@ -174,7 +172,6 @@ def test_a_scaler_in_a_loop_of_ones_own():
     "As the page on plain PyTorch has it: unscale, then the method's step under the scaler's check"
     model = sparse_mlp().to(CUDA)
     opt,scaler,method = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9),torch.amp.GradScaler('cuda'),DSTMethod(**{**CATALOGUE['RigL'], 'batches_per_update': 5})
-    from sparsefast.attach import attach
     attach(method, model, opt, 40)
     first = masks(model)
     for step,(x,y) in enumerate(batches(40), 1):

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from sparsefast.core import *
-from sparsefast.deploy import bsr_form, paired_times, semi_structured_form, sparse_form, to_fastest
+from sparsefast.deploy import bsr_form, semi_structured_form, sparse_form, to_fastest
 from sparsefast.layers import to_sparse_layers
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
 from sparsefast.sparse_ops import as_csr, index_of
 import masking
+from masking import markdown
 
 out,cuda = Path(__file__).with_suffix('.jsonl'),torch.device('cuda')
 works = {'MLP': (masking.mlp, 128, (784,)), 'ResNet-18': (lambda: masking.resnet(18), 128, (3, 64, 64)), 'ResNet-50': (lambda: masking.resnet(50), 64, (3, 224, 224)), 'transformer': (masking.Transformer, 64, (64, 384))}    # (model, batch, input)
@@ -214,7 +215,6 @@ def main():
     print(*(t() for t in (step_table, eval_table, update_table, layer_table, partial(layer_table, 'graphs'), train_table, fastest_table)), setting(), sep='\n\n')
 
 # ------------------------------------------------------------ what it came to
-def markdown(head, rows): return masking.markdown(head, rows)
 def show(f): return f"{f['ratio']:.3f} ({f['low']:.3f}-{f['high']:.3f})"
 def gain(f): return f"{1/f['ratio']:.2f} ({1/f['high']:.2f}-{1/f['low']:.2f})"
 
@@ -239,6 +239,11 @@ def layer_table(how='forms'):
     sizes = sorted({b for v in by.values() for b in v})
     return markdown(['layer', 'dtype', 'sparsity', 'form', *(f'batch {b}' for b in sizes)], [[*k, *(f"{1/v[b]['ratio']:.2f}" if b in v else '' for b in sizes)] for k,v in by.items()])
 
+def spread(how='forms'):
+    "How far the quartiles of that table are from their medians"
+    off = sorted(max(f['high']/f['ratio'], f['ratio']/f['low'])-1 for r in rows('layers') for n,f in r[how].items() if n!='dense')
+    return f"Quartiles are within {off[len(off)//2]:.0%} of the median in half of the cells, within {off[9*len(off)//10]:.0%} in nine of ten, and within {off[-1]:.0%} in all."
+
 def train_table():
     "Training steps of an MLP: how many times as fast as dense"
     return markdown(['hidden', 'sparsity', 'dense step', 'masked', 'sparse layers'], [[str(r['hidden']), f"{100*r['sparsity']:.0f} %", f"{r['forms']['dense']['ms']:.2f} ms", gain(r['forms']['masked']), gain(r['forms']['sparse'])] for r in rows('train')])
@@ -250,6 +255,6 @@ def fastest_table():
 def setting():
     "Where all this was measured"
     seen = sorted({f"{r['device']}, torch {r['torch']}" for part in parts for r in rows(part)})
-    return f"Measured on one {' and '.join(seen)}."
+    return f"Measured on one {' and '.join(seen)}; weights and masks by seed 0."
 
 if __name__=='__main__': main()
