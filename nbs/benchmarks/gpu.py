@@ -242,7 +242,7 @@ def layer_table(how='forms'):
 def spread(how='forms'):
     "How far the quartiles of that table are from their medians"
     off = sorted(max(f['high']/f['ratio'], f['ratio']/f['low'])-1 for r in rows('layers') for n,f in r[how].items() if n!='dense')
-    return f"Quartiles are within {off[len(off)//2]:.0%} of the median in half of the cells, within {off[9*len(off)//10]:.0%} in nine of ten, and within {off[-1]:.0%} in all."
+    return f"from median to quartiles: {off[len(off)//2]:.0%} in half of the cells, {off[9*len(off)//10]:.0%} in nine of ten, {off[-1]:.0%} at most"
 
 def train_table():
     "Training steps of an MLP: how many times as fast as dense"
