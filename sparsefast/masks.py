@@ -10,9 +10,10 @@ Makers of masks take what they choose from and how many to keep, and return a bo
 
 # %% auto #0
 __all__ = ['sparseable_types', 'maybe_float', 'check_fraction', 'n_active', 'stored_sparsity', 'sparse_mask', 'sparse_mask_like',
-           'places', 'n_ones', 'tolist', 'top_k_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'apply_masks',
-           'note', 'noted', 'sample_masked', 'looks_masked', 'keep_masked', 'enforced_by', 'memory_name',
-           'memory_names', 'adopt_memory', 'attribute', 'is_sparseable_module', 'sparseable_modules']
+           'places', 'n_ones', 'tolist', 'top_k_mask', 'top_k_of_pieces', 'masked_params', 'sparse_params',
+           'zero_masked_', 'apply_masks', 'note', 'noted', 'sample_masked', 'looks_masked', 'keep_masked',
+           'enforced_by', 'memory_name', 'memory_names', 'adopt_memory', 'attribute', 'is_sparseable_module',
+           'sparseable_modules']
 
 # %% ../nbs/01_masks.ipynb #9cce8591
 import math, weakref
@@ -202,6 +203,39 @@ def top_k_mask(
     some = flat.index_select(0, idx)
     del t,flat                                                     # these are as large as a weight, and need not stay while the few are ranked
     return mask.scatter_(0, idx, _top_k(some, n_keep)).view(shape)
+
+def _strongest(scores, at, k):
+    "The `k` that score highest of what was found: scores and positions as lists of tensors, which are emptied to have no more than is needed at once, and are so returned"
+    some = torch.cat(scores)
+    scores.clear()
+    best = places(top_k_mask(some, k)) if len(some)>k else None
+    if best is not None: some = some.index_select(0, best)
+    where = torch.cat(at)
+    at.clear()
+    return [some],[where if best is None else where.index_select(0, best)]
+
+def top_k_of_pieces(
+    pieces, # Scores, of one dimension, one piece after another; on the CPU
+    n_keep:int, # How many to select; more than there are candidates is a `ValueError`
+    among:torch.Tensor, # Boolean, as long as all pieces together: candidates
+    n_among:int=None, # How many candidates there are, if that is known
+)->torch.Tensor: # int64, rising
+    "Positions of what `top_k_mask` selects, for scores that are never there all at once"
+    n = int(n_ones(among)) if n_among is None else n_among
+    if not 0<=n_keep<=n: raise ValueError(f"n_keep must be from 0 to the number of candidates, {n}, not {n_keep}")
+    scores,at,found,cut,begin = [],[],0,None,0
+    for s in pieces if n_keep else ():
+        here = among[begin:begin+len(s)]
+        if cut is not None: here = _where(torch.gt, s, cut).logical_and_(here)               # of equal scores the first is in already
+        elif (some := int(n_ones(here)))>n_keep: here = top_k_mask(s, n_keep, among=here, n_among=some)
+        idx = places(here)
+        scores.append(s.detach().index_select(0, idx))
+        at.append(idx.add_(begin))
+        begin,found = begin+len(s),found+len(idx)
+        if found>2*n_keep: (scores,at),found = _strongest(scores, at, n_keep),n_keep
+        if len(scores[-1])==n_keep: cut = None if (lowest := scores[-1].min()).isnan() else lowest      # as many as are wanted are at least as high
+    s = here = idx = None                                          # a piece less
+    return _strongest(scores, at, n_keep)[1][0] if at else places(among[:0])
 
 # %% ../nbs/01_masks.ipynb #ac6b2987
 def masked_params(
