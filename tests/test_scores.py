@@ -4,6 +4,8 @@ import pytest, torch
 from torch import nn
 from fastai import optimizer as fo
 from fastai.optimizer import OptimWrapper
+from sparsefast import scores
+from sparsefast.masks import attribute
 from sparsefast.scores import *
 
 to = torch.optim
@@ -107,6 +109,27 @@ def test_inner_opt():
     class Accelerated:                                                                   # accelerate's wrapper keeps it in `optimizer`
         def __init__(self, o): self.optimizer = o
     assert inner_opt(Accelerated(w)) is inner_opt(w)
+
+BY_ROWS = [f for n,f in vars(scores).items() if attribute(f, 'by_rows', False)]
+@pytest.mark.parametrize('f', BY_ROWS)
+@pytest.mark.parametrize('shape', [(37, 29), (11, 5, 3, 3)])
+def test_scores_by_rows(f, shape):
+    "Some rows at a time, with one generator for all of them, these scores are what they are at once"
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    mask,opt = torch.rand(shape)<.3, torch.optim.SGD([p], lr=.1, momentum=.9)
+    p.grad = torch.randn(shape)
+    opt.step()
+    whole = f(p, opt=opt, mask=mask, step=1, pct=0., generator=torch.Generator().manual_seed(1))
+    chance,parts = torch.Generator().manual_seed(1),[]
+    for rows in (slice(0, 1), slice(1, 6), slice(6, 11), slice(11, None)):
+        q = nn.Parameter(p.detach()[rows])
+        q.grad,opt.state[q] = p.grad[rows], dict(momentum_buffer=opt.state[p]['momentum_buffer'][rows])
+        parts.append(f(q, opt=opt, mask=mask[rows], step=1, pct=0., generator=chance))
+    assert torch.cat(parts).equal(whole)
+
+def test_which_scores_go_by_rows():
+    assert {f.__name__ for f in BY_ROWS}=={'random_score', 'weight_magnitude', 'random_elsewhere', 'magnitude_no_empty_rows', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum'}
 
 def test_no_empty_rows():
     "The strongest active weight of each row, and no other, is out of reach: plain loops agree, in any memory format"
