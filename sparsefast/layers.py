@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from itertools import chain
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -90,6 +91,7 @@ def _take_over(old, new):
 class SparseLayer(nn.Module):
     "A layer's active weights and where they are: what `SparseLinear` and `SparseConv2d` share"
     _swapped = False                                               # has the weight its outputs in the second dimension?
+    by_rows = False                                                # does an update look at a large one some rows at a time?
 
     def __init__(self,
         module:nn.Module, # A masked layer; its bias and hooks are taken over; a `ValueError` if sparse storage does not serve it
@@ -128,9 +130,17 @@ def positions(self:SparseLayer)->torch.Tensor: # int64, rising
     "Where the active weights are in the flattened weight"
     return positions(self.crow, self.col, self._matrix_shape[1])
 
-def _spread(layer, t):
-    "Numbers of the active weights, in a tensor of the weight's shape"
-    return t.new_zeros(layer.shape.numel()).scatter_(0, layer.positions(), t).view(layer.shape)
+def _active_in(layer, rows):
+    "(which of the active weights are in some rows of the weight, their positions there)"
+    crow = layer.crow[rows.start:rows.stop+1]
+    some = slice(int(crow[0]), int(crow[-1]))
+    return some, positions(crow, layer.col[some], layer._matrix_shape[1])
+
+def _spread(layer, t, rows=None):
+    "Numbers of the active weights, in a tensor of the weight's shape, or of some of its rows"
+    some,at = (slice(None), layer.positions()) if rows is None else _active_in(layer, rows)
+    size = layer.shape if rows is None else (rows.stop-rows.start, *layer.shape[1:])
+    return t.new_zeros(size).view(-1).scatter_(0, at, t[some]).view(size)
 
 @patch(as_prop=True)
 def weight(self:SparseLayer):
@@ -188,23 +198,39 @@ def _hold(self:SparseLayer, x, g):
 
 @patch
 @torch.no_grad()
-def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
-    "The gradient of all weights over the backward passes since the last optimizer step"
+def dense_gradients(self:SparseLayer,
+    n:int, # How many rows of the weight at a time
+)->Iterator: # Yields (slice of rows, the gradient of their weights)
+    "The gradient of all weights over the backward passes since the last optimizer step; never more than some rows of it are there"
     if not self._held: raise ValueError(f"{self} has not kept what the gradient of all weights is made of: call `method.enforce(model, opt)`, or `keep_gradient()` on the layer, before the first backward pass")
+    whole = self._dense_sum(slice(None)) if n>=self.shape[0] else None
+    if whole is not None: kept = whole.view(-1).index_select(0, self.positions())
+    else: kept = sampled(self.crow, self.col, chain.from_iterable(self._pairs(g, x) for g,x in self._held)).to(self.values.dtype)
+    f = _factor(kept, self.values.grad, self)
+    for rows in (slice(a, min(a+n, self.shape[0])) for a in range(0, self.shape[0], n)):
+        some = self._dense_sum(rows) if whole is None else whole[rows]
+        yield rows, some if f==1 else some.mul_(f)
+        some = None                                                # or it would wait beside the next
+
+@patch
+def _dense_sum(self:SparseLayer, rows):
     first,*more = self._held
-    dense = self._dense_grad(*first)
-    for h in more: dense += self._dense_grad(*h)
-    flat,at = dense.to(self.values.dtype).view(-1), self.positions()
-    if (f := _factor(flat.index_select(0, at), self.values.grad, self))!=1: flat.mul_(f)
-    return flat.scatter_(0, at, self.values.grad).view(self.shape)
+    dense = self._dense_grad(*first, rows)
+    for h in more: dense += self._dense_grad(*h, rows)
+    return dense.to(self.values.dtype)
+
+@patch
+def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
+    "The same of all rows at once"
+    return next(self.dense_gradients(self.shape[0]))[1]
 
 # %% ../nbs/10_layers.ipynb #32f5d8b0
 def _factor(kept, now, layer):
     "By what the gradient of the values has been multiplied since the backward pass"
-    kept,now = kept.double(),now.double()
-    c = (kept@now/(kept@kept)).item() if kept.any() else 1.
+    pairs = lambda: ((a.double(), b.double()) for a,b in zip(kept.split(1<<16), now.split(1<<16)))      # a few at a time, which float64 has room for
+    c = (sum(a@b for a,b in pairs())/sum(a@a for a,_ in pairs())).item() if kept.any() else 1.
     tol = torch.finfo(layer.values.dtype).eps**.5
-    if len(now) and (now-c*kept).abs().max()>tol*now.abs().max():
+    if len(now) and torch.stack([(b-c*a).abs().max() for a,b in pairs()]).max()>tol*now.abs().max():
         raise ValueError(f"the gradient of {layer}'s values is not what its backward passes gave, nor a multiple of it, so the gradient of all weights is not known: clip or change gradients after the method's step, or by a factor only")
     return 1. if abs(c-1)<tol else c
 
@@ -214,6 +240,7 @@ def _is_conv1d(m): return f'{type(m).__module__}.{type(m).__qualname__}'=='trans
 class SparseLinear(SparseLayer):
     "`nn.Linear`, or `Conv1D` of Hugging Face, on its active weights. An output of two dimensions lies in memory column by column, as the next sparse layer wants it"
     columns = False                                                # does an output of three dimensions lie so, too?
+    by_rows = True
 
     @classmethod
     def from_masked(cls,
@@ -233,7 +260,7 @@ class SparseLinear(SparseLayer):
     def _pieces(self, x): return pieces(x), x.shape[1], None
     def _pairs(self, g, x): return [(x[0], g[0]) if self._swapped else (g[0], x[0])]
     def _back(self, gx, size): return gx
-    def _dense_grad(self, g, x): return x[0]@g[0].t() if self._swapped else g[0]@x[0].t()
+    def _dense_grad(self, g, x, rows): return x[0][rows]@g[0].t() if self._swapped else g[0][rows]@x[0].t()
     def _dense_twin(self):
         if self._swapped: return self.dense_type(self.out_features, self.in_features)
         return nn.Linear(self.in_features, self.out_features, bias=False, device='meta')
@@ -396,10 +423,12 @@ class SparseConv2d(SparseLayer):
 
     def _back(self, gx, size): return gx if self._pointwise else _unwindow(gx, size, *self._form)
 
-    def _dense_grad(self, g, x):
-        if self._pointwise: return torch.einsum('nol,nil->oi', g, x).view(self.shape)
+    def _dense_grad(self, g, x, rows):
+        g = g[:,rows]
+        size = g.shape[1],*self.shape[1:]
+        if self._pointwise: return torch.einsum('nol,nil->oi', g, x).view(size)
         out = [(n-d*(k-1)-1)//s+1 for n,k,s,d in zip(x.shape[2:], *self._form)]
-        return nn.grad.conv2d_weight(x, self.shape, g.view(*g.shape[:2], *out), self.stride, 0, self.dilation)
+        return nn.grad.conv2d_weight(x, size, g.view(*g.shape[:2], *out), self.stride, 0, self.dilation)
 
 # %% ../nbs/10_layers.ipynb #1143cae7
 @patch
@@ -440,15 +469,17 @@ def _exchange(p, data, grad):
 @patch
 @contextmanager
 def as_dense(self:SparseLayer,
-    grad:torch.Tensor=None, # The gradient of all weights, if it is to be seen
+    grad:torch.Tensor=None, # The gradient of all weights (or of those rows), if it is to be seen
     state:dict=None, # What an optimizer remembers of `values`, if it is to be seen
     values:bool=True, # Are the weights themselves to be seen? If not, a single zero stands for all of them
-)->Iterator: # Context manager, in which `values` has the weight's shape, and `grad` and `state` with it
+    rows:slice=None, # Which rows of the weight, from where to where; all by default
+)->Iterator: # Context manager, in which `values` has the weight's shape (or that of those rows), and `grad` and `state` with it
     "Let a score see a masked layer"
     state = {} if state is None else state
     had = {k: state[k] for k in _entries(state, len(self.values))}
-    state.update({k: _spread(self, v) for k,v in had.items()})
-    data,old_grad = _exchange(self.values, _spread(self, self.values.detach()) if values else self.values.detach().new_zeros(1).expand(self.shape), grad)
+    state.update({k: _spread(self, v, rows) for k,v in had.items()})
+    size = self.shape if rows is None else (rows.stop-rows.start, *self.shape[1:])
+    data,old_grad = _exchange(self.values, _spread(self, self.values.detach(), rows) if values else self.values.detach().new_zeros(1).expand(size), grad)
     try: yield
     finally:
         _exchange(self.values, data, old_grad)
@@ -457,25 +488,27 @@ def as_dense(self:SparseLayer,
 # %% ../nbs/10_layers.ipynb #4b5ec944
 @patch
 @contextmanager
-@torch.no_grad()
 def moving(self:SparseLayer,
     mask:torch.Tensor, # Boolean, the weight's shape: the active weights
     new:torch.Tensor, # Boolean: those that will be active in the end
     state:dict, # What an optimizer remembers of `values`
 )->Iterator: # Context manager that gives (`mask`, `new`) of one dimension, in which `values` and `state` hold the weights of both
     "From one set of active weights to another"
+    self._held.clear()
     both = places(mask|new)
     was,will = (m.reshape(-1).index_select(0, both) for m in (mask, new))
-    had,stay = places(was),places(will)
-    fill = lambda t: None if t is None else t.new_zeros(len(both)).scatter_(0, had, t)
-    names = _entries(state, len(self.values))
-    state.update({k: fill(state[k]) for k in names})
+    mask,new,had,names = None, None, places(was), _entries(state, len(self.values))          # a tensor less while others are made; so below
+    fill = lambda t: None if t is None else t.new_zeros(len(was)).scatter_(0, had, t)
+    for k in names: state[k] = fill(state[k])
     _set_data(self.values, fill(self.values.data), fill(self.values.grad))
+    had = None
     yield was, will
-    state.update({k: state[k].index_select(0, stay) for k in names})
+    stay = places(will)
+    both = both.index_select(0, stay)
+    for k in names: state[k] = state[k].index_select(0, stay)
     _set_data(self.values, self.values.data.index_select(0, stay), None if self.values.grad is None else self.values.grad.index_select(0, stay))
-    self._set_index(*index_at(both.index_select(0, stay), self._matrix_shape))
-    self._held.clear()
+    stay = None
+    self._set_index(*index_at(both, self._matrix_shape))
 
 # %% ../nbs/10_layers.ipynb #b7ab19ca
 def _served(m, owners):

@@ -30,7 +30,8 @@ def index_at(
     if shape[0]*shape[1]>=2**31: raise ValueError(f"a matrix of {shape[0]*shape[1]} weights is too large for 32-bit indices")
     begin = torch.arange(shape[0]+1, device=flat.device)*shape[1]
     start = torch.searchsorted(flat, begin, out_int32=True)
-    return start, (flat-torch.repeat_interleave(begin[:-1], start.diff())).int()
+    first = torch.repeat_interleave(begin[:-1], start.diff())
+    return start, torch.sub(flat, first, out=first).int()
 
 def index_of(
     mask:torch.Tensor, # Boolean matrix, `True` is active

@@ -3,9 +3,10 @@ import copy, pickle
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import *
 from sparsefast.core import *
-from sparsefast import presets
+from sparsefast import presets, rewire
 from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.masks import attribute
 from sparsefast.methods import DSTMethod
@@ -352,6 +353,28 @@ def test_dense_gradient(case, passes):
     sparse(x).sum().backward()
     assert not sparse._held
 
+@pytest.mark.parametrize('case', [c for c in LAYERS if c not in ('none', 'conv no images')])
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_rows_of_the_dense_gradient(case, n):
+    make,size = LAYERS[case]
+    sparse = twin_of(masked(make(torch.float64)))
+    sparse.keep_gradient()
+    for _ in range(2): sparse(torch.randn(*size, dtype=torch.float64)).square().sum().backward()
+    sparse.values.grad.mul_(.5)
+    whole,at = sparse.dense_gradient(),0
+    for rows,some in sparse.dense_gradients(n):
+        assert rows.start==at and torch.allclose(some, whole[rows], rtol=1e-12, atol=1e-12)
+        at = rows.stop
+    assert at==len(whole)
+
+def test_rows_that_a_score_sees():
+    layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
+    had,weight,state = layer.values.detach().clone(), layer.weight.detach(), dict(exp_avg=torch.rand(len(layer.values)), step=torch.tensor(1.))
+    moment,rows,grad = torch.zeros(5, 6).masked_scatter_(layer.weight_mask, state['exp_avg']), slice(1, 4), torch.randn(3, 6)
+    with layer.as_dense(grad, state, rows=rows): assert layer.values.equal(weight[rows]) and layer.values.grad is grad and state['exp_avg'].equal(moment[rows])
+    with layer.as_dense(grad, values=False, rows=rows): assert layer.values.shape==(3, 6)
+    assert layer.values.equal(had) and layer.values.grad is None and state['exp_avg'].shape==(len(had),)
+
 def test_dense_gradient_of_a_layer_used_twice():
     layer,x = masked(nn.Linear(9, 9, dtype=torch.float64)),torch.randn(5, 9, dtype=torch.float64)
     sparse = twin_of(layer)
@@ -505,6 +528,37 @@ def test_same_training_by_every_method(preset):
     if settings.get('grad_steps') is not None: settings['grad_steps'] = min(settings.get('grad_steps', 1), 3)
     a,b,moved = same_training(DSTMethod(**settings), 'adamw', 120, .75)
     assert (moved>0)==(preset!='Static')
+
+@of_cpus
+@pytest.mark.parametrize('preset', [p for p in SUPPORTED if p!='Static'])
+def test_same_training_some_rows_at_a_time(preset, monkeypatch):
+    monkeypatch.setattr(rewire, '_at_once', 50)                              # weights; the layers have 320, 1200 and 90
+    test_same_training_by_every_method(preset)
+
+@of_cpus
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'MEST'])
+def test_no_update_makes_a_dense_tensor(preset, monkeypatch):
+    "Nothing of the weight's size but masks, which take a byte a weight"
+    monkeypatch.setattr(rewire, '_at_once', 64)
+    torch.manual_seed(0)
+    model,seen = nn.Sequential(masked(nn.Linear(40, 60), .95), nn.ReLU(), nn.Linear(60, 3)), []
+    to_sparse_layers(model)
+    method,opt = DSTMethod(**{**SUPPORTED[preset], 'batches_per_update': 2, 'stop_pct': 1.}), torch.optim.Adam(model.parameters())
+    method.enforce(model, opt)
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kw=None):
+            out = f(*args, **(kw or {}))
+            seen.extend((str(f), t.numel(), t.element_size()) for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t) and t.layout==torch.strided and t.untyped_storage().nbytes()>=t.numel()*t.element_size())
+            return out
+    for step in (1, 2):
+        opt.zero_grad()
+        model(torch.randn(8, 40)).square().sum().backward()
+        before = model[0].weight_mask
+        if step==2:
+            with Watch(): method.step(model, opt, step, 0.)
+        else: method.step(model, opt, step, 0.)
+    assert not before.equal(model[0].weight_mask) and any(n==2400 for _,n,_ in seen)
+    assert not [s for s in seen if s[1]>=1200 and s[2]>1]
 
 def test_methods_whose_layers_change_size():
     "Pruning and redistribution: the parameter stays the same object, whatever is still held of the last graph"
