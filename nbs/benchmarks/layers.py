@@ -3,11 +3,11 @@
     python nbs/benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
     python nbs/benchmarks/layers.py --table                                 # prints the latest rows as tables
 
-Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training), `ops` (which product for how many
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `ops` (which product for how many
 columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
 `_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, importlib, itertools, json, math, platform, random, statistics, sys, time, warnings
+import argparse, copy, ctypes, importlib, itertools, json, math, os, platform, random, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -204,33 +204,38 @@ def tensors(model, opt):
     for t in [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *(v for st in opt.state.values() for v in st.values() if torch.is_tensor(v))]: seen[t.data_ptr()] = t.numel()*t.element_size()
     return sum(seen.values())
 
-def allocated(f):
-    "Most bytes allocated at a time while `f()` runs, beyond those before"
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p: f()
-    now = most = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name()=='[memory]'), key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        most = max(most, now)
-    return most
+def risen(f):
+    "Bytes that the process grows by at most while `f()` runs"
+    status = lambda what: 1024*int(re.search(what+r':\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    ctypes.CDLL(None).malloc_trim(0)                                         # freed memory that is still resident would hide a rise
+    Path('/proc/self/clear_refs').write_text('5')
+    had = status('VmRSS')
+    f()
+    return status('VmHWM')-had
+
+def memory_of(kind, h, s):
+    "What is resident between two steps, and what a step, and one that rewires, needs on top"
+    torch.manual_seed(0)
+    x,y,model = torch.randn(128, 784),torch.randint(10, (128,)),mlp(h)
+    if kind!='dense': sparsify_model(model, s)
+    if kind=='sparse': to_sparse_layers(model, least=0.)
+    run = Run(model, 'adam', kind!='dense')
+    rises = {'step': [], 'update': []}
+    for i in range(4):                                                       # the first does not count: code is being loaded
+        for what,n in dict(other=98, update=99, step=100).items():           # the step before one that rewires is that at which layers are told
+            run.n = n+100*i
+            rise = risen(lambda: run(x, y))
+            if i and what in rises: rises[what].append(rise)
+    return dict(resident=tensors(model, run.opt), **{k: statistics.median(v) for k,v in rises.items() if k=='step' or kind!='dense'})
 
 def memory(threads, **kw):
-    for h in (1024, 4096):
-        x,y = torch.randn(128, 784),torch.randint(10, (128,))
-        for s in (.9, .95, .98):
-            row = {}
-            for kind in ('dense', 'masked', 'sparse'):
-                torch.manual_seed(0)
-                model = mlp(h)
-                if kind!='dense': sparsify_model(model, s)
-                if kind=='sparse': to_sparse_layers(model, least=0.)
-                run = Run(model, 'adam', kind!='dense')
-                for _ in range(3): run(x, y)
-                row[kind] = dict(resident=tensors(model, run.opt), step=allocated(lambda: run(x, y)))
-                if kind!='dense':
-                    run.n = 98
-                    run(x, y)
-                    row[kind]['update'] = allocated(lambda: run(x, y))
-            write('memory', threads, hidden=h, sparsity=s, opt='adam', **row)
+    for h,s in itertools.product((1024, 4096), (.9, .95, .98)):
+        row = {}
+        for kind in ('dense', 'masked', 'sparse'):                           # a process for each, in which freed memory goes back at once
+            child = f'import torch, json, layers; torch.set_num_threads({threads}); print(json.dumps(layers.memory_of({kind!r}, {h}, {s})))'
+            row[kind] = json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', child], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}, cwd=out.parent, capture_output=True, text=True, check=True).stdout)
+        most = {k: v['resident']+max(v['step'], v.get('update', 0)) for k,v in row.items()}
+        write('memory', threads, hidden=h, sparsity=s, opt='adam', **row, of_dense={k: round(m/most['dense'], 3) for k,m in most.items()})
 
 # ------------------------------------------------------------ which product
 @torch.no_grad()
@@ -318,7 +323,7 @@ def table():
             print(f"\n{part}, {threads} thread{'s' if threads>1 else ''}: {mine[0]['cpu']}, torch {mine[0]['torch']}" + (', bytes' if part=='memory' else '; times as fast as the first (quartiles)'))
             for r in mine:
                 what = ' '.join(f"{k} {'x'.join(map(str, r[k])) if isinstance(r[k], list) else r[k]}" for k in ('shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns') if k in r)
-                cell = lambda v: ' '.join(f'{k} {n/1e6:.1f}M' for k,n in v.items()) if part=='memory' else f"{v['times'][1]:.2f} ({v['times'][0]:.2f}-{v['times'][2]:.2f})"
+                cell = lambda v: ' '.join(f'{k} {n/1e6:.1f}M' if n>1e3 else f'{k} {n}' for k,n in v.items()) if part=='memory' else f"{v['times'][1]:.2f} ({v['times'][0]:.2f}-{v['times'][2]:.2f})"
                 print(what, *(f'| {k} {cell(r[k])}' for k in kinds if k in r))
 
 if __name__=='__main__':
