@@ -158,7 +158,7 @@ def _make_masks(owners, starts, targets, own, names, score_f, pattern_f):
     masks,errors = {}, {}
     for p,w in owners.items():
         try:
-            if (n := n_active(p.numel(), targets[p]))>(most := capacity(pattern_f, p)): raise ValueError(f"{n} weights are more than the pattern has room for, {most} of {p.numel()}")
+            if (n := n_active(p.numel(), targets[p]))>(most := capacity(pattern_f, p)): raise ValueError(f"{n} weights are more than the pattern has room for, {most} of {p.numel()} (use a higher sparsity, or `sparse_f=uniform_sparsity`, which gives every layer the same)")
             masks[p] = own[p] if p in own else _make_mask(w, starts[p], score_f, pattern_f)
         except ValueError as e: errors[names[w]] = e
     if errors: raise ValueError(f"{'; '.join(f'{n}: {e}' for n,e in errors.items())}. To leave them out: exclude={list(errors)}")
