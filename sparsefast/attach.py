@@ -47,6 +47,7 @@ class Attached:
     def remove(self):
         "Let go of the optimizer; the masks stay"
         for h in self._hooks: h.remove()
+        self.method.release(self.modules)
 
     def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
 

@@ -42,6 +42,10 @@ class DynamicSparseTrainingCallback(Callback):
         self.method = DSTMethod(batches_per_update=batches_per_update, initial_drop_grow_pct=initial_drop_grow_pct, stop_pct=stop_pct,
                                 keep_score_f=keep_score_f, grow_score_f=grow_score_f, **kwargs)
 
+    def __call__(self, event_name):
+        "Call what is there for an event; fastai would look for the rest in the learner and its data, six times a batch"
+        if hasattr(type(self), event_name) or event_name in vars(self): return super().__call__(event_name)
+
 # %% ../nbs/06_callback.ipynb #27f4e97a
 def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()
 
@@ -71,25 +75,26 @@ def before_train(self:DynamicSparseTrainingCallback):
 # %% ../nbs/06_callback.ipynb #1a993be0
 @patch
 def _time(self:DynamicSparseTrainingCallback):
-    return dict(step=self.n_step, pct=1. if hasattr(self.learn, 'lr_finder') else (self.n_step-1)/self.n_total)
+    return dict(step=self.n_step, pct=1. if self.chance else (self.n_step-1)/self.n_total)
 
 @patch
 def before_step(self:DynamicSparseTrainingCallback):
     "Mask gradients, or update in the step's place"
-    self.n_step += 1
-    self.layers = sparse_layers(self._modules())
-    self.stepping = self.timed.before_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
+    now = vars(self)                                                         # (to set an attribute of a callback is to look for it in the learner, too)
+    now.update(n_step=self.n_step+1, layers=sparse_layers(self._modules()))
+    now['stepping'] = self.timed.before_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
     if not self.stepping: raise CancelStepException()
 
 @patch
 def after_step(self:DynamicSparseTrainingCallback):
     "Mask weights, and update if the method steps first"
     if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
-    self.stepping,self.layers = False,None
+    vars(self).update(stepping=False, layers=None)
 
 @patch
 def after_fit(self:DynamicSparseTrainingCallback):
-    "After `lr_find`, chance is where it was"
+    "Wide masks go; after `lr_find`, chance is where it was"
+    if self.n_step is not None: self.method.release(self._modules())
     if self.chance is None: return
     set_random_states(**self.chance[0])
     if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .masks import attribute, check_fraction, looks_masked, masked_params, n_active, note, noted, sample_masked, tolist, zero_masked_
+from .masks import attribute, check_fraction, forget, looks_masked, masked_params, n_active, note, noted, sample_masked, tolist, widened, zero_masked_
 from .patterns import drop_grow, follows
 from .rewire import aims, bring_in, counts, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold
 from .schedules import cosine_anneal
@@ -51,6 +51,7 @@ class DSTMethod:
     penalty_f:Callable=None                    # What is added to the gradient of weights that train, with `explore_pct`
     reset_state_f:Callable=reset_state         # What happens to the optimizer's state where weights come and go
     seed:int=0                                 # Of random growth, together with the step and the layer
+    wide_masks:bool=True                       # While a CPU trains, keep a copy of each mask that is as wide as the weights, to mask gradients sooner?
     def __new__(cls, *args, **kwargs):
         for k in kwargs.keys()-{f.name for f in fields(cls)}: raise TypeError(_unknown(k, [f.name for f in fields(cls)]))
         return super().__new__(cls)
@@ -365,6 +366,14 @@ def enforce(self:DSTMethod,
         zero_masked_(l.p.data, l.mask)
         if opt is not None and not needs(self, 'momentum'): self.reset_state_f(l.p, opt, ~(l.mask if l.recall('trains') is None else l.recall('trains')))
 
+@patch
+def release(self:DSTMethod,
+    modules, # A model or a list of modules
+)->None:
+    "Let go of wide masks, when there will be no more steps"
+    for m in [modules] if isinstance(modules, nn.Module) else modules:
+        for *_,p,_ in masked_params(m): forget(p, 'wide')
+
 # %% ../nbs/05_methods.ipynb #6f034766
 _elementwise = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta]
 _steps = ['weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step', 'adam_step', 'radam_step', 'qhadam_step']   # fastai's
@@ -392,9 +401,18 @@ def _state(opt, p): return [weakref.ref(v) for v in opt_state(opt, p).values() i
 
 def _is_state(refs, others): return len(refs)==len(others) and all(r() is not None and r() is o() for r,o in zip(refs, others))
 
-def _expect(self, l, opt, step):
+def _is_turn(l, step): return (step+l.i)%32==0
+
+def _mask_gradient(self, l, n, step):
+    "By the wide mask in the note; by the mask itself where nothing is noted, as after an update"
+    if not (n and self.wide_masks and l.mask.is_cpu): wide = None
+    elif (wide := n.get('wide')) is None: wide = n['wide'] = widened(l.mask, l.p.grad)
+    elif _is_turn(l, step): wide.copy_(l.mask)                               # somebody may have edited it behind torch's back
+    zero_masked_(l.p.grad, l.mask, wide)
+
+def _expect(self, l, n, opt, step):
     "Note whether weight, gradient and state are zero at all masked places, so that a step will leave them there"
-    n,turn,g = noted(l.p, l.mask), (step+l.i)%32==0, l.p.grad
+    turn,g = _is_turn(l, step), l.p.grad
     if not n or turn: self.reset_state_f(l.p, opt, ~l.mask)
     if not n: note(l.p, l.mask, fresh=False, evaluated=False, sure=True, places=None, grad=None)
     else:
@@ -408,13 +426,16 @@ def _is_kept(l, n):
 
 def _keep(found, opt):
     "Mask (layer, what was noted of it) where the step may have moved what is masked, and note that all are masked"
-    kept = [(l,n) for l,n in found if _is_kept(l, n)]
-    if not looks_masked([l.p for l,_ in kept], [n['places'] for _,n in kept]): kept = []
-    kept = {l.i for l,_ in kept}
+    kept = {l.i for l,n in found if _is_kept(l, n)}
+    if not all([looks_masked(l.p, n['places']) for l,n in found if l.i in kept]): kept = ()
     for l,n in found:
-        if l.i not in kept: zero_masked_(l.p.data, l.mask)
-        places = n.get('places')
-        note(l.p, l.mask, fresh=True, evaluated=False, sure='grad' in n and n['sure'], state=_state(opt, l.p), places=sample_masked(l.mask) if places is None else places)
+        if l.i in kept:
+            n.update(version=l.p._version, fresh=True, evaluated=False)      # (the state is what `_expect` found, or the next one will notice)
+            del n['grad']
+        else:
+            zero_masked_(l.p.data, l.mask)
+            places = n.get('places')
+            note(l.p, l.mask, fresh=True, evaluated=False, sure='grad' in n and n['sure'], state=_state(opt, l.p), places=sample_masked(l.p, l.mask) if places is None else places, wide=n.get('wide'))
 
 def _prepare(self, live, due, time):
     "Gradients (and weights, where more train than are used) as the optimizer should see them"
@@ -423,8 +444,9 @@ def _prepare(self, live, due, time):
     for l in live:
         if self.explore_pct: bring_in(self, l, time)
         elif not (dense or l.mask is None):
-            zero_masked_(l.p.grad, l.mask)
-            if lean and l.mask.is_cpu: _expect(self, l, time['opt'], time['step'])         # (a GPU's weights are masked after each step)
+            n = noted(l.p, l.mask)
+            _mask_gradient(self, l, n, time['step'])
+            if lean and l.mask.is_cpu: _expect(self, l, n, time['opt'], time['step'])      # (a GPU's weights are masked after each step)
 
 def _check_end(self, live):
     "Warn if the schedule of sparsity has not been followed to its end"

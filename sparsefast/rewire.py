@@ -72,7 +72,7 @@ def in_order(
     model:nn.Module, # Sparse or not
 )->Iterable: # Of (module, name, parameter, mask or `None`)
     "Masked parameters and those of layers that store active weights only, in the model's order"
-    ms = list(model.modules())
+    ms = [m for m in model.modules() if m._buffers]                # such are masks and indices; it runs at every step, and most modules have none
     if not (stored := [(m, 'weight', m.values, None) for m in ms if is_stored(m)]): return masked_params(ms)
     place = {m: i for i,m in enumerate(ms)}
     return sorted([*masked_params(ms), *stored], key=lambda found: place[found[0]])
@@ -86,7 +86,7 @@ def sparse_layers(
     for p,(m,n,*_) in found.items():
         if hasattr(p, 'device_mesh'): check_whole(p, f'`{n}` of {m}')             # (to name a layer takes longer than to look)
     group = group_of(modules)
-    return [Layer(i, *l, is_last=i+1==len(found), group=group) for i,l in enumerate(found.values())]
+    return [Layer(i, *l, i+1==len(found), group) for i,l in enumerate(found.values())]
 
 # %% ../nbs/04a_rewire.ipynb #21366013
 def unfold(

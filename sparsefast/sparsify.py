@@ -19,7 +19,7 @@ from torch import nn
 from fastai.callback.hook import Hooks
 from fastai.learner import Learner
 from fastcore.basics import noop
-from .masks import (adopt_memory, apply_masks, check_fraction, enforced_by, keep_masked, masked_params, memory_name, memory_names, n_active,
+from .masks import (adopt_memory, apply_masks, check_fraction, enforced_by, forget, keep_masked, masked_params, memory_name, memory_names, n_active,
                               sparse_mask_like, stored_sparsity, zero_masked_)
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
@@ -252,6 +252,7 @@ def unsparsify_model(
     apply_masks(model)
     _unhook(model)
     for m,n,p,mask in list(masked_params(model)):
+        forget(p, 'wide')
         for b in [*memory_names(m, list(m._buffers)), f'{n}_mask', f'{n}_sparsity']: m._buffers.pop(b, None)
         for k in _adopts(m): del m._load_state_dict_pre_hooks[k]
     return model

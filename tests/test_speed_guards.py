@@ -5,13 +5,14 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.optimizer import Adam as fastAdam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD as fastSGD, ranger
-from helpers import PRESETS, TORCH_OPTS, backward, batches, learner, masked_are_zero, opt_tensors, plain_loop, snapshot, sparse_mlp
+from helpers import PRESETS, TORCH_OPTS, Watch, backward, batches, learner, masked_are_zero, opt_tensors, plain_loop, snapshot, sparse_mlp
 from sparsefast import masks as M, methods, rewire
 from sparsefast.callback import DynamicSparseTrainingCallback
-from sparsefast.masks import apply_masks, masked_params, noted, sample_masked, top_k_mask, zero_masked_
+from sparsefast.attach import attach
+from sparsefast.masks import apply_masks, looks_masked, masked_params, noted, sample_masked, top_k_mask, widened, zero_masked_
 from sparsefast.methods import DSTMethod, keeps_zeros
 from sparsefast.presets import RigL_presets, Static_presets
-from sparsefast.sparsify import add_mask, enforce_masks, sparsify_model
+from sparsefast.sparsify import add_mask, enforce_masks, sparsify_model, unsparsify_model
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
 METHOD = partial(DSTMethod, **{**RigL_presets, 'batches_per_update': 8})
@@ -210,7 +211,7 @@ def test_hooks_do_nothing_where_nothing_happened(monkeypatch):
 def test_weights_are_masked_after_a_step_only_where_needed(monkeypatch):
     model,n = sparse_mlp(),[]
     ps = {p.data_ptr() for *_,p,_ in masked_params(model)}
-    monkeypatch.setattr(methods, 'zero_masked_', lambda t, mask: n.append(t.data_ptr()) or zero_masked_(t, mask))
+    monkeypatch.setattr(methods, 'zero_masked_', lambda t, mask, wide=None: n.append(t.data_ptr()) or zero_masked_(t, mask, wide))
     opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
     count = []
     for s in range(1, 40):
@@ -345,6 +346,113 @@ class Own(torch.optim.SGD): pass
                                   lambda p: o.LBFGS(p), lambda p: o.Adafactor(p), lambda p: o.Rprop(p), lambda p: o.ASGD(p), lambda p: Own(p, lr=.1), lambda p: Lamb(p, lr=.1), lambda p: Larc(p, lr=.1), lambda p: ranger(p, lr=.1), lambda p: Lookahead(fastSGD(p, lr=.1)), lambda p: fastAdam(p, lr=.1, eps=0.)])
 def test_all_others_do_not_count_as_such(make): assert not keeps_zeros(make([nn.Parameter(torch.zeros(2, 2))]))
 
+# ------------------------------------------------------------ wide masks
+def wide_masks(model): return [noted(p, mask, written=True).get('wide') for *_,p,mask in masked_params(model)]
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed'])
+def test_a_wide_mask_masks_alike(dtype, layout):
+    "NaN and infinity included, and it lies in memory as the numbers do"
+    t,mask = torch.randn(6, 4, 3, 3).mul(9).to(dtype), torch.rand(6, 4, 3, 3)<.5
+    if dtype.is_floating_point: t[0] = torch.nan; t[1] = torch.inf
+    if layout=='channels_last': t = t.to(memory_format=torch.channels_last)
+    if layout=='transposed': t,mask = t.transpose(0, 1), mask.transpose(0, 1)
+    wide = widened(mask, t)
+    assert (wide is None)==(dtype==torch.complex128) or wide.stride()==t.stride() and wide.element_size()==t.element_size()
+    want = zero_masked_(t.clone(), mask)
+    assert torch.equal(zero_masked_(t.clone(), mask, wide).nan_to_num(5.), want.nan_to_num(5.)) and (want[~mask]==0).all()
+
+def test_a_wide_mask_of_another_width_is_not_used():
+    t,mask = torch.ones(4), torch.tensor([True,False,True,False])
+    assert zero_masked_(t, mask, widened(~mask, t.double())).tolist()==[1,0,1,0]
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('opt', ['momentum', 'adam'])
+def test_wide_masks_change_nothing(preset, opt):
+    "Weights, masks and state, bit for bit, over many updates; `wide_masks=False` keeps none"
+    runs = []
+    for wide in (False, True):
+        model = sparse_mlp()
+        optim = TORCH_OPTS[opt](model.parameters())
+        plain_loop(model, optim, DSTMethod(**{**PRESETS[preset], 'batches_per_update': 7, 'wide_masks': wide}), total=90)
+        runs.append(snapshot(model, optim))
+        if not wide: assert wide_masks(model)==[None]*3
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[1]) and runs[0].keys()==runs[1].keys()
+
+def test_wide_masks_are_kept_while_masks_stand_still():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+    for s in range(1, 4): engine_step(model, opt, s)
+    wide = wide_masks(model)
+    assert all(w.dtype==torch.int32 and torch.equal(w.bool(), mask) for w,(*_,mask) in zip(wide, masked_params(model)))
+    engine_step(model, opt, 4)
+    assert all(w is v for w,v in zip(wide, wide_masks(model)))
+    engine_step(model, opt, 8, METHOD())                                     # an update
+    for s in (9, 10): engine_step(model, opt, s)
+    assert all(w is not v and torch.equal(v.bool(), mask) for w,v,(*_,mask) in zip(wide, wide_masks(model), masked_params(model)))
+    assert not dirty(model)
+
+@pytest.mark.parametrize('edit', ['counted', 'not counted'])
+def test_an_edited_mask_is_what_gradients_are_masked_by(edit):
+    "At once if torch counts the edit, else within 32 steps"
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    for s in range(1, 4): engine_step(model, opt, s)
+    new = ~model[0].weight_mask
+    (model[0].weight_mask if edit=='counted' else model[0].weight_mask.data).copy_(new)
+    for s in range(4, 5 if edit=='counted' else 36): engine_step(model, opt, s)
+    assert masked_are_zero(model) and (model[0].weight.grad[~new]==0).all() and model[0].weight.grad[new].any()
+
+@pytest.mark.parametrize('end', ['release', 'attached', 'callback', 'unsparsify'])
+def test_wide_masks_go_when_training_ends(end):
+    model = sparse_mlp()
+    ps = [p for *_,p,_ in masked_params(model)]
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    if end=='attached': attached = attach(STILL(), model, opt, 1000)
+    if end=='callback':
+        had = []
+        learn = learner(model)
+        learn.fit(2, cbs=[DynamicSparseTrainingCallback(**{**Static_presets, 'batches_per_update': 1000}), Watch('after_step', lambda l: had.append(wide_masks(model)[0] is not None))])
+        assert not had[0] and all(had[1:])
+    else:
+        for s in range(1, 4):
+            if end=='attached':
+                backward(model, *batches(1)[0])
+                opt.step()
+            else: engine_step(model, opt, s)
+        assert None not in wide_masks(model)
+    if end=='release': STILL().release([model[0], *list(model)[1:]])
+    if end=='attached': attached.remove()
+    if end=='unsparsify': unsparsify_model(model)
+    assert not any('wide' in n for p in ps for n in vars(p.untyped_storage())['masked'].values())
+
+# ------------------------------------------------------------ looking at a weight
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed', 'part of a larger one'])
+def test_looking_sees_each_place_of_the_sample_and_no_other(dtype, layout):
+    p,mask = torch.zeros(6, 4, 3, 3, dtype=dtype), torch.rand(6, 4, 3, 3)<.5
+    if layout=='channels_last': p = p.to(memory_format=torch.channels_last)
+    if layout=='transposed': p,mask = p.transpose(0, 1), mask.transpose(0, 1)
+    if layout=='part of a larger one': p = torch.zeros(9, 9, 5, 7, dtype=dtype)[2:8, 1:5, 1:4, ::3]
+    sample = sample_masked(p, mask)
+    seen = []
+    for i in range(p.numel()):
+        at = tuple(int(j) for j in torch.unravel_index(torch.tensor(i), p.shape))
+        p[at] = 1e-7 if dtype!=torch.complex64 else 1e-7j
+        if not looks_masked(p, sample): seen.append(at)
+        p[at] = 0
+    assert len(seen)==16 and not any(mask[at] for at in seen) and looks_masked(p, sample)
+
+def test_where_looking_does_not_help():
+    p,mask = torch.zeros(4, 4, dtype=torch.complex128), torch.rand(4, 4)<.5
+    assert sample_masked(p, mask) is None and not looks_masked(p, None)                      # 16 bytes a number
+    large = torch.ones(1<<14, dtype=torch.bool)
+    large[1] = False                                                                        # a sample does not find it
+    assert sample_masked(torch.zeros(1<<14), large) is None
+    full = torch.ones(3, dtype=torch.bool)
+    assert looks_masked(torch.ones(3), sample_masked(torch.ones(3), full))                   # nothing to look at, and all has been looked at
+    assert not looks_masked(torch.empty(0), sample_masked(torch.ones(4), torch.zeros(4, dtype=torch.bool)))      # memory that has gone
+
 # ------------------------------------------------------------ the step, with and without the pass over the weights
 def always(monkeypatch): monkeypatch.setattr(methods, '_is_kept', lambda l, n: False)
 
@@ -441,7 +549,7 @@ def test_a_single_silent_write_does_not_stay():
         model(torch.ones(2, 300)).sum().backward()
         STILL().step(model, opt, s, 0.)
     for s in range(1, 4): step(s)
-    places = set(sample_masked(model[0].weight_mask).tolist())
+    places = set(sample_masked(model[0].weight, model[0].weight_mask)[1])
     i = next(i for i in (~model[0].weight_mask).flatten().nonzero().flatten().tolist() if i not in places)
     for last in ('steps', 'evaluation'):
         model[0].weight.data.view(-1)[i] = 1.
