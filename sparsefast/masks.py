@@ -295,7 +295,7 @@ def zero_masked_(
     wide:torch.Tensor=None, # What `widened` gave for them, if that is at hand
 )->torch.Tensor: # `t`
     "Zero `t` where `mask` is `False`, whatever is there"
-    if t.element_size() not in _bits or _is_tracing(): return t.masked_fill_(~mask, 0)      # (`torch.jit.trace` knows no views as another dtype)
+    if t.element_size() not in _bits or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)      # (`torch.jit.trace` knows no views as another dtype)
     bits = t.view(_bits[t.element_size()])
     if wide is not None and wide.dtype==bits.dtype:
         bits.mul_(wide)
