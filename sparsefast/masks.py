@@ -350,7 +350,7 @@ def forget(
     "Drop a fact that was noted at a parameter's memory, whether the note still holds or not"
     try:
         for n in vars(p.untyped_storage()).get('masked', {}).values(): n.pop(what, None)
-    except (NotImplementedError, RuntimeError): pass
+    except (NotImplementedError, RuntimeError): pass                # where there is no memory, `note` has noted nothing
 
 # %% ../nbs/01_masks.ipynb #c7ebc697
 _numbers = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
