@@ -374,7 +374,7 @@ def looks_masked(
 )->bool: # `False` if in doubt
     "Are all these places zero?"
     if sample is None or not (begin := p.data_ptr()): return False
-    numbers = sample[0].from_address(begin)                        # after a large product torch's own `take` waits for its code to come from memory, five times as long
+    numbers = sample[0].from_address(begin)                        # after a large product torch's own `take` waits for its code to come from memory
     return not any([numbers[i] for i in sample[1]])
 
 # %% ../nbs/01_masks.ipynb #3ea3ebb7

@@ -186,6 +186,18 @@ def test_training_in_evaluation_mode(make):
         with torch.no_grad(): model(X)
         assert not dirty(model)
 
+def test_a_module_that_trains_and_uses_a_layer_that_does_not():
+    "Its hook passes it before the inputs; one with keywords passes no module, and is no mistake"
+    layer = sparse_mlp()[0].eval()
+    with torch.no_grad():
+        for parent,masked in ((nn.Identity().train(), True), (nn.Identity().eval(), False)):
+            M.keep_masked(layer, parent, (X,))
+            layer.weight.data.fill_(1.)                                                      # not counted by torch
+            M.keep_masked(layer, parent, (X,))
+            assert (not dirty(layer))==masked
+        M.keep_masked(layer.train(), (X,), {})
+    assert not dirty(layer)
+
 def count_masking(monkeypatch):
     "How many layers a hook masks"
     n = []
