@@ -48,16 +48,16 @@ from .callback import *
 from .attach import *
 from .checkpoint import *
 from .ranks import *
-from .flops import *
-from .analysis import *
-from .recorder import *
-from .plots import *
-from .doctor import *
-from .layers import *
-from .files import *
-from .shrink import *
-from .deploy import *
-from .export import *
+from .see.flops import *
+from .see.analysis import *
+from .see.recorder import *
+from .see.plots import *
+from .see.doctor import *
+from .storage.layers import *
+from .ship.files import *
+from .ship.shrink import *
+from .ship.deploy import *
+from .ship.export import *
 
 # %% ../nbs/00_core.ipynb #99af41d4
 _all_ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'sparse_params', 'apply_masks', 'is_sparseable_module', 'sparseable_modules',

@@ -75,7 +75,7 @@ def other_layers(rank):
 
 def doctor(rank):
     "Masks that differ from the start, before and after they are made the same"
-    from sparsefast.doctor import sparse_doctor
+    from sparsefast.see.doctor import sparse_doctor
     model = net(seed=rank)
     before = [list(f) for f in sparse_doctor(model)]
     return dict(before=before, after=[list(f) for f in sparse_doctor(sync_masks(model))])

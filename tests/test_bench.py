@@ -1,11 +1,11 @@
 "`sparsefast_bench`: the table, from names and files, and one line for wrong values"
 import runpy, sys
 import pytest, torch
-from sparsefast import bench, cli, models
-from sparsefast.deploy import SpeedTable
-from sparsefast.files import save_sparse
+from sparsefast.cli import bench, train as cli, models
+from sparsefast.ship.deploy import SpeedTable
+from sparsefast.ship.files import save_sparse
 from sparsefast.masks import masked_params
-from sparsefast.shrink import shrink_model
+from sparsefast.ship.shrink import shrink_model
 from sparsefast.sparsify import sparsify_model
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, 'to_fastest', lambda m, x, margin: real(m, x, margin, seconds=0))
     script = tmp_path/'entry.py'
-    script.write_text("import sys\nfrom sparsefast.bench import sparsefast_bench\nsys.exit(sparsefast_bench())\n")
+    script.write_text("import sys\nfrom sparsefast.cli.bench import sparsefast_bench\nsys.exit(sparsefast_bench())\n")
     def run(args):
         monkeypatch.setattr(sys, 'argv', ['sparsefast_bench', *args.split()])
         capsys.readouterr()

@@ -5,11 +5,11 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
-from sparsefast import cli, datasets, models
-from sparsefast.layers import SparseLinear, as_masked
+from sparsefast.cli import train as cli, datasets, models
+from sparsefast.storage.layers import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
-ENTRY = "import sys\nfrom sparsefast.cli import sparsefast_train\nsys.exit(sparsefast_train())\n"
+ENTRY = "import sys\nfrom sparsefast.cli.train import sparsefast_train\nsys.exit(sparsefast_train())\n"
 OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage'.split()
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_wrong_value_in_python(here):
 def test_wrong_value_within_another_command(here, monkeypatch):
     "`is_cli` is true there as well, yet an exception is what the caller can deal with"
     script = here.parent/'other.py'
-    script.write_text("from fastcore.script import call_parse\nfrom sparsefast.cli import sparsefast_train\n"
+    script.write_text("from fastcore.script import call_parse\nfrom sparsefast.cli.train import sparsefast_train\n"
                       "@call_parse\ndef main(): sparsefast_train(method='rigel')\n")
     monkeypatch.setattr(sys, 'argv', ['other'])
     with pytest.raises(ValueError, match='rigel'): runpy.run_path(str(script), run_name='__main__')
@@ -286,7 +286,7 @@ def test_help(command):
 def test_imports_without_vision():
     "The default run needs neither torchvision nor fastai.vision"
     code = """import sys; sys.modules['torchvision'] = sys.modules['fastai.vision'] = None
-from sparsefast import cli, datasets, models
+from sparsefast.cli import train as cli, datasets, models
 dls = datasets.get_dls('digits', 8)
 models.get_model('convnet', dls, 8, 1)"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr==''

@@ -5,10 +5,10 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from helpers import changed, mlp, snapshot
-from sparsefast import deploy
-from sparsefast.deploy import LayerTime, SpeedTable, bsr_form, from_fastest, paired_times, processor, ratio, semi_structured_form, to_fastest
-from sparsefast.files import load_sparse, save_sparse
-from sparsefast.layers import SparseConv2d, SparseLinear
+from sparsefast.ship import deploy
+from sparsefast.ship.deploy import LayerTime, SpeedTable, bsr_form, from_fastest, paired_times, processor, ratio, semi_structured_form, to_fastest
+from sparsefast.ship.files import load_sparse, save_sparse
+from sparsefast.storage.layers import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
 from sparsefast.sparsify import sparsify_model, unsparsify_model

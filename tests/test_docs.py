@@ -7,7 +7,7 @@ import sparsefast
 
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
-modules = sorted(m.name for m in pkgutil.iter_modules(sparsefast.__path__) if not m.name.startswith('_'))
+modules = sorted(m.name.removeprefix('sparsefast.') for m in pkgutil.walk_packages(sparsefast.__path__, 'sparsefast.') if not m.ispkg and '._' not in m.name)
 notebooks = sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts))
 
 # ------------------------------------------------------------ names and parameters
@@ -132,7 +132,7 @@ def test_every_method_and_property_in_a_class_is_documented(mod):
 
 def test_each_module_is_in_llms_txt():
     "nbdev lists those whose docstring has more than three lines"
-    listed = re.findall(r'^- `sparsefast\.(\w+)`: .', (nbs/'llms.txt').read_text(encoding='utf-8'), re.M)
+    listed = re.findall(r'^- `sparsefast\.([\w.]+)`: .', (nbs/'llms.txt').read_text(encoding='utf-8'), re.M)
     assert sorted(listed)==modules
 
 # ------------------------------------------------------------ notebooks
@@ -179,7 +179,7 @@ def test_every_notebook_that_prints_or_plots_has_outputs():
     assert not [fn for fn in notebooks if any(kind=='code' and re.search(shows, src, re.M) and '#| export' not in src for kind,src,_ in cells(fn)) and not any(outs for *_,outs in cells(fn))]
 
 def test_every_tutorial_has_its_place_in_the_menu():
-    src = (nbs/'_site'/'pages.py').read_text(encoding='utf-8')
+    src = (root/'docs'/'pages.py').read_text(encoding='utf-8')
     named = ast.literal_eval(re.search(r'^tutorials = (\[.*?\])', src, re.M|re.S)[1])
     files = [t+'.ipynb' if '/' in t else f'tutorials/{t}.ipynb' for t in named]
     assert {f for f in notebooks if f.startswith('tutorials/')} <= set(files) <= set(notebooks) and len(set(files))==len(files)

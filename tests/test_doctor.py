@@ -6,9 +6,9 @@ from torch import nn
 from fastai import optimizer as fo
 from helpers import *
 from sparsefast import presets
-from sparsefast import doctor
+from sparsefast.see import doctor
 from sparsefast.core import *
-from sparsefast.doctor import Finding, Findings, sparse_doctor
+from sparsefast.see.doctor import Finding, Findings, sparse_doctor
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}

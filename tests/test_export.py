@@ -3,9 +3,9 @@ import subprocess, sys
 import pytest, torch
 from torch import nn
 from helpers import changed, mlp, snapshot
-from sparsefast import export
-from sparsefast.deploy import to_fastest
-from sparsefast.export import bake, export_model, to_onnx
+from sparsefast.ship import export
+from sparsefast.ship.deploy import to_fastest
+from sparsefast.ship.export import bake, export_model, to_onnx
 from sparsefast.sparsify import sparsify_model
 
 class Two(nn.Module):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as FastaiSGD
 from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
-from sparsefast import files
-from sparsefast.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
-from sparsefast.layers import SparseConv2d, SparseLinear
+from sparsefast.ship import files
+from sparsefast.ship.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
+from sparsefast.storage.layers import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets

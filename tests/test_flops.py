@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import *
 from sparsefast.core import *
 from sparsefast.core import __all__ as names
-from sparsefast.flops import LayerFlops, uncompiled
-from sparsefast.layers import to_sparse_layers
+from sparsefast.see.flops import LayerFlops, uncompiled
+from sparsefast.storage.layers import to_sparse_layers
 
 def uses(model, x, layers=None):
     "Independent: how often each weight is multiplied, from the shapes that come out (for transposed convolutions, that go in)"

@@ -1,12 +1,12 @@
 "Each module comes alone, quietly, and with no more than it needs"
-import re, subprocess, sys
+import importlib, re, subprocess, sys
 from pathlib import Path
 import pytest
 import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
-MODULES = sorted(p.stem for p in HERE.glob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','flops','analysis','plots','sparse_ops','layers','shrink']
+MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -20,7 +20,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 '''
 
-def test_all_rooms_are_there(): assert {*PURE,'sparsify','callback','core','cli'} <= set(MODULES)
+def test_all_rooms_are_there(): assert {*PURE,'sparsify','callback','core','cli.train'} <= set(MODULES)
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_alone_and_prints_nothing(module):
@@ -51,7 +51,7 @@ assert model.weight_mask.sum()==25 and not model.weight_mask.equal(start) and (m
 
 @pytest.mark.parametrize('module', MODULES)
 def test_no_module_wants_everything(module):
-    assert not re.search(r'fastai\.vision\.all', (HERE/f'{module}.py').read_text())
+    assert not re.search(r'fastai\.vision\.all', (HERE/f'{module.replace(".", "/")}.py').read_text())
 
 def test_core_brings_in_little():
     "Beside fastai.basics no package but torch, fastai, safetensors and this one: `import sparsefast.core` is to cost next to nothing more"
@@ -60,15 +60,60 @@ import sparsefast.core
 print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_module_names)))""")
     assert done.returncode==0 and set(done.stdout.split())<={'sparsefast','fastai','torch','safetensors'}, done.stdout+done.stderr
 
-MAY_IMPORT = dict(masks=[], patterns=['masks'], select=['masks'], distributions=['masks'], scores=[], saliency=['masks','select'], schedules=[], allocation=['masks'],
-                  ranks=['masks'], sparsify=['masks','patterns','select','distributions','ranks','scores'], rewire=['masks','patterns','select','ranks','scores'],
-                  methods=['masks','patterns','scores','schedules','rewire'], presets=['allocation','patterns','schedules','scores'],
-                  callback=['masks','distributions','ranks','rewire','scores','sparsify','methods'], attach=['masks','methods','scores'], checkpoint=['sparsify'], sparse_ops=['masks'],
-                  files=['checkpoint','layers','masks','scores','sparse_ops','sparsify'], shrink=['masks'], deploy=['layers','masks','patterns','shrink','sparsify'],
-                  export=['checkpoint','deploy','shrink','sparsify'], layers=['masks','scores','sparse_ops'], flops=['masks','layers'], analysis=['flops','layers','masks','rewire','select'], plots=['analysis','layers','rewire','select'],
-                  console=[], datasets=['console'], models=['console'], recorder=['analysis','callback','flops','masks','rewire','select'],
-                  doctor=['analysis','callback','layers','masks','methods','patterns','rewire','scores','select','sparse_ops','sparsify'])
+MAY_IMPORT = {
+    'masks': '',
+    'patterns': 'masks',
+    'select': 'masks',
+    'distributions': 'masks',
+    'scores': '',
+    'saliency': 'masks select',
+    'schedules': '',
+    'allocation': 'masks',
+    'ranks': 'masks',
+    'sparsify': 'masks patterns select distributions ranks scores',
+    'rewire': 'masks patterns select ranks scores',
+    'methods': 'masks patterns scores schedules rewire',
+    'presets': 'allocation patterns schedules scores',
+    'callback': 'masks distributions ranks rewire scores sparsify methods',
+    'attach': 'masks methods scores',
+    'checkpoint': 'sparsify',
+    'storage.kernels': 'masks',
+    'ship.files': 'checkpoint storage.layers masks scores storage.kernels sparsify',
+    'ship.shrink': 'masks',
+    'ship.deploy': 'storage.layers masks patterns ship.shrink sparsify',
+    'ship.export': 'checkpoint ship.deploy ship.shrink sparsify',
+    'storage.layers': 'masks scores storage.kernels',
+    'see.flops': 'masks storage.layers',
+    'see.analysis': 'see.flops storage.layers masks rewire select',
+    'see.plots': 'see.analysis storage.layers rewire select',
+    'cli.console': '',
+    'cli.datasets': 'cli.console',
+    'cli.models': 'cli.console',
+    'see.recorder': 'see.analysis callback see.flops masks rewire select',
+    'see.doctor': 'see.analysis callback storage.layers masks methods patterns rewire scores select storage.kernels sparsify',
+}
+def imported(module):
+    "Rooms that a module imports from, by their dotted names"
+    for dots,name in re.findall(r'^from (\.+)([\w.]+) import', (HERE/f'{module.replace(".", "/")}.py').read_text(), re.M):
+        yield name if len(dots)>module.count('.') else f'{module.rpartition(".")[0]}.{name}'
+
 @pytest.mark.parametrize('module,may', MAY_IMPORT.items(), ids=MAY_IMPORT)
 def test_arrows_run_one_way(module, may):
-    rooms = re.findall(r'^from (?:sparsefast)?\.(\w+) import', (HERE/f'{module}.py').read_text(), re.M)
-    assert set(rooms) <= set(may) and (rooms or not may)
+    rooms = set(imported(module))
+    assert rooms <= set(may.split()) and (rooms or not may)
+
+# ------------------------------------------------------------ import paths of before the wings
+OLD = dict(sparse_ops='storage.kernels', layers='storage.layers', flops='see.flops', analysis='see.analysis', recorder='see.recorder', plots='see.plots', doctor='see.doctor',
+           files='ship.files', shrink='ship.shrink', deploy='ship.deploy', export='ship.export', console='cli.console', datasets='cli.datasets', models='cli.models', bench='cli.bench')
+@pytest.mark.parametrize('old,new', OLD.items(), ids=OLD)
+def test_old_import_paths_work(old, new):
+    assert importlib.import_module(f'sparsefast.{old}') is importlib.import_module(f'sparsefast.{new}')
+
+def test_old_names_of_the_command_line():
+    from sparsefast.cli import sparsefast_train
+    assert sparsefast_train is importlib.import_module('sparsefast.cli.train').sparsefast_train
+
+def test_the_package_gives_the_names_of_core_and_stays_quick():
+    done = python("import sparsefast; assert 'torch' not in sys.modules; from sparsefast import sparsify_model; import sparsefast.core as core; assert sparsify_model is core.sparsify_model")
+    assert done.returncode==0, done.stderr
+    with pytest.raises(AttributeError, match='no_such_name'): sparsefast.no_such_name

@@ -10,8 +10,8 @@ import reference
 from helpers import *
 from sparsefast import presets
 from sparsefast.distributions import uniform_sparsity
-from sparsefast.files import load_sparse, save_sparse
-from sparsefast.layers import to_sparse_layers
+from sparsefast.ship.files import load_sparse, save_sparse
+from sparsefast.storage.layers import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.methods import *
 from sparsefast.presets import *

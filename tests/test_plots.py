@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
 from helpers import *
 from sparsefast.core import *
-from sparsefast.plots import *
+from sparsefast.see.plots import *
 
 @pytest.fixture(autouse=True)
 def close():

@@ -12,12 +12,12 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch.utils.data import TensorDataset
 from helpers import *
-import sparsefast.recorder
+import sparsefast.see.recorder
 from sparsefast import presets
 from sparsefast.core import *
-from sparsefast.analysis import live_units
-from sparsefast.layers import SparseLinear, to_sparse_layers
-from sparsefast.recorder import SparseRecorderCallback, mask_change
+from sparsefast.see.analysis import live_units
+from sparsefast.storage.layers import SparseLinear, to_sparse_layers
+from sparsefast.see.recorder import SparseRecorderCallback, mask_change
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}
@@ -187,8 +187,8 @@ def pictures(size, n=32):
 
 def test_progressive_resizing(monkeypatch):
     "Each fit at the price of its samples; they are counted when their shape is new, and only then"
-    counts,count = [], sparsefast.recorder.count_flops
-    monkeypatch.setattr(sparsefast.recorder, 'count_flops', lambda *args: (counts.append(args[1].shape[-1]), count(*args))[1])
+    counts,count = [], sparsefast.see.recorder.count_flops
+    monkeypatch.setattr(sparsefast.see.recorder, 'count_flops', lambda *args: (counts.append(args[1].shape[-1]), count(*args))[1])
     learn = learner(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
     learn.sparsify(.5)
     learn.add_cb(rec := SparseRecorderCallback())

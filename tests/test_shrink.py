@@ -4,9 +4,9 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from helpers import mlp, snapshot, changed
-from sparsefast.files import load_sparse, save_sparse
+from sparsefast.ship.files import load_sparse, save_sparse
 from sparsefast.masks import masked_params
-from sparsefast.shrink import shape_like, shrink_model
+from sparsefast.ship.shrink import shape_like, shrink_model
 from sparsefast.sparsify import load_sparse_state, sparsify_model, unsparsify_model
 
 def kill(m, rows=(), cols=()):

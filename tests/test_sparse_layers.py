@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import *
 from sparsefast.core import *
 from sparsefast import presets, rewire
-from sparsefast.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
+from sparsefast.storage.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.masks import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
-from sparsefast.sparse_ops import check_index, few, index_of, is_for_csr, laid, pieces, positions, product, sampled, transposed, transposed_index, width
+from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, product, sampled, transposed, transposed_index, width
 
 of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
 without_default_device = pytest.mark.skipif('config.getoption("--device")', reason="fastai's metrics want torch's default device to be the CPU")

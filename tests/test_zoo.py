@@ -1,8 +1,8 @@
-"A sample of the sweep over model zoos; the whole is `nbs/benchmarks/zoo.py`"
+"A sample of the sweep over model zoos; the whole is `benchmarks/zoo.py`"
 import sys
 from pathlib import Path
 import pytest
-sys.path.insert(0, str(Path(__file__).parents[1]/'nbs/benchmarks'))
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import zoo
 
 def passes(models, name):

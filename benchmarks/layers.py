@@ -1,0 +1,340 @@
+"""Sparse layers against dense ones, and against what else there is for a CPU.
+
+    python benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
+    python benchmarks/layers.py --table                                 # prints the latest rows as tables
+
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `ops` (which product for how many
+columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
+outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
+import argparse, copy, ctypes, importlib, itertools, json, math, os, platform, random, re, statistics, subprocess, sys, time, warnings
+from pathlib import Path
+import torch, torch.nn.functional as F
+from torch import nn
+warnings.simplefilter('ignore')
+from sparsefast.core import *
+from sparsefast.storage.layers import *
+from sparsefast.masks import sparse_params
+from sparsefast.methods import DSTMethod
+from sparsefast.storage.kernels import as_csr, index_of
+
+out = Path(__file__).with_suffix('.jsonl')
+
+def cpu(): return next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
+
+def quartiles(xs):
+    xs = sorted(xs)
+    return [xs[len(xs)//4], xs[len(xs)//2], xs[(3*len(xs))//4]]
+
+def interleaved(fs, rounds, least=.004):
+    "name -> (median microseconds, quartiles of the ratio to the first)"
+    reps,times = {}, {n: [] for n in fs}
+    for n,f in fs.items():
+        f()
+        start = time.perf_counter()
+        f()
+        reps[n] = max(1, int(least/(time.perf_counter()-start)))
+    rng,alone = random.Random(0), [n for n in fs if n.startswith('onnx') and torch.get_num_threads()>1]
+    for group in ([n for n in fs if n not in alone], *([n] for n in alone)):
+        for i in range(rounds+1):                                            # the first does not count: memory is still being found
+            for n in rng.sample(group, len(group)):
+                start = time.perf_counter()
+                for _ in range(reps[n]): fs[n]()
+                if i: times[n].append((time.perf_counter()-start)/reps[n]*1e6)
+    first = times[next(iter(fs))]
+    return {n: dict(us=round(statistics.median(ts), 1), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(first, ts)])]) for n,ts in times.items()}
+
+def write(part, threads, **row):
+    import onnxruntime
+    row = dict(part=part, threads=threads, **row, cpu=cpu(), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
+    with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
+    print(json.dumps({k: v for k,v in row.items() if k not in ('cpu','torch','onnxruntime','when')}), flush=True)
+
+# ------------------------------------------------------------ inference
+def onnx_session(layer, x, threads, int8=False):
+    import io, onnxruntime as ort, tempfile, logging
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as d:
+        torch.onnx.export(layer, (x,), f'{d}/a.onnx', dynamo=False)
+        if int8:
+            from onnxruntime.quantization import quantize_dynamic
+            quantize_dynamic(f'{d}/a.onnx', f'{d}/b.onnx')
+        o = ort.SessionOptions()
+        o.intra_op_num_threads,o.log_severity_level = threads,3
+        s = ort.InferenceSession(f'{d}/{"b" if int8 else "a"}.onnx', o, providers=['CPUExecutionProvider'])
+    name,v = s.get_inputs()[0].name,x.numpy()
+    return lambda: s.run(None, {name: v})[0]
+
+def blocks(layer, size=32):
+    "The same share of weights in whole blocks"
+    o,i = layer.weight.shape
+    keep = torch.rand(o//size, i//size).flatten().argsort()[:max(1, round(float(layer.weight_mask.float().mean())*(o//size)*(i//size)))]
+    m = torch.zeros((o//size)*(i//size), dtype=torch.bool)
+    m[keep] = True
+    return (torch.randn(o, i)*m.view(o//size, i//size).repeat_interleave(size, 0).repeat_interleave(size, 1)).to_sparse_bsr(size)
+
+def check(fs, dense, tol):
+    want = fs[dense]()
+    for n in tol:
+        if n in fs: assert (e := float((torch.as_tensor(fs[n]()).float()-want).norm()/want.norm()))<tol[n], (n, e)
+
+@torch.no_grad()
+def linear(threads, rounds=21, other=None, **kw):
+    if other: sys.path.insert(0, other)
+    for o,i in ((1024,1024), (768,3072), (3072,768), (4096,1024)):
+        for s in (.8, .9, .95, .98):
+            torch.manual_seed(0)
+            layer = nn.Linear(i, o)
+            masked = copy.deepcopy(layer).eval()
+            sparsify_model(masked, s)
+            sparse = SparseLinear.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            theirs = importlib.import_module('sparselab').SparseLinear(i, o, sparsity=s).eval() if other else None      # with weights of its own, as many
+            half,csr,bsr = copy.deepcopy(layer).bfloat16(),layer.weight.detach().to_sparse_csr(),blocks(masked)
+            for b in (1, 16, 128):
+                x = torch.randn(b, i)
+                xb = x.bfloat16()
+                fs = dict(dense=lambda: layer(x), sparse=lambda: sparse(x), masked=lambda: masked(x), csr=lambda: F.linear(x, csr, layer.bias))
+                if s in (.9, .95):
+                    fs |= dict(bfloat16=lambda: half(xb), bsr=lambda: F.linear(x, bsr, layer.bias), onnx=onnx_session(layer, x, threads), onnx_int8=onnx_session(layer, x, threads, True))
+                check(fs, 'dense', dict(sparse=1e-5, masked=1e-6, csr=1e-5, bfloat16=.02, onnx=1e-5, onnx_int8=.1))
+                if theirs: fs['sparselab'] = lambda: theirs(x)
+                write('linear', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds, .002))
+
+@torch.no_grad()
+def cold(threads, rounds=21, **kw):
+    "As in a network that no cache holds: copies of a layer take turns, so that each call reads its weights from memory"
+    for o,i in ((1024,1024), (768,3072), (3072,768)):
+        for s in (.9, .95):
+            torch.manual_seed(0)
+            layer = nn.Linear(i, o)
+            sparsify_model(masked := copy.deepcopy(layer), s)
+            sparse = SparseLinear.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            many = int(96e6//(8*len(sparse.values)))
+            turns = {n: itertools.cycle([copy.deepcopy(m) for _ in range(k)]) for n,m,k in (('dense', layer, min(many, 50)), ('sparse', sparse, many))}
+            for b in (1, 16):
+                x = torch.randn(b, i)
+                fs = {n: (lambda n=n: next(turns[n])(x)) for n in turns}
+                check(fs, 'dense', dict(sparse=1e-5))
+                write('cold', threads, shape=[o, i], sparsity=s, batch=b, **interleaved(fs, rounds))
+
+@torch.no_grad()
+def convs(part, threads, cases, sparsities=(.9, .95), rounds=11):
+    for c,o,k,hw in cases:
+        for s in sparsities:
+            torch.manual_seed(0)
+            layer = nn.Conv2d(c, o, k, padding=k//2)
+            masked = copy.deepcopy(layer)
+            sparsify_model(masked, s)
+            sparse = SparseConv2d.from_masked(masked)
+            layer.weight.copy_(masked.weight)
+            for b in (1, 8):
+                x = torch.randn(b, c, hw, hw)
+                fs = dict(dense=lambda: layer(x), sparse=lambda: sparse(x), masked=lambda: masked(x))
+                if b==1: fs |= dict(onnx=onnx_session(layer, x, threads))
+                check(fs, 'dense', dict(sparse=1e-5, onnx=1e-5))
+                write(part, threads, shape=[o, c, k, k], pixels=hw, sparsity=s, batch=b, **interleaved(fs, rounds))
+
+def pointwise(threads, **kw): convs('pointwise', threads, ((64,256,1,56), (256,64,1,56), (512,128,1,28), (256,1024,1,14), (1024,256,1,14), (2048,512,1,7), (512,2048,1,7)))
+def three(threads, **kw): convs('three', threads, ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7)))
+
+# ------------------------------------------------------------ training
+def mlp(h): return nn.Sequential(nn.Linear(784, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
+opts = dict(sgd=lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, lr=1e-3))
+
+class Run:
+    "A model in training: `step()` is one optimizer step, `update()` one that rewires"
+    def __init__(self, model, opt, dst=False, every=100):
+        self.model,self.opt,self.n = model,opts[opt](model.parameters()),0
+        self.dst = DSTMethod(**{**RigL_presets, 'batches_per_update': every}) if dst else None
+        if self.dst: self.dst.check(model, self.opt), self.dst.enforce(model, self.opt)
+    def __call__(self, x, y):
+        self.n += 1
+        self.opt.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+        if self.dst: self.dst.step(self.model, self.opt, self.n, (self.n-1)/1e6)
+        else: self.opt.step()
+
+def other_mlp(h, s, folder):
+    "The same network of sparselab's layers"
+    sys.path.insert(0, folder)
+    import sparselab
+    return nn.Sequential(sparselab.SparseLinear(784, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, 10, sparsity=s))
+
+def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers=('sgd', 'adam'), **kw):
+    "Ordinary steps in interleaved rounds; then whole periods of an update and what comes before it, to amortise the update over 100 steps"
+    x,y = torch.randn(128, 784),torch.randint(10, (128,))
+    for s in only or (.8, .9, .95, .98):
+        for opt in optimizers:
+            def make(kind):
+                torch.manual_seed(0)
+                model = mlp(h)
+                if kind in ('masked', 'sparse'): sparsify_model(model, s)
+                if kind=='sparse': to_sparse_layers(model, least=0.)
+                return Run(other_mlp(h, s, other) if kind=='sparselab' else model, opt, kind in ('masked', 'sparse'))
+            runs = {k: make(k) for k in ('dense', 'sparse', 'masked', *(['sparselab'] if other else []))}
+            for r in runs.values(): r(x, y), r(x, y)
+            ts,extra = {k: [] for k in runs}, {}
+            for _ in range(rounds):
+                for k,r in runs.items():
+                    r(x, y)                                                  # the other one's data leaves the cache
+                    start = time.perf_counter()
+                    for _ in range(block): r(x, y)
+                    ts[k].append((time.perf_counter()-start)*1e3/block)
+            for k in ('sparse', 'masked'):                                   # a step that looks at gradients and rewires, in place of an ordinary one
+                extra[k] = []
+                for _ in range(block):
+                    runs[k].n = 98
+                    runs[k](x, y)
+                    start = time.perf_counter()
+                    runs[k](x, y)
+                    extra[k].append((time.perf_counter()-start)*1e3)
+            row = {}
+            for k in runs:
+                u = statistics.median(extra[k]) if k in extra else 0
+                whole = [t if k not in extra else (99*t+u)/100 for t in ts[k]]
+                row[k] = dict(ms=round(statistics.median(whole), 3), update_ms=round(u, 2), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(ts['dense'], whole)])])
+            write('train', threads, hidden=h, batch=128, sparsity=s, opt=opt, **row)
+
+# ------------------------------------------------------------ memory
+def tensors(model, opt):
+    "Bytes of weights, gradients, optimizer state and what a sparse layer has besides"
+    seen = {}
+    for t in [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *(v for st in opt.state.values() for v in st.values() if torch.is_tensor(v))]: seen[t.data_ptr()] = t.numel()*t.element_size()
+    return sum(seen.values())
+
+def risen(f):
+    "Bytes that the process grows by at most while `f()` runs"
+    status = lambda what: 1024*int(re.search(what+r':\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    ctypes.CDLL(None).malloc_trim(0)                                         # freed memory that is still resident would hide a rise
+    Path('/proc/self/clear_refs').write_text('5')
+    had = status('VmRSS')
+    f()
+    return status('VmHWM')-had
+
+def memory_of(kind, h, s):
+    "What is resident between two steps, and what a step, and one that rewires, needs on top"
+    torch.manual_seed(0)
+    x,y,model = torch.randn(128, 784),torch.randint(10, (128,)),mlp(h)
+    if kind!='dense': sparsify_model(model, s)
+    if kind=='sparse': to_sparse_layers(model, least=0.)
+    run = Run(model, 'adam', kind!='dense')
+    rises = {'step': [], 'update': []}
+    for i in range(4):                                                       # the first does not count: code is being loaded
+        for what,n in dict(other=98, update=99, step=100).items():           # the step before one that rewires is that at which layers are told
+            run.n = n+100*i
+            rise = risen(lambda: run(x, y))
+            if i and what in rises: rises[what].append(rise)
+    return dict(resident=tensors(model, run.opt), **{k: statistics.median(v) for k,v in rises.items() if k=='step' or kind!='dense'})
+
+def memory(threads, **kw):
+    for h,s in itertools.product((1024, 4096), (.9, .95, .98)):
+        row = {}
+        for kind in ('dense', 'masked', 'sparse'):                           # a process for each, in which freed memory goes back at once
+            child = f'import torch, json, layers; torch.set_num_threads({threads}); print(json.dumps(layers.memory_of({kind!r}, {h}, {s})))'
+            row[kind] = json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', child], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}, cwd=out.parent, capture_output=True, text=True, check=True).stdout)
+        most = {k: v['resident']+max(v['step'], v.get('update', 0)) for k,v in row.items()}
+        write('memory', threads, hidden=h, sparsity=s, opt='adam', **row, of_dense={k: round(m/most['dense'], 3) for k,m in most.items()})
+
+# ------------------------------------------------------------ which product
+@torch.no_grad()
+def ops(threads, rounds=7, **kw):
+    def bag(crow, col, v, x, w):
+        if w>=x.shape[1]: return torch.embedding_bag(x, col, crow, False, 0, False, v, True)[0]
+        res = x.new_empty(len(crow)-1, x.shape[1])
+        for o,p in zip(res.split(w, 1), x.split(w, 1)): o.copy_(torch.embedding_bag(p.contiguous(), col, crow, False, 0, False, v, True)[0])
+        return res
+    for o,i in ((1024,1024), (1024,2048), (768,3072), (4096,4096), (1024,8192)):
+        crow,col = index_of(torch.rand(o, i)>.9)
+        v = torch.randn(len(col))
+        m = as_csr(crow, col, v, i)
+        for n in (1, 2, 8, 16, 32, 128):
+            x = torch.randn(i, n)
+            write('ops', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'bag': lambda: bag(crow, col, v, x, 1000), 'csr': lambda: m@x, **{f'bag{w}': lambda w=w: bag(crow, col, v, x, w) for w in (32, 64) if w<n}}, rounds))
+
+# ------------------------------------------------------------ how many columns at a time
+@torch.no_grad()
+def widths(threads, rounds=7, **kw):
+    "Convolutions of one image by pieces of several widths, of which `sparse_ops` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
+    from sparsefast.storage import layers as L, kernels as S
+    for i,o,k,side in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (64,256,1,56), (256,64,1,56), (512,128,1,28), (1024,256,1,14)):
+        m,x = nn.Conv2d(i, o, k, padding=k//2, bias=False), torch.randn(1, i, side, side)
+        sparsify_model(m, .95)
+        layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
+        def by(w):
+            def f():
+                S.width = L.width = (lambda n_row, n=None, windows=False: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
+                S._whole = 0 if w else chosen[1]
+                layer(x)
+            return f
+        fs = {'chosen': by(None), **{str(w): by(w) for w in (64, 128, 256, 512, 1024)}}
+        write('widths', threads, shape=[o, i, k, k], pixels=side, sparsity=.95, **interleaved(fs, rounds))
+        by(None)()
+
+@torch.no_grad()
+def turned(threads, rounds=15, **kw):
+    "Linear layers on batches that lie in rows: turned as a whole, or by pieces"
+    from sparsefast.storage import kernels as S
+    chosen = S._whole_turned,S._widest_turned
+    for o,i in ((384,384), (1536,384), (3072,768), (1024,1024), (384,1536), (768,3072)):
+        sparsify_model(m := nn.Linear(i, o), .9)
+        layer = SparseLinear.from_masked(m)
+        def by(limits, x):
+            def f():
+                S._whole_turned,S._widest_turned = limits
+                layer(x)
+            return f
+        for n in (32, 64, 128, 197, 256, 394, 512):
+            x = torch.randn(1, n, i)
+            write('turned', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'pieces': by((0, 0), x), 'whole': by((math.inf, math.inf), x), 'chosen': by(chosen, x)}, rounds))
+    S._whole_turned,S._widest_turned = chosen
+
+@torch.no_grad()
+def parts(threads, rounds=25, **kw):
+    "The linear layers of a vision transformer of width 384, for one image of 197 tokens: what the sparse product itself takes, of inputs that lie as it wants them"
+    for o,i in ((1152,384), (384,384), (1536,384), (384,1536)):
+        for s in (.9, .95):
+            sparsify_model(m := nn.Linear(i, o), s)
+            layer,x,columns = SparseLinear.from_masked(m),torch.randn(1, 197, i), torch.randn(i, 208)
+            crow,col,v = layer.crow,layer.col,layer.values.detach()
+            write('parts', threads, shape=[o, i], sparsity=s, columns=197, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x),
+                                                                                          'product': lambda: torch.embedding_bag(columns, col, crow, False, 0, False, v, True)[0]}, rounds))
+
+@torch.no_grad()
+def single(threads, rounds=25, **kw):
+    "A batch of one in a layer that the cache holds: what of a sparse layer is torch's product of a sparse matrix and a vector"
+    for o,i in ((1024,1024), (768,3072)):
+        for s in (.9, .95):
+            sparsify_model(m := nn.Linear(i, o), s)
+            layer,x = SparseLinear.from_masked(m),torch.randn(1, i)
+            csr,v = as_csr(layer.crow, layer.col, layer.values.detach(), i),x[0]
+            write('single', threads, shape=[o, i], sparsity=s, batch=1, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x), 'product': lambda: csr.mv(v)}, rounds))
+
+# ------------------------------------------------------------ tables
+def table():
+    rows = {}
+    for r in map(json.loads, open(out)): rows[json.dumps([r.get(k) for k in ('part', 'threads', 'shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns')])] = r
+    for part in dict.fromkeys(r['part'] for r in rows.values()):
+        for threads in (1, 2):
+            mine = [r for r in rows.values() if r['part']==part and r['threads']==threads]
+            if not mine: continue
+            kinds = list(dict.fromkeys(k for r in mine for k,v in r.items() if isinstance(v, dict)))
+            print(f"\n{part}, {threads} thread{'s' if threads>1 else ''}: {mine[0]['cpu']}, torch {mine[0]['torch']}" + (', bytes' if part=='memory' else '; times as fast as the first (quartiles)'))
+            for r in mine:
+                what = ' '.join(f"{k} {'x'.join(map(str, r[k])) if isinstance(r[k], list) else r[k]}" for k in ('shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns') if k in r)
+                cell = lambda v: ' '.join(f'{k} {n/1e6:.1f}M' if n>1e3 else f'{k} {n}' for k,n in v.items()) if part=='memory' else f"{v['times'][1]:.2f} ({v['times'][0]:.2f}-{v['times'][2]:.2f})"
+                print(what, *(f'| {k} {cell(r[k])}' for k in kinds if k in r))
+
+if __name__=='__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned', 'parts', 'single'])
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--other')
+    parser.add_argument('--sparsity', type=float, nargs='*')
+    parser.add_argument('--table', action='store_true')
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.part=='train4096': train(a.threads, 4096, 5, a.other, a.sparsity or (.9, .95, .98), 2, ('adam',))
+    elif a.part: globals()[a.part](a.threads, other=a.other, **(dict(only=a.sparsity) if a.sparsity else {}))
+    if a.table: table()
