@@ -17,7 +17,8 @@ __all__ = ['global_share', 'threshold_share', 'importance_redistribution', 'surv
 # %% ../nbs/03c_allocation.ipynb #40a889bf
 import math
 import torch
-from .masks import tolist, top_k_mask
+from .masks import top_k_mask
+from .utils import tolist
 
 # %% ../nbs/03c_allocation.ipynb #e3b6d9ff
 def global_share(

@@ -18,7 +18,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from .masks import check_fraction, n_active, top_k_mask
+from .masks import n_active, top_k_mask
+from .utils import check_fraction
 
 # %% ../nbs/02_distributions.ipynb #3a01c00c
 def uniform_sparsity(

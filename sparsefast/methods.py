@@ -20,11 +20,12 @@ from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .masks import attribute, check_fraction, forget, looks_masked, masked_params, n_active, note, noted, sample_masked, tolist, widened, zero_masked_
+from .masks import forget, looks_masked, masked_params, n_active, note, noted, sample_masked, widened, zero_masked_
 from .patterns import drop_grow, follows
 from .rewire import aims, bring_in, counts, goals, is_stored, needs, pattern_of, reset_state, rewire, sparse_layers, take_out, unfold
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, inner_opt, keeps_momentum, momentum, opt_state, weight_magnitude
+from .utils import check_fraction, tolist, attribute
 
 # %% ../nbs/05_methods.ipynb #2b78c1ef
 @dataclass(frozen=True)

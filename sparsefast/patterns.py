@@ -21,7 +21,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from .masks import attribute, n_ones, top_k_mask
+from .masks import n_ones, top_k_mask
+from .utils import attribute
 
 # %% ../nbs/01a_patterns.ipynb #edb48d18
 def drop_grow(

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from .masks import attribute, masked_params, maybe_float, memory_name, n_active, n_ones, places, stored_sparsity, tolist, top_k_mask, top_k_of_pieces, zero_masked_
+from .masks import masked_params, memory_name, n_active, n_ones, places, stored_sparsity, top_k_mask, top_k_of_pieces, zero_masked_
 from .patterns import capacity, drop_grow, transposed_pattern
 from .select import is_transposed
 from .ranks import agree, check_whole, group_of
 from .scores import opt_state, slow_weights
+from .utils import maybe_float, tolist, attribute
 
 # %% ../nbs/04a_rewire.ipynb #642b8f0d
 class Layer(NamedTuple):

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from functools import partial
 import torch
 from torch import nn
-from .masks import check_fraction, n_active, top_k_mask
+from .masks import n_active, top_k_mask
 from .select import check_plain, weight_names
+from .utils import check_fraction
 
 # %% ../nbs/03a_saliency.ipynb #ff5cc01b
 def _look_up(p, table, **kwargs):

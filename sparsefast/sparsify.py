@@ -19,13 +19,13 @@ from torch import nn
 from fastai.callback.hook import Hooks
 from fastai.learner import Learner
 from fastcore.basics import noop
-from .masks import (adopt_memory, apply_masks, check_fraction, enforced_by, forget, keep_masked, masked_params, memory_name, memory_names, n_active,
-                              sparse_mask_like, stored_sparsity, zero_masked_)
+from .masks import adopt_memory, apply_masks, enforced_by, forget, keep_masked, masked_params, memory_name, memory_names, n_active, sparse_mask_like, stored_sparsity, zero_masked_
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
 from .distributions import uniform_sparsity
 from .ranks import check_whole
 from .scores import random_score
+from .utils import check_fraction
 
 # %% ../nbs/04_sparsify.ipynb #3bfc5dba
 def add_mask(

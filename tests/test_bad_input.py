@@ -63,7 +63,7 @@ def test_layers_that_come_out_empty_are_named():
 # ------------------------------------------------------------ masks and distributions
 @pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)
 def test_sparsity(bad):
-    says = f'sparsity must be a number from 0 to 1, not {named(bad)}'
+    says = f'sparsity must be a number from 0 to 1, got {named(bad)}'
     for f in (partial(sparse_mask, (3,4)), partial(sparse_mask_like, torch.ones(3,4))): refused(f, bad, match=says)
     for f in (uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity): refused(f, [torch.ones(3,4)]*2, bad, match='model_'+says)
 
@@ -104,7 +104,7 @@ def test_first_mask_is_not_applied_when_the_second_is_wrong(f):
 @pytest.mark.parametrize('sparse_f', [uniform_sparsity, first_layer_dense_uniform, erdos_renyi_sparsity], ids=lambda f: f.__name__)
 def test_model_sparsity(bad, sparse_f):
     model = mlp(4,5,3)
-    refused(sparsify_model, model, bad, sparse_f, match=f'model_sparsity must be a number from 0 to 1, not {named(bad)}', model=model)
+    refused(sparsify_model, model, bad, sparse_f, match=f'model_sparsity must be a number from 0 to 1, got {named(bad)}', model=model)
 
 def test_nothing_to_sparsify():
     for model in (nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.Embedding(3,4)):
@@ -145,12 +145,12 @@ def test_no_model(bad):
 @pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)
 @pytest.mark.parametrize('key', ['initial_drop_grow_pct','final_drop_grow_pct','stop_pct'])
 @pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])
-def test_fractions(make, key, bad): refused(lambda: make(**{key: bad}), match=f'{key} must be a number from 0 to 1, not {named(bad)}')
+def test_fractions(make, key, bad): refused(lambda: make(**{key: bad}), match=f'{key} must be a number from 0 to 1, got {named(bad)}')
 
 @pytest.mark.parametrize('key', ['initial_drop_grow_pct','final_drop_grow_pct','stop_pct'])
 def test_a_fraction_in_words_is_refused(key):
     "Not accepted first and found unusable in the middle of training"
-    refused(lambda: DSTMethod(**{key: '0.5'}, batches_per_update=8), match=f"{key} must be a number from 0 to 1, not '0.5'")
+    refused(lambda: DSTMethod(**{key: '0.5'}, batches_per_update=8), match=f"{key} must be a number from 0 to 1, got '0.5'")
 
 @pytest.mark.parametrize('bad', [0, -1, 1.5, 100., 'epoch', math.nan, [1]], ids=repr)
 @pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])

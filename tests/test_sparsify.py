@@ -299,7 +299,7 @@ def test_the_rest_meets_the_total(layers, S, sparse_f):
     elif not low-slack<=S<=high+slack: refused_untouched(model, 'model_sparsity can be from', S, sparse_f, sparsities=fixed)
 
 def test_two_sparsities_for_a_layer(): refused_untouched(mlp(4,4,4), "'0' stands for has two sparsities, 0.5 and 0.6", .5, sparsities={nn.Linear: .5, '0': .6})
-def test_a_sparsity_that_is_none(): refused_untouched(mlp(4,4,4), "the sparsity of '0' must be a number from 0 to 1, not 95", .5, sparsities={'0': 95})
+def test_a_sparsity_that_is_none(): refused_untouched(mlp(4,4,4), "the sparsity of '0' must be a number from 0 to 1, got 95", .5, sparsities={'0': 95})
 def test_excluded_and_fixed(): refused_untouched(mlp(4,4,4), 'excluded and given a sparsity', .5, exclude=0, sparsities={0: .5})
 def test_misspelt_name_lists_near_ones(): refused_untouched(convnet(), r"is '77'; there are 3, 0 to 2: '7'", .5, exclude='77')
 

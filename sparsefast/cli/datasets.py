@@ -29,6 +29,7 @@ from fastai.data.transforms import IndexSplitter, ItemGetter, Normalize, RandomS
 from fastai.torch_core import TensorImage
 from fastcore.foundation import L
 from .console import did_you_mean
+from ..utils import did_you_mean
 
 # %% ../../nbs/cli/02_datasets.ipynb #5cb1d14b
 def to_image(

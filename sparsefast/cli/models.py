@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from fastai.layers import ConvLayer, Flatten
 from .console import did_you_mean
+from ..utils import did_you_mean
 
 # %% ../../nbs/cli/03_models.ipynb #922a65df
 def convnet(

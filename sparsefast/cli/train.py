@@ -25,9 +25,10 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from ..utils import text_table
 
 # %% ../../nbs/cli/04_train.ipynb #88281fdd
-from ..see.analysis import add_rows, layer_rows, text_table
+from ..see.analysis import add_rows, layer_rows
 from ..callback import DynamicSparseTrainingCallback
 from .console import check_choice, check_number, check_options, check_out, number, one_line, warn_in_lines
 from .datasets import get_dls, sources

@@ -22,10 +22,10 @@ from torch import distributed as dist, nn
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastai.torch_core import get_model
-from .analysis import html_table, live_units
+from .analysis import live_units
 from ..callback import DynamicSparseTrainingCallback
 from ..storage.layers import index_misfit
-from ..masks import check_fraction, enforced_by, is_sparseable_module, maybe_float, n_active
+from ..masks import enforced_by, is_sparseable_module, n_active
 from ..methods import DSTMethod, check_storage, check_targets
 from ..patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from ..rewire import Layer, is_stored, needs, pattern_of
@@ -33,6 +33,7 @@ from ..select import is_transposed
 from ..scores import inner_opt, keeps_momentum, opt_state, slow_weights
 from ..storage.kernels import transposed_index
 from ..sparsify import mask_users
+from ..utils import maybe_float, check_fraction, html_table
 
 # %% ../../nbs/see/05_doctor.ipynb #da3d6d1f
 class Finding(NamedTuple):

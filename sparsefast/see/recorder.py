@@ -21,8 +21,9 @@ from fastai.torch_core import apply, find_bs, get_model, get_random_states, num_
 from .analysis import SparseSummary, live_units, named_masks, sparse_summary as _summary
 from ..callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, training_flops
-from ..masks import n_ones, tolist
+from ..masks import n_ones
 from ..rewire import in_order
+from ..utils import tolist
 
 # %% ../../nbs/see/03_recorder.ipynb #6eb1047d
 def mask_change(

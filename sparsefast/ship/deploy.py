@@ -26,8 +26,8 @@ from torch.sparse import to_sparse_semi_structured
 from ..storage.layers import SparseConv2d, SparseLinear
 from ..masks import masked_params, apply_masks
 from ..patterns import block_pattern, follows
-from .shrink import output_error
 from ..sparsify import enforce_masks, unsparsify_model
+from ..utils import output_error
 
 # %% ../../nbs/ship/03_deploy.ipynb #432af6dd
 def sparse_form(

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from ..checkpoint import atomic_write
 from .deploy import from_fastest
-from .shrink import output_error
 from ..sparsify import unsparsify_model
+from ..utils import atomic_write, output_error
 
 # %% ../../nbs/ship/04_export.ipynb #35fd6790
 def bake(

@@ -20,12 +20,12 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from ..checkpoint import atomic_write
 from ..storage.layers import SparseLayer
 from ..masks import masked_params, memory_name
 from ..scores import inner_opt, opt_state, slow_weights
 from ..storage.kernels import index_of
 from ..sparsify import state_misfit, split_state, load_sparse_state
+from ..utils import atomic_write
 
 # %% ../../nbs/ship/01_files.ipynb #c80ed1ca
 def to_bits(
