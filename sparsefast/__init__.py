@@ -35,7 +35,8 @@ Modules:
 - `sparsefast.ship.shrink`: Units without a weight, and units that nobody listens to, are cut out for good
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
 - `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
-- `sparsefast.storage.layers`: Layers that compute on their active weights only, forward and backward"""
+- `sparsefast.storage.layers`: Layers that compute on their active weights only, forward and backward
+- `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""
 
 __version__ = "0.1.0"
 

@@ -33,6 +33,7 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'spar
            'shrink_model', 'to_fastest', 'from_fastest', 'bake', 'export_model', 'to_onnx']
 
 # %% ../nbs/00_core.ipynb #f2db49e4
+from .utils import *
 from .masks import *
 from .patterns import *
 from .select import *
