@@ -120,7 +120,7 @@ def test_twice_names_the_way_back():
     sparsify_model(model, .5)
 
 @pytest.mark.parametrize('returns,says', [([.5], '1 sparsities for 2'), ([.5]*3, '3 sparsities for 2'), ([.5,1.5], 'layer 1.*got 1.5'),
-                                          ([-.1,.5], 'layer 0.*got -0.1'), ([.5,None], 'layer 1.*not None'), ([.5,math.nan], 'layer 1.*not nan')], ids=repr)
+                                          ([-.1,.5], 'layer 0.*got -0.1'), ([.5,None], 'layer 1.*got None'), ([.5,math.nan], 'layer 1.*not nan')], ids=repr)
 def test_what_a_distribution_returns(returns, says):
     model = mlp(4,5,3)
     refused(sparsify_model, model, .5, lambda params, s: returns, match=says, model=model)
