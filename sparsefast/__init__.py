@@ -7,6 +7,7 @@ Modules:
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
+- `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
 - `sparsefast.cli.bench`: `sparsefast_bench`: is it faster sparse, on this machine? One line in a shell
 - `sparsefast.cli.console`: What the commands share: values that are checked, and errors that are one line
 - `sparsefast.cli.datasets`: Images to try things on, by name or from folders
@@ -14,12 +15,17 @@ Modules:
 - `sparsefast.cli.train`: `sparsefast_train`: a sparse model and its dense twin, from one line in a shell
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
+- `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
+- `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
+- `sparsefast.layer`: The two values the engine deals in: one sparse weight, and a place in training
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
-- `sparsefast.methods`: Dynamic sparse training, for any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
+- `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
+- `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
+- `sparsefast.plan`: Every new mask of an update, computed before anything is written
 - `sparsefast.presets`: Published methods, each a dict of functions and numbers
 - `sparsefast.ranks`: Several processes, one set of masks
-- `sparsefast.rewire`: One update of the masks: prune or revive, drop, grow, and make weights and optimizer state follow
+- `sparsefast.rewire`: One update of the masks: plan it, then write masks, weights and optimizer state
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
@@ -36,6 +42,7 @@ Modules:
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
 - `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
 - `sparsefast.storage.layers`: Layers that compute on their active weights only, forward and backward
+- `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
 - `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""
 
 __version__ = "0.1.0"

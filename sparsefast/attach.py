@@ -11,14 +11,13 @@ Lightning, the `Trainer` of Hugging Face and gradient scalers call `opt.step()` 
 # %% auto #0
 __all__ = ['Attached', 'attach']
 
-# %% ../nbs/05b_attach.ipynb #f6cd5606
+# %% ../nbs/05b_attach.ipynb #9fc04543
 import torch
 from torch import nn
-from .masks import masked_params
 from .methods import DSTMethod
-from .scores import inner_opt
+from .optim import inner_opt
 
-# %% ../nbs/05b_attach.ipynb #801e155e
+# %% ../nbs/05b_attach.ipynb #b6e09a3d
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps. `remove()` ends it, the masks stay"
     def __init__(self,
@@ -47,7 +46,6 @@ class Attached:
     def remove(self):
         "Let go of the optimizer; the masks stay"
         for h in self._hooks: h.remove()
-        self.method.release(self.modules)
 
     def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
 

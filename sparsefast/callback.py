@@ -9,7 +9,7 @@ loading and copying need no help from it."""
 # %% auto #0
 __all__ = ['DynamicSparseTrainingCallback']
 
-# %% ../nbs/06_callback.ipynb #26dd6e36
+# %% ../nbs/06_callback.ipynb #3c08f45f
 import math
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -17,14 +17,12 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import get_model, get_random_states, set_random_states
-from .distributions import uniform_sparsity
 from .methods import DSTMethod
 from .ranks import sync_masks
-from .rewire import sparse_layers
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model
 
-# %% ../nbs/06_callback.ipynb #e7398efa
+# %% ../nbs/06_callback.ipynb #de03328d
 @delegates(DSTMethod)
 class DynamicSparseTrainingCallback(Callback):
     "Drops and grows weights while a `Learner` trains, and keeps masked ones at zero"
@@ -41,10 +39,6 @@ class DynamicSparseTrainingCallback(Callback):
         self.sparse_modules,self.chance = sparse_modules,None
         self.method = DSTMethod(batches_per_update=batches_per_update, initial_drop_grow_pct=initial_drop_grow_pct, stop_pct=stop_pct,
                                 keep_score_f=keep_score_f, grow_score_f=grow_score_f, **kwargs)
-
-    def __call__(self, event_name):
-        "Call what is there for an event; fastai would look for the rest in the learner and its data, six times a batch"
-        if hasattr(type(self), event_name) or event_name in vars(self): return super().__call__(event_name)
 
 # %% ../nbs/06_callback.ipynb #27f4e97a
 def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()
@@ -72,7 +66,7 @@ def before_train(self:DynamicSparseTrainingCallback):
     self.timed = self.method.in_steps(self.n_total, n_iter//per_step)
     if not hasattr(self.learn, 'lr_finder'): self.timed.check(self._modules(), self.learn.opt, self.n_total)
 
-# %% ../nbs/06_callback.ipynb #1a993be0
+# %% ../nbs/06_callback.ipynb #f6b1582e
 @patch
 def _time(self:DynamicSparseTrainingCallback):
     return dict(step=self.n_step, pct=1. if self.chance else (self.n_step-1)/self.n_total)
@@ -80,21 +74,19 @@ def _time(self:DynamicSparseTrainingCallback):
 @patch
 def before_step(self:DynamicSparseTrainingCallback):
     "Mask gradients, or update in the step's place"
-    now = vars(self)                                                         # (to set an attribute of a callback is to look for it in the learner, too)
-    now.update(n_step=self.n_step+1, layers=sparse_layers(self._modules()))
-    now['stepping'] = self.timed.before_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
+    self.n_step += 1
+    self.stepping = self.timed.before_step(self._modules(), self.learn.opt, **self._time())
     if not self.stepping: raise CancelStepException()
 
 @patch
 def after_step(self:DynamicSparseTrainingCallback):
     "Mask weights, and update if the method steps first"
-    if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time(), layers=self.layers)
-    vars(self).update(stepping=False, layers=None)
+    if self.stepping: self.timed.after_step(self._modules(), self.learn.opt, **self._time())
+    self.stepping = False
 
 @patch
 def after_fit(self:DynamicSparseTrainingCallback):
-    "Wide masks go; after `lr_find`, chance is where it was"
-    if self.n_step is not None: self.method.release(self._modules())
+    "Put all chance back where it was before `lr_find`"
     if self.chance is None: return
     set_random_states(**self.chance[0])
     if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])

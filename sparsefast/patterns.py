@@ -24,7 +24,7 @@ import torch
 from .masks import n_ones, top_k_mask
 from .utils import attribute
 
-# %% ../nbs/01a_patterns.ipynb #edb48d18
+# %% ../nbs/01a_patterns.ipynb #35efb123
 def drop_grow(
     mask:torch.Tensor, # Boolean: the mask now
     keep_score:torch.Tensor, # Scores of the mask's shape: the lowest active ones are dropped
@@ -35,8 +35,12 @@ def drop_grow(
 )->torch.Tensor: # Boolean: the new mask
     "One change of a mask, without a pattern"
     if nnz is None: nnz = int(n_ones(mask))
+    if callable(keep_score): keep_score = keep_score()
     keep = top_k_mask(keep_score, nnz-n_drop, among=mask, n_among=nnz)
-    return keep | top_k_mask(grow_score, n_drop if n_grow is None else n_grow, among=~keep, n_among=mask.numel()-nnz+n_drop)
+    n_grow = n_drop if n_grow is None else n_grow
+    if not n_grow: return keep
+    if callable(grow_score): grow_score = grow_score(keep)
+    return keep | top_k_mask(grow_score, n_grow, among=~keep, n_among=mask.numel()-nnz+n_drop)
 
 # %% ../nbs/01a_patterns.ipynb #e004a3f4
 def pattern_mask(

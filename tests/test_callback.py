@@ -14,6 +14,7 @@ from sparsefast.masks import masked_params
 from sparsefast.methods import DSTMethod
 from sparsefast import presets
 from sparsefast.presets import Static_presets
+from sparsefast.optim import *
 from sparsefast.scores import *
 
 DST = DynamicSparseTrainingCallback

@@ -15,6 +15,7 @@ from sparsefast.patterns import *
 from sparsefast.presets import *
 from sparsefast.rewire import rewire, sparse_layers
 from sparsefast.schedules import *
+from sparsefast.optim import *
 from sparsefast.scores import *
 from sparsefast.sparsify import sparsify_model
 

@@ -6,6 +6,7 @@ from fastai import optimizer as fo
 from fastai.optimizer import OptimWrapper
 from sparsefast import scores
 from sparsefast.masks import attribute
+from sparsefast.optim import *
 from sparsefast.scores import *
 
 to = torch.optim
