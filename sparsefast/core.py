@@ -24,8 +24,8 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'spar
            'step_anneal', 'alternate', 'denser', 'global_share', 'threshold_share', 'importance_redistribution',
            'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach',
            'sync_masks', 'FlopCount', 'count_flops', 'official_flops', 'training_flops', 'sparse_summary',
-           'SparseSummary', 'named_masks', 'SparseRecorderCallback', 'sparse_doctor', 'plot_sparsity', 'show_masks',
-           'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'plot_runs', 'Static_presets', 'SET_presets',
+           'SparseSummary', 'named_masks', 'SparseRecorderCallback', 'plot_sparsity', 'show_masks', 'plot_churn',
+           'plot_weights', 'show_inputs', 'show_start_end', 'plot_runs', 'Static_presets', 'SET_presets',
            'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets', 'RigL_ITOP_presets',
            'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets', 'GraNet_presets',
            'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets', 'RigL_avg_presets', 'SparseLinear',
@@ -35,6 +35,8 @@ __all__ = ['sparse_mask', 'sparse_mask_like', 'top_k_mask', 'maybe_float', 'spar
 # %% ../nbs/00_core.ipynb #f2db49e4
 from .utils import *
 from .masks import *
+from .topk import *
+from .guard import *
 from .patterns import *
 from .select import *
 from .distributions import *
@@ -53,7 +55,6 @@ from .see.flops import *
 from .see.analysis import *
 from .see.recorder import *
 from .see.plots import *
-from .see.doctor import *
 from .storage.layers import *
 from .ship.files import *
 from .ship.shrink import *
@@ -72,7 +73,7 @@ _all_ = ['random_score', 'weight_magnitude', 'magnitude_no_empty_rows', 'per_sig
          'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal', 'alternate', 'denser',
          'global_share', 'threshold_share', 'importance_redistribution', 'survivor_redistribution', 'DSTMethod', 'DynamicSparseTrainingCallback', 'CheckpointCallback', 'attach', 'sync_masks',
          'FlopCount', 'count_flops', 'official_flops', 'training_flops',
-         'sparse_summary', 'SparseSummary', 'named_masks', 'SparseRecorderCallback', 'sparse_doctor',
+         'sparse_summary', 'SparseSummary', 'named_masks', 'SparseRecorderCallback',
          'plot_sparsity', 'show_masks', 'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'plot_runs']
 
 # %% ../nbs/00_core.ipynb #4b9b4b0b

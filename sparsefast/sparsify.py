@@ -10,7 +10,7 @@ outside."""
 __all__ = ['named_distributions', 'add_mask', 'mask_sparsity', 'no_hooks', 'sparsify_model', 'sparse_kaiming_normal_',
            'unsparsify_model', 'split_state', 'state_misfit', 'set_sparse_state', 'load_sparse_state']
 
-# %% ../nbs/04_sparsify.ipynb #d3246b7e
+# %% ../nbs/04_sparsify.ipynb #2538379f
 import inspect, math, warnings
 from functools import partial
 import torch
@@ -18,19 +18,14 @@ from torch import nn
 from .distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from .guard import enforce_masks, remove_guards
 from .masks import (Compressed, adopt_memory, apply_masks, check_mask, masked_params, memory_name, memory_names,
-                              n_active, nnz, sparse_mask_like, zero_masked_)
+                              n_active, nnz, sparse_mask_like, stored_sparsity, zero_masked_)
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .ranks import check_whole
 from .scores import random_score
 from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
 from .utils import as_module, check_fraction, did_you_mean
 
-# %% ../nbs/04_sparsify.ipynb #711d436f
-def _target(sparsity, device):
-    "Store a target in double precision, which holds any count of weights exactly; an Apple GPU has single precision only"
-    dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
-    return torch.tensor(float(sparsity), dtype=dtype, device='cpu').to(device)
-
+# %% ../nbs/04_sparsify.ipynb #5da911a6
 def add_mask(
     module:nn.Module, # The layer that owns the parameter
     name:str, # The parameter's name in it, such as 'weight'
@@ -42,7 +37,7 @@ def add_mask(
     check_mask(mask, p, f'the mask of {name!r}')
     if sparsity is None: sparsity = mask_sparsity(mask)
     module.register_buffer(f'{name}_mask', mask.to(p.device, copy=True))
-    module.register_buffer(f'{name}_sparsity', _target(sparsity, p.device))
+    module.register_buffer(f'{name}_sparsity', stored_sparsity(sparsity).to(p.device))
     if not _load_hooks(module): module.register_load_state_dict_pre_hook(adopt_memory)
     zero_masked_(p.data, module._buffers[f'{name}_mask'])
 

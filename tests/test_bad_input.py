@@ -13,6 +13,7 @@ from sparsefast.masks import *
 from sparsefast.methods import DSTMethod
 from sparsefast.patterns import block_pattern, drop_grow, nm_pattern
 from sparsefast.scores import *
+from sparsefast.guard import *
 from sparsefast.sparsify import *
 
 NO_FRACTIONS = [-.1, 1.1, 90, math.nan, math.inf, None, 'much', [.5], -1e-9]

@@ -14,7 +14,7 @@ from fastai.losses import CrossEntropyLossFlat
 from helpers import *
 from sparsefast.core import *
 from sparsefast.methods import DSTMethod
-from sparsefast.scores import slow_weights
+from sparsefast.optim import slow_weights
 
 def dst(preset='RigL', **kw): return DynamicSparseTrainingCallback(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
 

@@ -5,7 +5,7 @@ from torch import nn
 from fastai import optimizer as fo
 from fastai.optimizer import OptimWrapper
 from sparsefast import scores
-from sparsefast.masks import attribute
+from sparsefast.utils import attribute
 from sparsefast.optim import *
 from sparsefast.scores import *
 

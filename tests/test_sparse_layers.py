@@ -8,7 +8,7 @@ from helpers import *
 from sparsefast.core import *
 from sparsefast import presets, rewire
 from sparsefast.storage.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
-from sparsefast.masks import attribute
+from sparsefast.utils import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
 from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, product, sampled, transposed, transposed_index, width

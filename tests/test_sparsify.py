@@ -10,6 +10,7 @@ from sparsefast.distributions import *
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.patterns import follows, nm_pattern
 from sparsefast.scores import weight_magnitude
+from sparsefast.guard import *
 from sparsefast.sparsify import *
 
 def revive(model):
