@@ -7,11 +7,11 @@ Modules:
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
-- `sparsefast.cli.bench`: `sparsefast_bench`: is it faster sparse, on this machine? One line in a shell
-- `sparsefast.cli.console`: What the commands share: values that are checked, and errors that are one line
-- `sparsefast.cli.datasets`: Images to try things on, by name or from folders
-- `sparsefast.cli.models`: Two small networks, and all that torchvision and timm have
-- `sparsefast.cli.train`: `sparsefast_train`: a sparse model and its dense twin, from one line in a shell
+- `sparsefast.cli.bench`: `sparsefast_bench`: measure from the shell whether sparse is faster on this machine
+- `sparsefast.cli.console`: Checks of values and one-line errors, shared by the commands
+- `sparsefast.cli.datasets`: Small image data sets by name, and images from folders
+- `sparsefast.cli.models`: Two small networks, and every model of torchvision and timm
+- `sparsefast.cli.train`: `sparsefast_train`: train a sparse model and its dense twin from the shell
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
