@@ -18,7 +18,7 @@ Modules:
 - `sparsefast.methods`: Dynamic sparse training, for any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
 - `sparsefast.presets`: Published methods, each a dict of functions and numbers
-- `sparsefast.ranks`: Several processes, one set of masks
+- `sparsefast.ranks`: The same masks in every process of a data-parallel training
 - `sparsefast.rewire`: One update of the masks: prune or revive, drop, grow, and make weights and optimizer state follow
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
@@ -28,7 +28,7 @@ Modules:
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
 - `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
-- `sparsefast.select`: Which weights can be sparse, and naming them: by name, type, place, or the module itself
+- `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks
 - `sparsefast.ship.files`: A checkpoint as small as its model is sparse: active weights, and where they are
