@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .masks import masked_params, memory_names
 from .utils import as_module
 
-# %% ../nbs/03d_ranks.ipynb #d756de06
+# %% ../nbs/03d_ranks.ipynb #e720280b
 @torch.no_grad()
 def agree(
     tensors:list, # Tensors of one dtype and device; changed in place
@@ -50,7 +50,7 @@ def _check_same(buffers):
 def sync_masks(
     model, # A sparse module or a `Learner`, not yet wrapped, on every rank
 )->nn.Module: # The module
-    "Give every rank the masks of rank 0; `ValueError` if the ranks have different sparse layers"
+    "Give every rank the masks of rank 0; `ValueError` if the ranks have masks for different layers"
     model = as_module(model)
     buffers = _mask_buffers(model)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1:

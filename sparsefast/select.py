@@ -74,7 +74,7 @@ def is_depthwise(
     "True for a convolution of each channel by itself, which has few weights and stays dense in papers"
     return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels
 
-# %% ../nbs/01b_select.ipynb #f9900fb1
+# %% ../nbs/01b_select.ipynb #63571dbb
 def weight_names(
     model, # A module or a `Learner`
     additional_types:list=[], # Types to accept besides the known ones
@@ -87,7 +87,7 @@ def weight_names(
     return names
 
 def check_plain(
-    names:dict, # As `weight_names` returns them
+    names:dict, # Result of `weight_names`
 )->None:
     "Raise a `ValueError` if a weight is not a plain parameter of known shape"
     for w,nm in names.items():
@@ -125,12 +125,12 @@ def _near(what, names):
     near = difflib.get_close_matches(str(what), names, 5, 0.5) or names[:5]
     return ', '.join(map(repr, near)) + (' ...' if len(names)>len(near) else '')
 
-# %% ../nbs/01b_select.ipynb #e8ebb40e
+# %% ../nbs/01b_select.ipynb #2e2c7df0
 def select_weights(
     model, # A module or a `Learner`
     which, # A glob on qualified names, a module, a type, a position, or a list of these
     additional_types:list=[], # Types to accept besides the known ones
-)->list: # Of `Weight`, in the model's order, each once
+)->list: # `Weight` tuples in the model's order, each once
     "Find the weights that `which` selects, with everything inside a container; `ValueError` if one value matches nothing"
     names,found = weight_names(model, additional_types), set()
     for value in which if isinstance(which, (list, tuple, set)) else [which]:

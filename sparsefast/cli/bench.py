@@ -91,7 +91,7 @@ def sparse_model(
 # The earlier name
 get_model = sparse_model
 
-# %% ../../nbs/cli/05_bench.ipynb #ce8871b3
+# %% ../../nbs/cli/05_bench.ipynb #6f750d07
 def check_bench_args(
     what, # Name of a model, or a file
     arch, # Name of the model of a compact checkpoint, or `None`
@@ -102,7 +102,7 @@ def check_bench_args(
     channels, # Channels of the images, or `None` for 1 or 3
     classes, # Number of outputs, for a model by name
     threads, # Threads of PyTorch, or `None` to leave their number unchanged
-    margin, # How many times as fast a sparse layer must be
+    margin, # Speed-up that a compressed layer must reach to be used
     seed, # Seed of masks and weights
 )->dict: # Name -> value
     "Check all values and fill in the defaults; `ValueError` for the first wrong one"
@@ -122,7 +122,7 @@ def check_bench_args(
 # The earlier name
 check_args = check_bench_args
 
-# %% ../../nbs/cli/05_bench.ipynb #86304ae5
+# %% ../../nbs/cli/05_bench.ipynb #48ba5b2f
 def bench(
     what, # Name of a model, or a file
     arch, # Name of the model of a compact checkpoint, or `None`
@@ -133,7 +133,7 @@ def bench(
     channels, # Channels of the images
     classes, # Number of outputs, for a model by name
     threads, # Threads of PyTorch, or `None` to leave their number unchanged
-    margin, # How many times as fast a sparse layer must be
+    margin, # Speed-up that a compressed layer must reach to be used
     seed, # Seed of masks and weights
 )->SpeedTable: # Table of `to_fastest`
     "Time a model with values that `check_bench_args` returned"
@@ -151,7 +151,7 @@ def bench(
         return to_fastest(model, x, margin)[1]
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/cli/05_bench.ipynb #17db88f9
+# %% ../../nbs/cli/05_bench.ipynb #15565553
 @call_parse(nested=True, pos=['what'])
 def sparsefast_bench(
     what:str='convnet', # convnet, mlp, a model of torchvision or timm, a .pkl that you trust, or a compact checkpoint
@@ -163,7 +163,7 @@ def sparsefast_bench(
     channels:number=None, # Channels of the images; by default 1 for convnet, mlp and .pkl files, else 3
     classes:number=10, # Number of outputs, for a model by name
     threads:number=None, # Threads of PyTorch; by default PyTorch's own number
-    margin:number=1.1, # How many times as fast a sparse layer must be
+    margin:number=1.1, # Speed-up that a compressed layer must reach to be used
     seed:number=42, # Same seed, same masks
 )->SpeedTable|None: # The table; in a shell it is printed
     "Time a sparse model on this machine, dense and sparse, layer by layer and as a whole"
