@@ -1,7 +1,8 @@
 """Why RigL falls behind on a convnet with batch norm at 98 %: filters without a weight, how large weights get, and what a lower learning rate does.
 
-    python benchmarks/dead_filters.py    # some ten minutes on one core; writes dead_filters.jsonl"""
-import json
+    python benchmarks/dead_filters.py            # some ten minutes on one core; writes dead_filters.jsonl
+    python benchmarks/dead_filters.py --table    # only prints the table"""
+import json, sys
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,7 @@ def table():
     return '\n'.join(rows)
 
 if __name__=='__main__':
+    if '--table' in sys.argv: sys.exit(print(table()))
     torch.set_num_threads(1)
     dsets,rows = data(), []
     for seed,lr,method in product(seeds, (0.1, 0.02), ('static', 'RigL')):

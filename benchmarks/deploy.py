@@ -2,7 +2,7 @@
 
     python benchmarks/deploy.py onnx FOLDER                      # writes the models for onnxruntime; some minutes
     python benchmarks/deploy.py net ARCH BATCH THREADS FOLDER    # appends to deploy_nets.jsonl; one to three minutes each
-    python benchmarks/deploy.py bound ARCH BATCH THREADS         # appends to deploy_bounds.jsonl: what there would be to gain if sparse layers cost nothing
+    python benchmarks/deploy.py bound ARCH BATCH THREADS         # appends to deploy_bounds.jsonl: the gain if compressed layers took no time
     python benchmarks/deploy.py layers THREADS                   # appends to deploy_layers.jsonl; some minutes, in parts
     python benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
@@ -96,7 +96,7 @@ class Given(nn.Module):
     def forward(self, x): return self.y
 
 def measure_bound(arch, batch, threads):
-    "What a network would gain if its sparse layers took no time at all"
+    "The gain of a network if its compressed layers took no time"
     out = here/'deploy_bounds.jsonl'
     if any((r['arch'], r['batch'], r['threads'])==(arch, batch, threads) for r in rows(out)): return
     torch.set_num_threads(threads)

@@ -146,7 +146,7 @@ def layers():
 
 @torch.no_grad()
 def ops():
-    "The two products of sparse layers for some columns"
+    "The two products of compressed layers, for some numbers of columns"
     for o,i in ((1024, 1024), (4096, 4096)):
         layer = linear(o, i, torch.float32, .9)
         crow,col = index_of(layer.weight_mask)

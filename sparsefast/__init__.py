@@ -8,11 +8,11 @@ Modules:
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
 - `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
-- `sparsefast.cli.bench`: `sparsefast_bench`: is it faster sparse, on this machine? One line in a shell
-- `sparsefast.cli.console`: What the commands share: values that are checked, and errors that are one line
-- `sparsefast.cli.datasets`: Images to try things on, by name or from folders
-- `sparsefast.cli.models`: Two small networks, and all that torchvision and timm have
-- `sparsefast.cli.train`: `sparsefast_train`: a sparse model and its dense twin, from one line in a shell
+- `sparsefast.cli.bench`: `sparsefast_bench`: measure from the shell whether sparse is faster on this machine
+- `sparsefast.cli.console`: Checks of values and one-line errors, shared by the commands
+- `sparsefast.cli.datasets`: Small image data sets by name, and images from folders
+- `sparsefast.cli.models`: Two small networks, and every model of torchvision and timm
+- `sparsefast.cli.train`: `sparsefast_train`: train a sparse model and its dense twin from the shell
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
@@ -24,7 +24,7 @@ Modules:
 - `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written
 - `sparsefast.presets`: Published methods, each a dict of functions and numbers
-- `sparsefast.ranks`: Several processes, one set of masks
+- `sparsefast.ranks`: The same masks in every process of a data-parallel training
 - `sparsefast.rewire`: One update of the masks: plan it, then write masks, weights and optimizer state
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
@@ -34,7 +34,7 @@ Modules:
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
 - `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
-- `sparsefast.select`: Which weights can be sparse, and naming them: by name, type, place, or the module itself
+- `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks
 - `sparsefast.ship.files`: A checkpoint as small as its model is sparse: active weights, and where they are

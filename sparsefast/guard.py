@@ -85,7 +85,7 @@ class MaskGuard:
         "True if one of a few masked weights is not zero"
         return any([at is not None and bool(p.take(at).any()) for (p,_),at in zip(pairs, self.samples)])
 
-# %% ../nbs/03f_guard.ipynb #020ef453
+# %% ../nbs/03f_guard.ipynb #0779d2c3
 def guards(
     modules, # A model, or a list of modules
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
@@ -106,10 +106,10 @@ def guard_places(
 )->Iterator: # Yields (module, what its guard covers)
     "List where guards belong"
     owners = {p: m for m,_,p,_ in masked_params(model)}
+    if owners: yield model,model
     for m in model.modules():
         mine = list(dict.fromkeys(owners[p] for p in m._parameters.values() if p in owners))
-        if mine: yield m,mine
-        elif m is model and owners: yield m,m
+        if mine and m is not model: yield m,mine
 
 def add_guards(
     model:nn.Module, # A sparse model

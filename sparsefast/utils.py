@@ -64,7 +64,7 @@ def show_value(
     options = [*map(show_value, v.args), *(f'{k}={show_value(x)}' for k,x in v.keywords.items())]
     return f"{func.__name__}({', '.join(options)})"
 
-# %% ../nbs/01e_utils.ipynb #8458e302
+# %% ../nbs/01e_utils.ipynb #8ec60afc
 def uncompiled(
     model:nn.Module, # Any model, also one that `torch.compile` returned
 )->nn.Module: # The model that was compiled, or `model`
@@ -83,7 +83,8 @@ def as_modules(
     modules, # A module, a `Learner`, or a list of modules
 )->list: # Modules
     "Get a list of modules"
-    return list(modules) if isinstance(modules, (list, tuple, set)) else [as_module(modules)]
+    one = isinstance(modules, nn.Module) or hasattr(modules, 'model')
+    return [as_module(modules)] if one else list(modules)
 
 # %% ../nbs/01e_utils.ipynb #2ce8b14f
 def tolist(

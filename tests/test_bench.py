@@ -61,8 +61,8 @@ def test_in_python(monkeypatch):
     assert isinstance(table, SpeedTable) and len(table.rows)>=2
     with pytest.raises(ValueError, match='batch'): bench.sparsefast_bench('mlp', batch=0)
 
-BAD = {'resnet81': 'did you mean', 'nothing.pkl': "no file 'nothing.pkl'", 'no/where.safetensors': 'no file', 'folder': 'is a folder', 'broken.pkl': 'not a file that sparsefast_train has saved',
-       'broken.safetensors --arch mlp': 'cannot be loaded', 'm.safetensors': 'say which one by --arch', 'm.safetensors --arch mlp --size 9': 'try another --size', 'm.safetensors --arch nets': "'nets'",
+BAD = {'resnet81': 'did you mean', 'nothing.pkl': "an existing file, got 'nothing.pkl'", 'no/where.safetensors': 'an existing file', 'folder': 'got the folder', 'broken.pkl': 'must be a file of sparsefast_train',
+       'broken.safetensors --arch mlp': 'cannot be loaded', 'm.safetensors': 'pass --arch', 'm.safetensors --arch mlp --size 9': 'try another --size', 'm.safetensors --arch nets': "'nets'",
        'mlp --sparsity 95': 'sparsity', 'mlp --sparsity nan': 'nan', 'mlp --batch 0': 'batch', 'mlp --batch 1.5': '1.5', 'mlp --size x': "'x'", 'mlp --channels 0': 'channels', 'mlp --classes 0': 'classes',
        'mlp --threads 0': 'threads', 'mlp --margin 0.5': 'margin', 'mlp --seed -1': 'seed', 'mlp --dist erdos': 'uniform, first_dense, erk', 'mlp --sparsty 0.9': 'did you mean --sparsity',
        'mlp --sparsity 0': 'no masks', 'vit_b_16 --size 30': 'try another --size', 'mlp other': "'other'"}

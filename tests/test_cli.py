@@ -227,7 +227,7 @@ BAD = {
     '--data broken': '9.png', '--data tiny': 'validate', '--arch resnet81': 'did you mean', '--arch vit_b_16': 'try --size 224', '--arch x': "'x'",
     '--method rigel': 'did you mean rigl', '--dist erdos': 'uniform, first_dense, erk',
     '--sparsity 1.1': '1.1', '--sparsity -0.1': '-0.1', '--sparsity nan': 'nan', '--sparsity high': "'high'",
-    '--epochs 0': 'not 0', '--epochs 1.5': '1.5', '--epochs abc': "'abc'", '--bs 0': 'bs', '--bs many': "'many'", '--bs 5000': '1438',
+    '--epochs 0': 'got 0', '--epochs 1.5': '1.5', '--epochs abc': "'abc'", '--bs 0': 'bs', '--bs many': "'many'", '--bs 5000': '1438',
     '--every 0': 'every', '--every 2.5': '2.5', '--every x': "'x'", '--lr 0': 'above 0', '--lr -1': '-1', '--lr inf': 'inf', '--lr slow': "'slow'",
     '--seed -1': '-1', '--seed s': "'s'", '--size 0': 'size', '--out no/where.pkl': 'no', '--out empty': 'folder', '--out /proc/x.pkl': '/proc/x.pkl',
     '--sparsty 0.9': 'did you mean --sparsity', 'digits': "'digits'"}
@@ -249,10 +249,10 @@ def test_wrong_values(command, here, args, says):
 def test_wrong_value_in_a_shell(here):
     (here.parent/'entry.py').write_text(ENTRY)
     p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', 'abc'], capture_output=True, text=True)
-    assert (p.returncode,p.stdout)==(2, '') and p.stderr=="sparsefast_train: epochs must be a whole number, 1 or more, not 'abc'\n" and not list(here.iterdir())
+    assert (p.returncode,p.stdout)==(2, '') and p.stderr=="sparsefast_train: epochs must be a whole number, 1 or more, got 'abc'\n" and not list(here.iterdir())
 
 def test_wrong_value_in_python(here):
-    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, rigl_avg, gmp, granet, not 'rigel'"): cli.sparsefast_train(method='rigel')
+    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, rigl_avg, gmp, granet, got 'rigel'"): cli.sparsefast_train(method='rigel')
     assert not list(here.iterdir())
 
 def test_wrong_value_within_another_command(here, monkeypatch):
@@ -290,3 +290,11 @@ from sparsefast.cli import train as cli, datasets, models
 dls = datasets.get_dls('digits', 8)
 models.get_model('convnet', dls, 8, 1)"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr==''
+
+def test_a_learner_in_place_of_its_model():
+    dls = datasets.get_dls('digits', 8)
+    learn = cli.get_learner(dls, models.convnet(1, 10))
+    models.dry_run(learn, dls)
+    assert len(cli.make_sparse(learn, 'rigl', 0.9, 'erk'))==1 and len(sparse_params(learn.model))==2
+    assert cli.layer_table(learn)==cli.layer_table(learn.model)
+    assert cli.get_learner(dls, learn).model is learn.model

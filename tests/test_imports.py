@@ -87,7 +87,7 @@ MAY_IMPORT = {
     'see.analysis': 'see.flops storage.layers masks rewire select',
     'see.plots': 'see.analysis storage.layers rewire select',
     'cli.console': '',
-    'cli.datasets': 'cli.console',
+    'cli.datasets': '',
     'cli.models': 'cli.console',
     'see.recorder': 'see.analysis callback see.flops masks rewire select',
     'see.doctor': 'see.analysis callback storage.layers masks methods patterns rewire scores select storage.kernels sparsify',

@@ -1,5 +1,6 @@
 "Two processes on gloo: the same masks, weights and optimizer state on both, bit for bit, after every update"
 import os, subprocess, sys
+from types import SimpleNamespace
 import pytest, torch
 from helpers import *
 import ranks_worker as worker
@@ -56,3 +57,5 @@ def test_one_process_needs_nothing():
     model = worker.net()
     assert sync_masks(model) is model and group_of(model) is None and group_of([model]) is None
     agree([])
+    learn = SimpleNamespace(model=model)                                              # as a Learner has it
+    assert sync_masks(learn) is model and group_of(learn) is None

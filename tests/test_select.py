@@ -1,5 +1,6 @@
 "Which layers: names, places, types, modules; and what matches nothing"
 from collections import OrderedDict
+from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
@@ -45,3 +46,8 @@ def test_a_single_layer_has_a_name(): assert list(weight_names(nn.Linear(2, 2)).
 
 @given(st.lists(st.sampled_from(NAMES), min_size=1, max_size=6))
 def test_order_is_the_models_and_each_comes_once(which): assert names(model(), which)==[n for n in NAMES if n in which]
+
+def test_a_learner_in_place_of_its_model():
+    m = model()
+    learn = SimpleNamespace(model=m)
+    assert weight_names(learn)==weight_names(m) and select_weights(learn, 'head')==select_weights(m, m.head)
