@@ -291,7 +291,7 @@ def mask_weights_(
     "Mask the weights of all layers in one call"
     _mask(layers, gradient=False)
 
-# %% ../nbs/03e_layer.ipynb #d171c8a9
+# %% ../nbs/03e_layer.ipynb #c8c0a72d
 def find_layers(
     modules, # A model, a `Learner`, or a list of modules
 )->list: # `Layer` each, in the model's order, each parameter once; empty if there is none
@@ -311,7 +311,7 @@ def sparse_layers(
     "List every sparse weight"
     layers = find_layers(modules)
     if not layers:
-        raise ValueError("model must have a mask to train with, got none: call `sparsify_model(model, sparsity)` first, with a sparsity above 0")
+        raise ValueError("model must have a mask to train with, got none: call `sparsify_model(model, sparsity)` first, with a sparsity above 0 (at 0 no layer gets a mask: train without a method)")
     for l in layers:
         if hasattr(l.p, 'device_mesh'): check_whole(l.p, f'`{l.name}` of {l.module}')
     return layers

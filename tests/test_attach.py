@@ -89,7 +89,7 @@ def test_fastai_optimizer():
 
 def test_dense_model():
     model = mlp(4, 4)
-    with pytest.raises(ValueError, match='no mask'): attach(method_of('SET'), model, torch.optim.SGD(model.parameters(), lr=.1), 10)
+    with pytest.raises(ValueError, match='must have a mask'): attach(method_of('SET'), model, torch.optim.SGD(model.parameters(), lr=.1), 10)
 
 # ------------------------------------------------------------ the recipes of the notebook, as they stand there
 def recipe(title, **names):

@@ -6,6 +6,8 @@ from torch import nn
 import reference
 from helpers import mlp
 from sparsefast.masks import *
+from sparsefast.topk import top_k_mask
+from sparsefast.utils import maybe_float
 
 shapes = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 sparsities = st.floats(0, 1)
@@ -101,27 +103,27 @@ def test_top_k_ranks_nan_behind_minus_infinity():
     assert top_k_mask(torch.tensor([math.nan, -math.inf, 1.]), 2).tolist()==[False,True,True]
 
 @given(st.data(), st.lists(st.sampled_from([0., 1., 2., -1., math.nan, math.inf, -math.inf]), min_size=1, max_size=60), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-def test_top_k_of_pieces_is_top_k_of_the_whole(data, scores, dtype):
+def test_top_k_in_pieces_is_top_k_of_the_whole(data, scores, dtype):
     t,among = torch.tensor(scores, dtype=dtype), torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     k,size = data.draw(st.integers(0, int(among.sum()))), data.draw(st.integers(1, len(scores)))
     want = top_k_mask(t, k, among=among)
-    for n in (None, int(among.sum())): assert top_k_of_pieces(t.split(size), k, among, n).equal(places(want))
+    for n in (None, int(among.sum())): assert top_k_mask(t.split(size), k, among, n).equal(want)
 
-def test_top_k_of_pieces_at_size():
+def test_top_k_in_pieces_at_size():
     "Random scores, ties, and scores that rise or fall from piece to piece"
     g = torch.Generator().manual_seed(0)
     for t in (torch.randn(300_000, generator=g), torch.randint(50, (300_000,), generator=g).float(), torch.arange(300_000.), -torch.arange(300_000.)):
         among = torch.rand(len(t), generator=g)<.9
-        for k in (1, 700, 40_000, 200_000): assert top_k_of_pieces(t.split(70_001), k, among).equal(places(top_k_mask(t, k, among=among)))
+        for k in (1, 700, 40_000, 200_000): assert top_k_mask(t.split(70_001), k, among).equal(top_k_mask(t, k, among=among))
 
-def test_top_k_of_pieces_ranks_nan_last(nan=math.nan):
+def test_top_k_in_pieces_ranks_nan_last(nan=math.nan):
     for t in ([nan, 1.], [nan, 1., 2.], [1., nan, nan, 2.], [nan, nan, nan]):
         t = torch.tensor(t)
-        for k in range(len(t)+1): assert top_k_of_pieces(t.split(1), k, torch.ones(len(t), dtype=torch.bool)).equal(places(top_k_mask(t, k)))
+        for k in range(len(t)+1): assert top_k_mask(t.split(1), k, torch.ones(len(t), dtype=torch.bool)).equal(top_k_mask(t, k))
 
 @pytest.mark.parametrize('k', [-1, 3])
-def test_top_k_of_pieces_refuses_what_is_not_there(k):
-    with pytest.raises(ValueError, match=f'from 0 to the number of candidates, 2, not {k}'): top_k_of_pieces(torch.rand(4).split(2), k, torch.tensor([True, False, True, False]))
+def test_top_k_in_pieces_refuses_what_is_not_there(k):
+    with pytest.raises(ValueError, match=f'from 0 to the number of candidates, 2, got {k}'): top_k_mask(torch.rand(4).split(2), k, torch.tensor([True, False, True, False]))
 
 def test_top_k_non_contiguous():
     t = torch.randn(6,5).T

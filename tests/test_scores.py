@@ -65,13 +65,13 @@ NO_MOMENTUM = dict(fastai_sgd=partial(fo.SGD, lr=.1), fastai_rmsprop=partial(fo.
 def test_no_momentum_says_what_to_set(opt_f):
     p,opt,_ = stepped(opt_f)
     assert not keeps_momentum(opt)
-    with pytest.raises(ValueError, match=r'keeps no momentum.*mom=0\.9.*momentum=0\.9'): gradient_momentum(p, opt=opt)
+    with pytest.raises(ValueError, match=r'must keep momentum.*mom=0\.9.*momentum=0\.9'): gradient_momentum(p, opt=opt)
 
 @pytest.mark.parametrize('opt_f', [c[0] for c in CASES.values()], ids=CASES)
 def test_momentum_before_the_first_step(opt_f):
     p,opt,_ = stepped(opt_f, n=0)
     assert keeps_momentum(opt) and momentum(p, opt) is None and dict(opt_state(opt, p))=={}
-    with pytest.raises(ValueError, match=r'not yet stepped.*\(3, 4\)'): gradient_momentum(p, opt=opt)
+    with pytest.raises(ValueError, match=r'must have stepped.*\(3, 4\)'): gradient_momentum(p, opt=opt)
 
 @pytest.mark.parametrize('opt_f', [CASES[k][0] for k in ('torch_adam','wrapped_adam','fastai_adam','ranger')], ids=['torch','wrapped','fastai','ranger'])
 def test_opt_state_is_the_state_itself(opt_f):
@@ -97,9 +97,16 @@ def test_random_score():
     assert a.shape==p.shape and 0<=a.min() and a.max()<1 and abs(a.mean()-.5)<.03 and a.unique().numel()>1990
 
 def test_what_scores_need():
-    needs = lambda f: (f.needs_grad, getattr(f, 'needs_momentum', False))
-    assert {f.__name__: needs(f) for f in (random_score, weight_magnitude, magnitude_no_empty_rows, gradient_magnitude, gradient_momentum)} == dict(
-        random_score=(False,False), weight_magnitude=(False,False), magnitude_no_empty_rows=(False,False), gradient_magnitude=(True,False), gradient_momentum=(False,True))
+    assert {f.__name__: reads(f) for f in (random_score, weight_magnitude, magnitude_no_empty_rows, gradient_magnitude, weight_and_gradient, gradient_momentum)} == dict(
+        random_score=(), weight_magnitude=('weight',), magnitude_no_empty_rows=('weight',), gradient_magnitude=('gradient',), weight_and_gradient=('weight','gradient'), gradient_momentum=('momentum',))
+
+def test_what_a_score_reads_that_says_nothing_or_says_it_in_the_earlier_words():
+    def f(p, **kwargs): return p
+    assert reads(f)==reads(partial(f))==('weight','gradient') and reads(None)==()
+    f.needs_grad,f.needs_momentum = False,True
+    assert reads(partial(f))==('weight','momentum')
+    f.reads = ('gradient',)
+    assert reads(partial(f))==('gradient',)
 
 def test_inner_opt():
     p = nn.Parameter(torch.ones(2))

@@ -107,7 +107,7 @@ def test_empty_layer_warns():
 def test_hooks_enforce_until_removed():
     model = mlp(5,6,3)
     hooks = sparsify_model(model, .5)
-    assert isinstance(hooks, Hooks) and n_hooks(model)==2
+    assert isinstance(hooks, Hooks) and n_hooks(model)==3           # one on each layer, one on the model
     revive(model)
     y = model(torch.ones(1,5))
     assert masked_are_zero(model) and torch.equal(y, model(torch.ones(1,5)))
@@ -123,7 +123,7 @@ def test_no_hooks_wanted():
 
 def test_hooks_as_context():
     model = mlp(5,6,3)
-    with sparsify_model(model, .5): assert n_hooks(model)==2
+    with sparsify_model(model, .5): assert n_hooks(model)==3
     assert n_hooks(model)==0 and nnz(model)==[15,9]
 
 def test_enforce_masks_replaces_its_own_hooks_only():
@@ -131,7 +131,7 @@ def test_enforce_masks_replaces_its_own_hooks_only():
     model[0].register_forward_pre_hook(lambda m, x: calls.append(1))
     sparsify_model(model, .5)
     enforce_masks(model)
-    assert n_hooks(model)==3
+    assert n_hooks(model)==4
     unsparsify_model(model)(torch.ones(1,5))
     assert n_hooks(model)==1 and calls==[1]
 
@@ -297,7 +297,7 @@ def test_the_rest_meets_the_total(layers, S, sparse_f):
         for i,n in enumerate(numel):
             if f'{2*i}' in fixed: assert n-round((1-fixed[f'{2*i}'])*n)==round(sparsity_of(linear[i])*n)
         assert abs(sparsity_of(*linear)-S)*sum(numel)<=len(linear)*(2 if sparse_f is erdos_renyi_sparsity else 1)
-    elif not low-slack<=S<=high+slack: refused_untouched(model, 'model_sparsity can be from', S, sparse_f, sparsities=fixed)
+    elif not low-slack<=S<=high+slack: refused_untouched(model, 'model_sparsity must be from', S, sparse_f, sparsities=fixed)
 
 def test_two_sparsities_for_a_layer(): refused_untouched(mlp(4,4,4), "'0' stands for has two sparsities, 0.5 and 0.6", .5, sparsities={nn.Linear: .5, '0': .6})
 def test_a_sparsity_that_is_none(): refused_untouched(mlp(4,4,4), "the sparsity of '0' must be a number from 0 to 1, got 95", .5, sparsities={'0': 95})
@@ -317,7 +317,7 @@ def test_all_masks_given():
     S = sum(int((~m).sum()) for m in mine.values())/48
     sparsify_model(model, S, masks=mine)
     assert same_masks(masks(model), list(mine.values()))
-    refused_untouched(mlp(4,6,4), f'model_sparsity can be from {S:.4f} to {S:.4f}, not 0.99', .99, masks=mine)
+    refused_untouched(mlp(4,6,4), f'model_sparsity must be from {S:.4f} to {S:.4f}, not 0.99', .99, masks=mine)
 
 @pytest.mark.parametrize('mask,match', [(torch.ones(6,4), 'boolean.*float32'), (torch.ones(4,6, dtype=torch.bool), r'shape \(6, 4\).*shape \(4, 6\)'), ('yes', "boolean.*str")])
 def test_own_mask_refused(mask, match): refused_untouched(mlp(4,6,4), match, .5, masks={0: mask})
@@ -333,7 +333,7 @@ def test_initial_sparsity():
         model = mlp(4,6,4)
         sparsify_model(model, .5, initial_sparsity=s0)
         assert nnz(model)==count and all(t==.5 for *_,t in sparse_params(model)) and masked_are_zero(model)
-    refused_untouched(mlp(4,6,4), 'initial_sparsity must be at most model_sparsity, 0.5, not 0.6', .5, initial_sparsity=.6)
+    refused_untouched(mlp(4,6,4), 'initial_sparsity must be at most model_sparsity, 0.5, got 0.6', .5, initial_sparsity=.6)
     refused_untouched(mlp(4,6,4), 'initial_sparsity must be a number from 0 to 1', .5, initial_sparsity=-1)
 
 def test_initial_sparsity_and_fixed_layers():
@@ -349,7 +349,7 @@ def test_masks_by_score():
     for a,b in zip((model[0], model[2]), (dense[0], dense[2])):
         assert torch.equal(a.weight_mask, top_k_mask(b.weight.abs(), 16)) and torch.equal(a.weight, b.weight*a.weight_mask)
 
-def test_score_of_the_wrong_shape(): refused_untouched(mlp(4,6,4), r'must return scores of shape \(6, 4\)', .5, score_f=lambda p, **kw: p.abs().sum(1))
+def test_score_of_the_wrong_shape(): refused_untouched(mlp(4,6,4), r'must return a tensor of shape \(6, 4\)', .5, score_f=lambda p, **kw: p.abs().sum(1))
 
 def test_pattern():
     model = mlp(8,8,4)
@@ -477,7 +477,7 @@ def test_a_mask_of_another_shape_changes_nothing():
     sparsify_model(model, .6)
     state = model.state_dict() | {'0.weight_mask': torch.ones(3, 3, dtype=torch.bool)}
     before = snapshot(new)
-    with pytest.raises(ValueError, match="mask of '0.weight' has shape .3, 3., not .8, 6."): load_sparse_state(new, state)
+    with pytest.raises(ValueError, match="mask of '0.weight' must be boolean with shape .8, 6., got torch.bool with shape .3, 3."): load_sparse_state(new, state)
     assert not changed(before, snapshot(new))
 
 def test_what_a_method_remembers_comes_along():

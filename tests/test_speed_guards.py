@@ -106,7 +106,7 @@ def test_first_ones_of_many():
 def test_a_known_number_of_candidates_is_not_counted():
     t,among = torch.arange(6.), torch.tensor([1,1,1,0,0,0]).bool()
     assert torch.equal(top_k_mask(t, 2, among=among, n_among=3), top_k_mask(t, 2, among=among))
-    with pytest.raises(ValueError, match='number of candidates, 3, not 4'): top_k_mask(t, 4, among=among, n_among=3)
+    with pytest.raises(ValueError, match='number of candidates, 3, got 4'): top_k_mask(t, 4, among=among, n_among=3)
 
 # ------------------------------------------------------------ what is noted, and what ends it
 def fill(p): p.data.fill_(1.)
