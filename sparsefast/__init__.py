@@ -17,7 +17,7 @@ Modules:
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.methods`: Dynamic sparse training, for any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
-- `sparsefast.presets`: Published methods, each a dict of functions and numbers
+- `sparsefast.presets`: Published methods, each as a dict of settings and as a function that returns the method
 - `sparsefast.ranks`: Several processes, one set of masks
 - `sparsefast.rewire`: One update of the masks: prune or revive, drop, grow, and make weights and optimizer state follow
 - `sparsefast.saliency`: Which weights to train, judged before training: SNIP, GraSP and SynFlow
