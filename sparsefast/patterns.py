@@ -24,7 +24,7 @@ import torch
 from .masks import n_ones, top_k_mask
 from .utils import attribute
 
-# %% ../nbs/01a_patterns.ipynb #4146805b
+# %% ../nbs/01a_patterns.ipynb #b55337ac
 def _scores(given, *args):
     "Get scores from a tensor, or from a function that returns one"
     return given(*args) if callable(given) else given
@@ -40,8 +40,9 @@ def drop_grow(
     "Drop and grow weights without a pattern"
     if nnz is None: nnz = int(n_ones(mask))
     if n_grow is None: n_grow = n_drop
-    n_free = mask.numel()-nnz+n_drop
     kept = top_k_mask(_scores(keep_score), nnz-n_drop, among=mask, n_among=nnz)
+    if not n_grow: return kept
+    n_free = mask.numel()-nnz+n_drop
     grown = top_k_mask(_scores(grow_score, kept), n_grow, among=~kept, n_among=n_free)
     return grown.logical_or_(kept)
 
