@@ -21,13 +21,13 @@ Modules:
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
-- `sparsefast.patterns`: Which masks are allowed: any, N of each M, blocks, or as many in every row
+- `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written
-- `sparsefast.presets`: Published methods, each a dict of functions and numbers
+- `sparsefast.presets`: Published methods, each as a dict of settings and as a function that returns the method
 - `sparsefast.ranks`: The same masks in every process of a data-parallel training
 - `sparsefast.rewire`: One update of the masks: plan it, then write masks, weights and optimizer state
-- `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
-- `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
+- `sparsefast.saliency`: Which weights to train, judged before training: SNIP, GraSP and SynFlow
+- `sparsefast.schedules`: How a number changes during training: the drop fraction, or sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
 - `sparsefast.see.analysis`: What a sparse model consists of: a table to read, and the same as data
 - `sparsefast.see.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do

@@ -48,7 +48,7 @@ def test_an_initialisation_that_fails_leaves_the_model():
     assert not changed(before, snapshot(model)) and not any('mask' in n for n,_ in model.named_buffers())
 
 @pytest.mark.parametrize('pattern_f,match', [(partial(nm_pattern, n=5, m=4), 'whole numbers with 1 <= n <= m.*5:4'), (partial(nm_pattern, n=0, m=4), '0:4'), (partial(nm_pattern, n=0, m=0), '0:0'),
-    (partial(block_pattern, size=(0, 4)), r'two whole numbers.*\(0, 4\)'), (partial(block_pattern, size=4), 'not 4')])
+    (partial(block_pattern, size=(0, 4)), r'two whole numbers.*\(0, 4\)'), (partial(block_pattern, size=4), 'got 4')])
 def test_sizes_of_patterns(pattern_f, match):
     model = mlp(8, 16, 4)
     refused(lambda: sparsify_model(model, .5, pattern_f=pattern_f), match=match, model=model)

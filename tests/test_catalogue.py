@@ -68,14 +68,14 @@ def test_presets_are_what_their_papers_say():
         SET_ITOP     = dict(itop, grow_score_f=random_score, batches_per_update=1500),
         RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=4000),
         DSR          = dict(e, grow_score_f=random_elsewhere, initial_drop_grow_pct=.14, drop_sched_f=constant_anneal, batches_per_update=100, stop_pct=.95, replaces_step=False,
-                            drop_share_f=threshold_share, redistribute_f=survivor_redistribution),
+                            drop_share_f=adaptive_threshold_share, redistribute_f=survivor_redistribution),
         MEST         = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.2, drop_sched_f=step_anneal, **later),
-        MEST_soft    = dict(e, grow_score_f=random_score, initial_drop_grow_pct=1/6, drop_sched_f=step_anneal, sparsity_sched_f=step_anneal, initial_sparsity=denser, **later),
+        MEST_soft    = dict(e, grow_score_f=random_score, initial_drop_grow_pct=1/6, drop_sched_f=step_anneal, sparsity_sched_f=step_anneal, initial_sparsity=density_times, **later),
         TopKAST      = top,
         GMP          = dict(e, initial_drop_grow_pct=0., batches_per_update=100, sparsity_sched_f=cubic, sparsity_span=(10/32, 25/32), **later),
         GraNet       = granet,
         GraNet_half  = dict(granet, initial_sparsity=.5),
-        ACDC         = dict(e, initial_drop_grow_pct=0., batches_per_update=.01, sparsity_sched_f=alternate, prune_share_f=global_share, **later),
+        ACDC         = dict(e, initial_drop_grow_pct=0., batches_per_update=.01, sparsity_sched_f=square_wave, prune_share_f=global_share, **later),
         SRigL        = dict(rigl, pattern_f=fan_in_pattern),
         SR_STE       = dict(top, explore_pct=1., penalty_f=sr_ste_penalty, pattern_f=nm_pattern),
         RigL_avg     = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, batches_per_update=1/12, redistribute_f=importance_redistribution, grad_steps=None, **later))
@@ -85,7 +85,7 @@ def test_presets_are_what_their_papers_say():
 def test_defaults_of_what_presets_name():
     "Numbers that are defaults of functions: phases of AC/DC's code, MEST's steps and bound, SR-STE's scale, 2:4, SRigL's threshold"
     default = lambda f, k: inspect.signature(f).parameters[k].default
-    assert default(alternate, 'at')==(*(i/100 for i in range(10, 80, 5)), .85) and default(step_anneal, 'at')==(90/160, 120/160) and default(denser, 'by')==1.2
+    assert default(square_wave, 'at')==(*(i/100 for i in range(10, 80, 5)), .85) and default(step_anneal, 'at')==(90/160, 120/160) and default(density_times, 'by')==1.2
     assert default(sr_ste_penalty, 'scale')==2e-4 and (default(nm_pattern, 'n'), default(nm_pattern, 'm'))==(2, 4) and default(fan_in_pattern, 'ablate')==.3 and default(inverse_power_anneal, 'power')==3
 
 # ------------------------------------------------------------ all of them
@@ -104,7 +104,7 @@ def test_masked_means_zero_after_every_step(name, make):
             trains = l.mask if l.recall('trains') is None else l.recall('trains')
             assert (l.p[~l.mask]==0).all()
             if name!='SNFS': assert all((t[~trains]==0).all() for t in opt_tensors(opt, l.p).values())
-            if m.pattern_f is not drop_grow: assert follows(l.mask, m.pattern_f)
+            if m.pattern_f is not drop_grow: assert fits_pattern(l.mask, m.pattern_f)
         if not same_masks(first, masks(model)): moved.add(step)
     trained(model, m, every_step=look, opt=opt)
     assert hooks and bool(moved)==(name!='Static')
@@ -243,7 +243,7 @@ def test_generated_models(name, sizes, convs, sparsity, every, seed):
         updates.append(step)
         low,high = budget(m, model, step, total)
         assert low<=sum(nnz(model))<=high and masked_are_zero(model), step
-        if m.pattern_f is not drop_grow: assert all(follows(mask, m.pattern_f) for mask in masks(model))
+        if m.pattern_f is not drop_grow: assert all(fits_pattern(mask, m.pattern_f) for mask in masks(model))
     trained(model, m, total, look)
     assert masked_are_zero(model) and updates
 
@@ -285,7 +285,7 @@ def test_granet_total_follows_the_cubic_schedule(name, start):
     assert len(set(nnz(model)))==3 and sum(nnz(model))==n_active(N, s)
 
 def test_acdc_phases():
-    m,total,s = preset('ACDC', every=1, sparsity_sched_f=partial(alternate, at=(.25,.5,.75))),40,.8
+    m,total,s = preset('ACDC', every=1, sparsity_sched_f=partial(square_wave, at=(.25,.5,.75))),40,.8
     model = started(net(), m, s)
     seen = dict(at_update('ACDC', model, m, total))
     N = n_params(model)
@@ -312,7 +312,7 @@ def test_acdc_phases_through_the_callback(epochs):
     assert seen[0] and not seen[-1] and len(changes)==len(want) and all(abs(a-b)<=.015 for a,b in zip(changes, want))
 
 def test_acdc_restores_from_zero():
-    m = preset('ACDC', every=1, sparsity_sched_f=partial(alternate, at=(.25,.5,.75)))
+    m = preset('ACDC', every=1, sparsity_sched_f=partial(square_wave, at=(.25,.5,.75)))
     model = started(net(), m, .8)
     opt,before = momentum_sgd(model),{}
     def look(step):
@@ -388,7 +388,7 @@ def test_a_layer_that_loses_all_its_weights_is_told():
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_schedules_stay_between_their_ends(a, b, pos):
-    for f in (cosine_anneal, linear_anneal, constant_anneal, inverse_power_anneal, partial(inverse_power_anneal, power=1), step_anneal, alternate):
+    for f in (cosine_anneal, linear_anneal, constant_anneal, inverse_power_anneal, partial(inverse_power_anneal, power=1), step_anneal, square_wave):
         assert min(a, b)-1e-12<=f(a, b, pos)<=max(a, b)+1e-12
         assert f(a, b, 0.)==pytest.approx(a) and (f is constant_anneal or f(a, b, 1.)==pytest.approx(b))
 
@@ -397,6 +397,10 @@ def test_vectors_of_the_schedules():
     assert [inverse_power_anneal(.5, .9, q) for q in (.25,.5,.75)]==pytest.approx([.73125,.85,.89375])
     for t,want in {0: .3, 100: .2926584774, 250: .2560660172, 500: .15, 750: .0439339828, 900: .0073415226, 1000: 0}.items():
         assert cosine_anneal(.3, 0, t/1000)==pytest.approx(want, abs=1e-10)
+
+def test_earlier_names():
+    from sparsefast import allocation, schedules
+    assert schedules.alternate is schedules.square_wave and schedules.denser is schedules.density_times and allocation.threshold_share is allocation.adaptive_threshold_share
 
 # ------------------------------------------------------------ allocation
 scores_lists = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1, max_size=4)
@@ -410,7 +414,7 @@ def test_global_share(scores, frac):
 
 @given(scores_lists, st.integers(0, 20), st.floats(.5, 9))
 def test_threshold_share(scores, total, cut):
-    got,nxt = threshold_share([torch.tensor(s).float() for s in scores], total, cut)
+    got,nxt = adaptive_threshold_share([torch.tensor(s).float() for s in scores], total, cut)
     want = [min(sum(v<cut for v in s), len(s)-1) for s in scores]
     assert got==want and nxt==(cut/2 if sum(want)>1.1*total else 2*cut if sum(want)<.9*total else cut)
 
@@ -427,7 +431,7 @@ def test_survivor_redistribution(layers):
 
 def test_dsr_update_by_hand():
     "One update against loops: threshold, survivors' shares, and no weight that was just dropped"
-    m = preset('DSR', drop_share_f=partial(threshold_share, initial=.08))
+    m = preset('DSR', drop_share_f=partial(adaptive_threshold_share, initial=.08))
     model = started(net(), m, .6)
     backward(model, *batches(1, n_out=4)[0])
     before = [(p.detach().clone(), mask.clone()) for _,_,p,mask in masked_params(model)]
@@ -628,12 +632,12 @@ def test_any_method_in_any_pattern(name, pattern):
     model = started(net(), m, s)
     seen = []
     def look(step):
-        assert all(follows(mask, pattern_f) for mask in masks(model)), step
+        assert all(fits_pattern(mask, pattern_f) for mask in masks(model)), step
         seen.append(sum(nnz(model)))
     start = masks(model)
     trained(model, m, every_step=look)
     assert masked_are_zero(model) and not same_masks(start, masks(model))
-    assert all(follows(mask, PATTERNS[pattern][0]) for mask in masks(model))
+    assert all(fits_pattern(mask, PATTERNS[pattern][0]) for mask in masks(model))
     want = n_active(n_params(model), s)
     if pattern=='constant fan-in' or m.redistribute_f or m.prune_share_f: assert .8*want<=seen[-1]<=want
     else: assert seen[-1]==want

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     'sparsify': 'masks patterns select distributions ranks scores',
     'rewire': 'masks patterns select ranks scores',
     'methods': 'masks patterns scores schedules rewire',
-    'presets': 'allocation patterns schedules scores',
+    'presets': 'allocation methods patterns schedules scores',
     'callback': 'masks distributions ranks rewire scores sparsify methods',
     'attach': 'masks methods scores',
     'checkpoint': 'sparsify',

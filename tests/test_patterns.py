@@ -1,5 +1,5 @@
 "Patterns: never violated, exact in number, and the same as plain loops"
-import math
+import gc, math, weakref
 from functools import partial
 import pytest, torch
 from hypothesis import given, strategies as st
@@ -32,6 +32,51 @@ def test_a_known_count_changes_nothing(seed, n_on, n_drop, n_grow):
     n_grow = min(n_grow, 60-n_on+n_drop)
     assert torch.equal(drop_grow(mask, keep, grow, n_drop, n_grow, nnz=n_on), drop_grow(mask, keep, grow, n_drop, n_grow))
 
+@given(st.integers(0, 9999), st.integers(0, 60), st.integers(0, 30), st.integers(0, 30), st.sampled_from([1, 3, 1000]))
+def test_functions_give_the_masks_of_their_scores(seed, n_on, n_drop, n_grow, top):
+    "Each is called at most once; the grow score sees what survived the drop, and the mask it was given is not changed later"
+    g = torch.Generator().manual_seed(seed)
+    keep,grow = (torch.randint(top, (6, 10), generator=g, device='cpu').float().to(torch.get_default_device()) for _ in range(2))
+    mask = top_k_mask(chance((6, 10), g), n_on)
+    n_drop = min(n_drop, n_on)
+    n_grow = min(n_grow, 60-n_on+n_drop)
+    survivors,calls,given_masks = drop_grow(mask, keep, grow, n_drop, 0), [], []
+    def keep_f():
+        calls.append('keep')
+        return keep
+    def grow_f(kept):
+        calls.append('grow')
+        given_masks.append(kept)
+        assert kept.dtype==torch.bool and torch.equal(kept, survivors)
+        return grow
+    want = drop_grow(mask, keep, grow, n_drop, n_grow)
+    assert torch.equal(drop_grow(mask, keep_f, grow_f, n_drop, n_grow, nnz=n_on), want) and calls==['keep', 'grow'][:1+(n_grow>0)]      # what nothing needs is not computed
+    assert all(torch.equal(kept, survivors) for kept in given_masks)
+    assert torch.equal(drop_grow(mask, keep_f, grow, n_drop, n_grow), want) and torch.equal(drop_grow(mask, keep, grow_f, n_drop, n_grow), want)
+
+def test_grow_score_may_depend_on_what_survived():
+    mask,score = torch.tensor([[1,1,0,0],[1,1,0,0]]).bool(), torch.tensor([[4.,3,2,1],[8,7,6,5]])
+    fewest = lambda kept: -kept.sum(1, keepdim=True).expand(2, 4).float()                    # grow where fewest are left, from the left
+    assert drop_grow(mask, score, fewest, 2).int().tolist()==[[1,1,0,0],[1,1,0,0]]
+    assert drop_grow(mask, -score, fewest, 2).int().tolist()==[[1,1,0,0],[1,1,0,0]]
+    assert drop_grow(mask, score, lambda kept: score-10*kept.any(1, keepdim=True), 2).int().tolist()==[[1,1,0,0],[1,1,0,0]]
+    assert drop_grow(mask, score, lambda kept: kept.any(1, keepdim=True)*score, 2).int().tolist()==[[0,0,0,0],[1,1,1,1]]
+
+@pytest.mark.parametrize('size', [(30,), (400, 500)])                                        # with and without a sample of the scores
+def test_only_one_score_is_in_memory(size):
+    "The first score is gone when the second is computed"
+    mask,seen = torch.rand(size)<.1, []
+    def keep_f():
+        score = torch.rand(size)
+        seen.append(weakref.ref(score))
+        return score
+    def grow_f(kept):
+        gc.collect()
+        assert seen[0]() is None
+        return torch.rand(size)
+    n = int(mask.sum())
+    assert drop_grow(mask, keep_f, grow_f, n//3).sum()==n
+
 # ------------------------------------------------------------ N of each M
 def nm_reference(shape, mask, keep, grow, n_drop, n_grow, n, m):
     "Loops over groups; positions as flat indices"
@@ -53,7 +98,7 @@ def test_nm_equals_loops(problem, nm, full):
     new = f(mask, keep, grow, k)
     groups = [fi[i:i+m] for fi in fibres(shape) for i in range(0, len(fi), m)]
     flat = new.flatten()
-    assert int(new.sum())==int(mask.sum()) and all(int(flat[g].sum())<=n for g in groups) and follows(new, f)
+    assert int(new.sum())==int(mask.sum()) and all(int(flat[g].sum())<=n for g in groups) and fits_pattern(new, f)
     if full: assert all(int(flat[g].sum())==n for g in groups)
     want = nm_reference(shape, *(t.flatten().tolist() for t in (mask, keep, grow)), k, k, n, m)
     assert {i for i,b in enumerate(flat.tolist()) if b}==want
@@ -100,14 +145,14 @@ def test_blocks_equal_loops(problem, size):
     mask = pattern_mask(f, chance(shape, gen), int(frac*math.prod(shape)))
     k = int(frac*int(mask.sum()))
     new = f(mask, keep, grow, k)
-    assert int(new.sum())==int(mask.sum()) and follows(new, f)
+    assert int(new.sum())==int(mask.sum()) and fits_pattern(new, f)
     assert {i for i,b in enumerate(new.flatten().tolist()) if b}==block_reference(shape, *(t.flatten().tolist() for t in (mask, keep, grow)), k, k, size)
 
 @pytest.mark.parametrize('size', [(16,16), (32,32), (1,4), (4,1)])
 def test_block_sizes(size):
     f,n = partial(block_pattern, size=size),n_active(64*64, .75)
     mask = pattern_mask(f, torch.rand(64, 64), n)
-    assert mask.sum()==n and follows(mask, f)
+    assert mask.sum()==n and fits_pattern(mask, f)
     blocks = mask.view(64//size[0], size[0], 64//size[1], size[1]).transpose(1, 2).flatten(2).sum(2)
     assert set(blocks.flatten().tolist())=={0, size[0]*size[1]}
 
@@ -156,7 +201,7 @@ def test_fan_in_equals_loops(problem, ablate, density):
         want,fan,stay = fan_in_reference(rows, fan_in, *(t.flatten().tolist() for t in (mask, keep, grow)), k, total-nnz+k, ablate)
         assert {i for i,b in enumerate(new.flatten().tolist()) if b}==want
         per_row = new.flatten(1).sum(1)
-        assert set(per_row.tolist())<={0, fan} and int((per_row>0).sum())==len(stay) and int(new.sum())<=total and follows(new, f)
+        assert set(per_row.tolist())<={0, fan} and int((per_row>0).sum())==len(stay) and int(new.sum())<=total and fits_pattern(new, f)
         mask,keep,grow = new,grow,keep
 
 @pytest.mark.parametrize('shape,budget,gone,k,k_after,least', [((768,3072), 235_929, 268, 307, 471, 92), ((100,300), 2_999, 40, 29, 49, 8), ((64,27), 172, 0, 2, 2, 1),
@@ -200,7 +245,7 @@ def test_fan_in_last_layer_is_never_emptied():
 def test_fan_in_is_about_equal_rows_alone(ablate, per_row):
     "Asked to change nothing, no row goes, however few weights it has"
     mask = torch.arange(8)<torch.tensor(per_row)[:,None]
-    assert follows(mask, partial(fan_in_pattern, ablate=ablate))
+    assert fits_pattern(mask, partial(fan_in_pattern, ablate=ablate))
 
 def test_fan_in_too_few():
     with pytest.raises(ValueError, match='5 weights are fewer than one for each of the 6 rows.*at most 0.9'): pattern_mask(fan_in_pattern, torch.rand(6, 10), 5)
@@ -215,7 +260,7 @@ def test_equal_scores(f, value):
     score = torch.full((4,8), value)
     mask = pattern_mask(f, torch.rand(4, 8), 16)
     new = f(mask, score, score, 4)
-    assert follows(new, f) and (new.sum()==16 or f is fan_in_pattern and 12<new.sum()<16)       # where a row goes, the others may not divide the rest
+    assert fits_pattern(new, f) and (new.sum()==16 or f is fan_in_pattern and 12<new.sum()<16)       # where a row goes, the others may not divide the rest
 
 @pytest.mark.parametrize('f', ALL)
 def test_nothing_to_do(f):
@@ -223,15 +268,33 @@ def test_nothing_to_do(f):
     assert torch.equal(f(mask, torch.rand(4, 8), torch.rand(4, 8), 0), mask)
 
 @pytest.mark.parametrize('f', ALL[1:])
-def test_follows_can_say_no(f):
+def test_fits_pattern_can_say_no(f):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0,:3] = mask[1,3] = True
-    assert not follows(mask, f)
+    assert not fits_pattern(mask, f)
 
 @pytest.mark.parametrize('f', ALL)
 def test_one_row(f):
     mask = pattern_mask(f, torch.rand(1, 8), 4)
-    assert mask.sum()==4 and follows(f(mask, torch.rand(1, 8), torch.rand(1, 8), 2), f)
+    assert mask.sum()==4 and fits_pattern(f(mask, torch.rand(1, 8), torch.rand(1, 8), 2), f)
+
+def test_wrong_options():
+    "Refused by the pattern and by its capacity"
+    w = torch.rand(4, 8)
+    for f,match in ((partial(nm_pattern, n=5, m=4), 'n:m must be whole numbers with 1 <= n <= m, such as 2:4, got 5:4'), (partial(nm_pattern, n=0), 'got 0:4'),
+                    (partial(block_pattern, size=4), r'size of blocks must be two whole numbers, rows and columns, such as \(1, 4\), got 4'), (partial(block_pattern, size=(0,4)), r'got \(0, 4\)')):
+        for call in (lambda: pattern_mask(f, w, 8), lambda: capacity(f, w)):
+            with pytest.raises(ValueError, match=match): call()
+
+@pytest.mark.parametrize('f', ALL)
+def test_transposed(f):
+    mask,keep,grow = pattern_mask(f, torch.rand(4, 8), 16), torch.rand(4, 8), torch.rand(4, 8)
+    turned = transposed_pattern(f)
+    new = turned(mask.t(), keep.t(), grow.t(), 4)
+    assert new.is_contiguous() and fits_pattern(new, turned)
+    if f is not drop_grow: assert torch.equal(new.t(), f(mask, keep, grow, 4))
+
+def test_earlier_names(): assert follows is fits_pattern
 
 def test_capacity():
     w = torch.rand(4, 8)

@@ -62,6 +62,15 @@ def test_random_masks_with_its_ratios(name):
     owned = {p: int(mask.sum()) for _,_,p,mask in masked_params(model)}
     assert [owned.get(w, w.numel()) for w in weights(model)]==want
 
+@pytest.mark.parametrize('name', METHODS)
+def test_a_learner_serves_as_its_model(name):
+    model,(x,y) = mixed(),batch()
+    rng = torch.get_rng_state()
+    want = METHODS[name](model, x, y)
+    torch.set_rng_state(rng)
+    got = METHODS[name](learner(model), x, y)
+    assert all(torch.equal(want(w), got(w)) for w in weights(model))
+
 # ------------------------------------------------------------ values
 def test_snip_values():
     torch.manual_seed(0)
@@ -154,9 +163,9 @@ def test_refusals():
     with pytest.raises(ValueError, match='additional_types'): snip_score(nn.ReLU(), F.cross_entropy, x, y)
     with pytest.raises(ValueError, match='the loss of the batch is nan'): snip_score(model, F.cross_entropy, x*float('nan'), y)
     with pytest.raises(ValueError, match='all weights have score 0'): snip_score(mlp(8, 3), lambda o, y: (o*0).sum(), x, y)
-    with pytest.raises(ValueError, match='learn.model'): snip_score('resnet', F.cross_entropy, x, y)
+    with pytest.raises(TypeError, match='model must be a module or a Learner'): snip_score('resnet', F.cross_entropy, x, y)
     with pytest.raises(ValueError, match='from 0 to 1'): synflow_score(model, x, 95)
-    with pytest.raises(ValueError, match='scores of layer 0'): global_sparsity(lambda p, **kw: p*float('nan'))([torch.ones(3)], .5)
+    with pytest.raises(ValueError, match='scores of layer 0 must be numbers, got NaN'): global_sparsity(lambda p, **kw: p*float('nan'))([torch.ones(3)], .5)
 
 @pytest.mark.parametrize('s', [0., .999])
 @pytest.mark.parametrize('name', METHODS)
