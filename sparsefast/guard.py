@@ -2,7 +2,7 @@
 
 The engine masks weights after every optimizer step. Other code writes weights too: a plain optimizer, a checkpoint, an average of weights. A **guard** on each masked layer masks them before a forward pass uses them.
 
-In training a guard masks before every forward, except the first one after the engine's own step, which has just masked. In evaluation it masks when memory or version of a weight or mask has changed since the last evaluation, or, on a CPU, when one of a few masked weights that it looks at is not zero.
+In training a guard masks before every forward, except the first one after the engine's own step, which has just masked. In evaluation it masks when memory or version of a weight or mask has changed since the last evaluation. Where it would not mask, it looks at a few masked weights on a CPU, and masks if one of them is not zero.
 
 A second guard, on the model itself, covers parents that read a child's weight without calling the child, as attention does."""
 
@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from .masks import masked_params, nonzero_flat, zero_masked_
 from .utils import as_module, as_modules
 
-# %% ../nbs/03f_guard.ipynb #ffb1ec31
+# %% ../nbs/03f_guard.ipynb #a400dc6c
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
 
 def _version(t):
@@ -38,7 +38,7 @@ class MaskGuard:
     "A forward-pre-hook that masks weights before they are used"
     def __init__(self,
         where, # A model, all of whose masked weights it covers, or a list of modules
-    ): self.where,self.trusted,self.key,self.samples = where,False,None,[]
+    ): self.where,self.trusted,self.key,self.seen,self.samples = where,False,None,None,[]
 
     def __reduce__(self): return type(self),(self.where,)          # a copy starts without knowledge
 
@@ -51,9 +51,9 @@ class MaskGuard:
     def before_training(self,
         pairs, # (parameter, mask) each
     )->None:
-        "Mask, unless the engine has just done so; it is believed once"
+        "Mask, unless the engine has just done so; it is believed once, if a few masked weights are zero"
         self.key = None
-        if not self.trusted: self.mask(pairs)
+        if not self.trusted or self.sees_nonzero(pairs): self.mask(pairs)
         self.trusted = False
 
     def before_evaluation(self,
@@ -63,7 +63,6 @@ class MaskGuard:
         self.mask(pairs)
         settled = self.trusted or all(p.grad is None for p,_ in pairs)
         self.key = self.state(pairs) if settled else None
-        self.samples = [_sample(mask) for _,mask in pairs]
 
     def mask(self,
         pairs, # (parameter, mask) each
@@ -83,7 +82,9 @@ class MaskGuard:
         pairs, # (parameter, mask) each
     )->bool: # On a CPU only
         "True if one of a few masked weights is not zero"
-        return any([at is not None and bool(p.take(at).any()) for (p,_),at in zip(pairs, self.samples)])
+        masks = [_version(mask) for _,mask in pairs]
+        if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
+        return any([at is not None and bool(p.detach().take(at).any()) for (p,_),at in zip(pairs, self.samples)])
 
 # %% ../nbs/03f_guard.ipynb #0779d2c3
 def guards(

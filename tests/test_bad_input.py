@@ -74,7 +74,7 @@ def test_n_keep(n_keep): refused(top_k_mask, torch.ones(3,4), n_keep, match=f'n_
 
 def test_n_keep_among():
     refused(lambda: top_k_mask(torch.ones(4), 3, among=torch.tensor([1,0,1,0]).bool()), match='candidates, 2, got 3')
-    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 5), match='not -1')
+    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 5), match='got -1')
     refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 1, 2), match='candidates, 1, not 2')
 
 def test_n_keep_must_be_whole(): refused(lambda: top_k_mask(torch.ones(4), 2.5), error=(TypeError, ValueError), match='2.5|float')
