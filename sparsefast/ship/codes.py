@@ -83,7 +83,7 @@ def unpack_mask(
         flat[at[:-1]] = True
     return torch.from_numpy(flat).bool().view(shape)
 
-# %% ../../nbs/ship/00_codes.ipynb #66890d82
+# %% ../../nbs/ship/00_codes.ipynb #00ebc3ea
 def _identity(t):
     "What two names of one tensor have in common"
     if not t.numel(): return id(t)
@@ -117,8 +117,8 @@ def encode(
             how[name] = dict(same=first)
             continue
         t,mask = t.detach().cpu(),belongs.get(name)
-        always_there = name in always
-        how[name],data[name] = _encode(t, named.get(mask), mask, always_there)
+        desc,stored = _encode(t, named.get(mask), mask, name in always)
+        how[name],data[name] = desc,stored
     return data,how
 
 # %% ../../nbs/ship/00_codes.ipynb #5123e249
@@ -203,7 +203,7 @@ def check_encoded(
         raise ValueError(f"it claims to hold {size:,} bytes of tensors, more than {most:,} for each byte of the file")
     return {n: res[h.get('same', n)] for n,h in how.items()}
 
-# %% ../../nbs/ship/00_codes.ipynb #97ac7eee
+# %% ../../nbs/ship/00_codes.ipynb #6a384af7
 def decode(
     data:dict, # Name -> tensor as stored, accepted by `check_encoded`
     how:dict, # Name -> description
@@ -215,7 +215,8 @@ def decode(
         res[n] = unpack_mask(h['as'], data[n], h['shape'])
     for n,t in data.items():
         if n in packed: continue
-        res[n] = t.clone()
+        if not how[n]:
+            res[n] = t.clone()
         for side,mask in how[n].items():
             where = res[mask] if side=='on' else ~res[mask]
             res[n] = t.new_zeros(where.shape).masked_scatter_(where, t)

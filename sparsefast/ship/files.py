@@ -89,7 +89,7 @@ def save_sparse(
     metadata = {'sparsefast': f'{_digest(desc, data)} {desc}'}
     return atomic_write(path, lambda tmp: save_file(data, tmp, metadata))
 
-# %% ../../nbs/ship/01_files.ipynb #a71998c4
+# %% ../../nbs/ship/01_files.ipynb #acf339c9
 def _open(path):
     "(name -> tensor as stored, description) of a file; a `ValueError` if it is damaged or was not written by `save_sparse`"
     with safe_open(path, 'pt') as f:
@@ -114,7 +114,7 @@ def _check_targets(names, data):
         t = data[n]
         if t.dim() or not t.is_floating_point():
             raise ValueError(f"{n!r} must be a number from 0 to 1, got {t.dtype} of shape {tuple(t.shape)}")
-        check_fraction(t, repr(n))
+        check_fraction(t.item(), repr(n))
 
 # %% ../../nbs/ship/01_files.ipynb #28892092
 class _AsMasked:
