@@ -162,6 +162,15 @@ def test_to_a_file_and_back(clock, tmp_path):
     load_sparse(tmp_path/'m', other)
     assert not changed(snapshot(model), snapshot(other))
 
+def test_learners(clock):
+    class Wrapped: pass
+    learn = Wrapped()
+    learn.model,x = nets()['mlp']
+    sparsify_model(learn.model, 0.5)
+    before = snapshot(learn.model)
+    learn.model = to_fastest(learn, x)[0]
+    assert n_sparse(learn.model)==3 and not changed(before, snapshot(from_fastest(learn)))
+
 # ------------------------------------------------------------ bad input
 @pytest.mark.parametrize('kw, says', [(dict(forms='csr'), "'csr'"), (dict(forms=['sparse', 'bsr']), 'needs a CUDA device'), (dict(forms='2:4'), 'needs a CUDA device'), (dict(margin=0.9), 'margin'),
                                       (dict(margin=float('nan')), 'margin')])

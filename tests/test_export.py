@@ -32,6 +32,13 @@ def test_export(name, fast, monkeypatch):
     assert [type(m) for m in plain.modules()]==[type(m) for m in nets()[name][0].modules()] and not any(m._forward_pre_hooks for m in plain.modules())
     with torch.no_grad(): torch.testing.assert_close(call(program.module(), x), call(model.eval(), x))
 
+def test_learners():
+    class Wrapped: pass
+    learn = Wrapped()
+    learn.model,x = nets()['mlp']
+    sparsify_model(learn.model, 0.7)
+    assert torch.equal(bake(learn)(x), learn.model.eval()(x)) and torch.equal(export_model(learn, x).module()(x), bake(learn)(x))
+
 @pytest.mark.parametrize('name', ['mlp','convs','args','kwargs','encoder'])
 def test_onnx(name, tmp_path):
     ort = pytest.importorskip('onnxruntime')

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as FastaiSGD
 from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
-from sparsefast.ship import files
+from sparsefast.ship import codes, files
 from sparsefast.ship.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
 from sparsefast.storage.layers import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
@@ -40,11 +40,11 @@ def test_codes(n, sparsity, seed):
     for wrong in (n+8, n-8, 8*n+8):
         if wrong<0: continue
         for h,c in ((how, code), ('gaps', gaps)):
-            with pytest.raises(ValueError, match='is not one of'): check_code(h, c, wrong)
+            with pytest.raises(ValueError, match='are not a mask of'): check_code(h, c, wrong)
 
 @pytest.mark.parametrize('how, code, numel', [('bits', [255], 7), ('bits', [], 1), ('gaps', [], 0), ('gaps', [255], 255), ('gaps', [0, 255], 256), ('gaps', [3, 0], 3)])
 def test_codes_that_are_none(how, code, numel):
-    with pytest.raises(ValueError, match='is not one of'): check_code(how, torch.tensor(code, dtype=torch.uint8), numel)
+    with pytest.raises(ValueError, match='are not a mask of'): check_code(how, torch.tensor(code, dtype=torch.uint8), numel)
 
 # ------------------------------------------------------------ round trips
 def nets():
@@ -217,33 +217,33 @@ def _huge(data, desc):
     for i in range(10_000): desc['how'][f'x{i}'],data[f'x{i}'] = {'on': M}, torch.zeros(0)
 u8 = partial(torch.tensor, dtype=torch.uint8)
 FORGED = dict(
-    values_too_few      = (_set(**{'0__weight': torch.ones(3)}), 'has room for'),
-    values_too_many     = (_set(**{'0__weight': torch.ones(96)}), 'has room for'),
-    values_of_two_dims  = (_set(**{'0__weight': torch.ones(12, 8)}), 'has room for'),
-    code_too_short      = (_set(**{'0__weight_mask': u8([1, 2])}), 'is not one of'),
-    code_too_long       = (_set(**{'0__weight_mask': u8([0]*500)}), 'is not one of'),
-    code_of_floats      = (_set(**{'0__weight_mask': torch.ones(12)}), 'no mask in bits'),
-    unknown_code        = (_how(M, **{'as': 'zip', 'shape': [12, 8]}), 'no mask in bits'),
-    huge_shape          = (_how(M, **{'as': 'gaps', 'shape': [10**6, 10**6]}), 'is not one of'),
-    shape_overflows     = (_how(M, **{'as': 'gaps', 'shape': [2**40, 2**40]}), 'is no shape'),
-    shape_of_nothing    = (_how(M, **{'as': 'gaps', 'shape': [0, 2**63]}), 'is no shape'),
-    negative_shape      = (_how(M, **{'as': 'gaps', 'shape': [-12, -8]}), 'is no shape'),
-    shape_of_floats     = (_how(M, **{'as': 'gaps', 'shape': [12., 8.]}), 'is no shape'),
-    shape_of_booleans   = (_how(M, **{'as': 'gaps', 'shape': [True, 96]}), 'is no shape'),
-    shape_is_a_word     = (_how(M, **{'as': 'gaps', 'shape': '96'}), 'is no shape'),
+    values_too_few      = (_set(**{'0__weight': torch.ones(3)}), 'to go with its mask'),
+    values_too_many     = (_set(**{'0__weight': torch.ones(96)}), 'to go with its mask'),
+    values_of_two_dims  = (_set(**{'0__weight': torch.ones(12, 8)}), 'to go with its mask'),
+    code_too_short      = (_set(**{'0__weight_mask': u8([1, 2])}), 'are not a mask of'),
+    code_too_long       = (_set(**{'0__weight_mask': u8([0]*500)}), 'are not a mask of'),
+    code_of_floats      = (_set(**{'0__weight_mask': torch.ones(12)}), 'is not a packed mask'),
+    unknown_code        = (_how(M, **{'as': 'zip', 'shape': [12, 8]}), 'is not a packed mask'),
+    huge_shape          = (_how(M, **{'as': 'gaps', 'shape': [10**6, 10**6]}), 'are not a mask of'),
+    shape_overflows     = (_how(M, **{'as': 'gaps', 'shape': [2**40, 2**40]}), 'shape must be a list'),
+    shape_of_nothing    = (_how(M, **{'as': 'gaps', 'shape': [0, 2**63]}), 'shape must be a list'),
+    negative_shape      = (_how(M, **{'as': 'gaps', 'shape': [-12, -8]}), 'shape must be a list'),
+    shape_of_floats     = (_how(M, **{'as': 'gaps', 'shape': [12., 8.]}), 'shape must be a list'),
+    shape_of_booleans   = (_how(M, **{'as': 'gaps', 'shape': [True, 96]}), 'shape must be a list'),
+    shape_is_a_word     = (_how(M, **{'as': 'gaps', 'shape': '96'}), 'shape must be a list'),
     other_shape         = (_how(M, **{'as': 'bits', 'shape': [8, 12]}), 'has shape|does not fit'),
     many_huge           = (_huge, 'claims to hold'),
-    no_such_mask        = (_how(W, on='0.nothing'), 'no mask of the file'),
-    its_own_mask        = (_how(W, on=W), 'no mask of the file'),
+    no_such_mask        = (_how(W, on='0.nothing'), 'not a mask of this file'),
+    its_own_mask        = (_how(W, on=W), 'not a mask of this file'),
     both_sides          = (_how(W, on=M, off=M), 'description'),
-    mask_is_no_word     = (_how(W, on=[M]), 'described by'),
+    mask_is_no_word     = (_how(W, on=[M]), 'invalid description'),
     same_as_itself      = (_how('0.bias', same='0.bias'), 'both stored and described'),
     nothing_described   = (lambda data, desc: desc['how'].pop(W), 'both stored and described'),
     more_described      = (_how('3.weight'), 'both stored and described'),
     more_stored         = (_set(**{'3__weight': torch.ones(1)}), 'both stored and described'),
-    nan_target          = (_set(**{'0__weight_sparsity': torch.tensor(math.nan)}), 'not a number from 0 to 1'),
-    target_of_2         = (_set(**{'0__weight_sparsity': torch.tensor(2.)}), 'not a number from 0 to 1'),
-    target_of_dims      = (_set(**{'0__weight_sparsity': torch.tensor([0.5])}), 'not a number from 0 to 1'),
+    nan_target          = (_set(**{'0__weight_sparsity': torch.tensor(math.nan)}), 'must be a number from 0 to 1'),
+    target_of_2         = (_set(**{'0__weight_sparsity': torch.tensor(2.)}), 'must be a number from 0 to 1'),
+    target_of_dims      = (_set(**{'0__weight_sparsity': torch.tensor([0.5])}), 'must be a number from 0 to 1'),
     whole_numbers       = (_set(**{'0__bias': torch.ones(12, dtype=torch.int64)}), 'torch.int64'),
     wrong_bias          = (_set(**{'0__bias': torch.ones(13)}), 'has shape'),
     not_a_list          = (lambda data, desc: desc.update(how=[1]), 'description'),
@@ -277,7 +277,7 @@ def test_a_huge_claim_costs_nothing(saved, tmp_path):
     path = forge(saved[2], _huge, tmp_path/'forged')
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(files, 'decode', lambda *args: pytest.fail('decoded'))
-        mp.setattr(files, 'unpack_mask', lambda *args: pytest.fail('unpacked'))
+        for room in (codes, files): mp.setattr(room, 'unpack_mask', lambda *args: pytest.fail('unpacked'))
         with pytest.raises(ValueError, match='claims to hold'): load_sparse(path)
 
 def test_the_code_runs_too_deep(tmp_path):
@@ -383,7 +383,7 @@ def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
     save_sparse(convs(), tmp_path/'dense')
     model = in_layers(sparse_convs())
     before = snapshot(model)
-    with pytest.raises(ValueError, match="no mask for the sparse layer '3'"): load_sparse(tmp_path/'dense', model)
+    with pytest.raises(ValueError, match="no mask for the compressed layer '3'"): load_sparse(tmp_path/'dense', model)
     assert not changed(before, snapshot(model))
 
 def test_an_optimizer_alone(saved):

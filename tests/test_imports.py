@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.shrink']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.codes','ship.optim_state','ship.chains','ship.shrink','ship.timing','ship.forms']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -78,10 +78,15 @@ MAY_IMPORT = {
     'attach': 'masks methods scores',
     'checkpoint': 'sparsify',
     'storage.kernels': 'masks',
-    'ship.files': 'checkpoint storage.layers masks scores storage.kernels sparsify',
-    'ship.shrink': 'masks',
-    'ship.deploy': 'storage.layers masks patterns ship.shrink sparsify',
-    'ship.export': 'checkpoint ship.deploy ship.shrink sparsify',
+    'ship.codes': '',
+    'ship.optim_state': 'storage.layers masks scores',
+    'ship.files': 'storage.layers masks storage.kernels ship.codes ship.optim_state sparsify',
+    'ship.chains': '',
+    'ship.shrink': 'masks ship.chains',
+    'ship.timing': '',
+    'ship.forms': 'storage.layers patterns',
+    'ship.deploy': 'storage.layers masks ship.forms ship.timing sparsify',
+    'ship.export': 'ship.deploy sparsify',
     'storage.layers': 'masks scores storage.kernels',
     'see.flops': 'masks storage.layers',
     'see.analysis': 'see.flops storage.layers masks rewire select',

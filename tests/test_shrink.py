@@ -180,6 +180,22 @@ def test_a_smaller_file_and_back(tmp_path):
     load_sparse(part, shape_like(fresh, load_sparse(part)))
     assert torch.equal(fresh(x), small(x)) and part.stat().st_size<whole.stat().st_size
 
+def test_a_linear_layer_gets_a_bias():
+    "A cut constant went to the bias of a layer that had none"
+    make = lambda: lively(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3, bias=False)))
+    kill((model := make())[0], [0])
+    small,_ = same(model, x := torch.randn(2, 4).double())
+    fresh = shape_like(make(), small.state_dict())
+    load_sparse_state(fresh, small.state_dict())
+    assert fresh[2].bias is not None and torch.equal(fresh(x), small(x))
+
+@pytest.mark.parametrize('take', [lambda learn, x: shrink_model(learn, x)[0], lambda learn, x: shape_like(learn, {})])
+def test_learners(take):
+    class Wrapped: model = lively(mlp(4, 6, 3))
+    kill(Wrapped.model[0], [1])
+    x = torch.randn(2, 4).double()
+    assert isinstance(small := take(Wrapped(), x), nn.Sequential) and torch.allclose(small(x), Wrapped.model(x))
+
 def test_timm_and_fastai():
     timm = pytest.importorskip('timm')
     from fastai.layers import ConvLayer, Flatten
