@@ -6,7 +6,7 @@ Modules:
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
-- `sparsefast.checkpoint`: A training that is stopped, by you or by a power cut, goes on as if nothing had happened
+- `sparsefast.checkpoint`: Save a training after each epoch, and resume it bit for bit
 - `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
 - `sparsefast.cli.bench`: `sparsefast_bench`: measure from the shell whether sparse is faster on this machine
 - `sparsefast.cli.console`: Checks of values and one-line errors, shared by the commands
@@ -35,10 +35,15 @@ Modules:
 - `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
+- `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
+- `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks
-- `sparsefast.ship.files`: A checkpoint as small as its model is sparse: active weights, and where they are
-- `sparsefast.ship.shrink`: Units without a weight, and units that nobody listens to, are cut out for good
+- `sparsefast.ship.files`: Checkpoints as small as the model is sparse: active weights and their positions, in safetensors
+- `sparsefast.ship.forms`: Layers that compute what a masked layer computes, in a form of their own
+- `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
+- `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
+- `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
 - `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
 - `sparsefast.storage.layers`: Layers that compute on their active weights only, forward and backward
