@@ -398,7 +398,7 @@ def test_densities_from_step_0_and_out_of_order():
 
 def test_a_preset_is_no_method():
     count = FlopCount({'w': LayerFlops(10, 0, 1)})
-    with pytest.raises(TypeError, match=r'not dict.*DSTMethod\(\*\*'): training_flops(count, RigL_presets, 10)
+    with pytest.raises(TypeError, match=r'got dict.*DSTMethod\(\*\*'): training_flops(count, RigL_presets, 10)
     with pytest.raises(ValueError, match='batches_per_update'): training_flops(count, DSTMethod(**{**RigL_presets, 'batches_per_update': None}), 10)
 
 # ------------------------------------------------------------ a real training, step by step
