@@ -23,7 +23,7 @@ Modules:
 - `sparsefast.saliency`: Which weights matter, seen before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
-- `sparsefast.see.analysis`: What a sparse model consists of: a table to read, and the same as data
+- `sparsefast.see.analysis`: The layers of a sparse model, as a table to read and as data
 - `sparsefast.see.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
 - `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
