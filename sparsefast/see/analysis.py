@@ -43,12 +43,12 @@ def live_units(
     swapped = is_transposed(module) or isinstance(module, nn.Embedding)
     return (columns,rows) if swapped else (rows,columns)
 
-# %% ../../nbs/see/02_analysis.ipynb #49d7f5e7
+# %% ../../nbs/see/02_analysis.ipynb #a4e2761c
 def _selected(model, layers, which):
     "The layers that `which` names"
     types = {type(l.module) for l in layers}
     wanted = select_weights(model, which, list(types))
-    keys = {*wanted, *(w.p for w in wanted)}                     # compressed layers are found by name, tied weights by themselves
+    keys = {*wanted, *(w.p for w in wanted)}         # compressed layers are found by name, tied weights by identity
     return [l for l in layers if l.p in keys or (l.module, l.name) in keys]
 
 def named_masks(
