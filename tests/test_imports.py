@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.shrink']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.figures','see.plots','storage.kernels','storage.layers','ship.shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -85,7 +85,8 @@ MAY_IMPORT = {
     'storage.layers': 'masks scores storage.kernels',
     'see.flops': 'masks storage.layers',
     'see.analysis': 'see.flops storage.layers masks rewire select',
-    'see.plots': 'see.analysis storage.layers rewire select',
+    'see.figures': '',
+    'see.plots': 'see.analysis see.figures storage.layers rewire',
     'cli.console': '',
     'cli.datasets': 'cli.console',
     'cli.models': 'cli.console',

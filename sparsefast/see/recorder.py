@@ -26,10 +26,11 @@ from ..masks import n_ones
 from ..rewire import in_order
 from ..utils import tolist
 
-# %% ../../nbs/see/03_recorder.ipynb #8d95c670
+# %% ../../nbs/see/03_recorder.ipynb #02d652ee
 def _counts(masks):
-    "Numbers of ones"
-    return tolist([n_ones(m) for m in masks]) if masks else []
+    "Count the active weights of each mask"
+    counts = [n_ones(m) for m in masks]
+    return counts and tolist(counts)
 
 def mask_change(
     old:list, # Boolean masks before an update
@@ -38,7 +39,7 @@ def mask_change(
     "Compare the masks of a model before and after an update"
     before = sum(_counts(old))
     after = sum(_counts(new))
-    changed = sum(_counts([a^b for a,b in zip(old, new)]))
+    changed = sum(_counts(a^b for a,b in zip(old, new)))
     dropped = (changed+before-after)//2
     grown = changed-dropped
     return dict(dropped=dropped, grown=grown, before=before, after=after, churn=changed/max(before+after, 1))
@@ -65,16 +66,15 @@ class SparseRecorderCallback(Callback):
         self.metrics_ = [ValueMetric(partial(_value, self, c), c) for c in self.columns]
         self.reset()
 
-# %% ../../nbs/see/03_recorder.ipynb #3abb3a07
+# %% ../../nbs/see/03_recorder.ipynb #96743cab
 @patch
 def reset(self:SparseRecorderCallback):
     "Forget everything recorded, to start with another model"
     self.history,self.fits,self.frames,self.explored = [],[],{},{}
     self.flops = self.n_seen = 0
     self.now = dict.fromkeys(_columns, 0.)
-    self.open = self.fresh = False                               # has this fit an entry; are its densities out of date?
-    self.old = self.count = self.shapes = self.method = None
-    self.seen = self.versions = None
+    self.open = self.fresh = False                               # True if this fit has a record; if masks are new
+    self.old = self.count = self.shapes = self.method = self.seen = self.versions = None
 
 @patch
 def _layers(self:SparseRecorderCallback): return named_masks(get_model(self.model))
@@ -130,7 +130,7 @@ def __getstate__(self:SparseRecorderCallback):
     "Leave out which tensors were seen, as a copy will have others"
     return {**self.__dict__, 'seen': None, 'versions': None}
 
-# %% ../../nbs/see/03_recorder.ipynb #97d6c1d0
+# %% ../../nbs/see/03_recorder.ipynb #d7ab9ea7
 @patch
 def _explore(self:SparseRecorderCallback, name, mask):
     "Add the active weights of a layer to those that have ever been active"
@@ -147,9 +147,9 @@ def _look(self:SparseRecorderCallback, layers):
     masks = [l.mask for l in layers.values()]
     sizes = [m.numel() for m in masks]
     active = _counts(masks)
-    explored = _counts([self.explored[n] for n in layers])
+    explored = _counts(self.explored[n] for n in layers)
     outputs = [live_units(l.module, l.mask)[0] for l in layers.values()]
-    dead = _counts([~live for live in outputs])
+    dead = _counts(~live for live in outputs)
     total = max(sum(sizes), 1)
     sparsity = 1-sum(active)/total if layers else 0.
     self.now |= dict(sparsity=sparsity, explored=sum(explored)/total, dead=sum(dead))
@@ -266,7 +266,7 @@ def after_batch(self:SparseRecorderCallback):
     self.history.append(entry)
     self._store_masks()
 
-# %% ../../nbs/see/03_recorder.ipynb #d2b2ce95
+# %% ../../nbs/see/03_recorder.ipynb #ecdd94b6
 def _pack(mask):
     "(shape, bits) of a mask"
     bits = np.packbits(mask.cpu().numpy())
@@ -274,7 +274,7 @@ def _pack(mask):
 
 def _unpack(shape, packed):
     "The mask that was packed"
-    bits = np.unpackbits(packed.numpy(), count=int(np.prod(shape)))
+    bits = np.unpackbits(packed.numpy(), count=np.prod(shape))
     return torch.from_numpy(bits).bool().view(shape)
 
 @patch
