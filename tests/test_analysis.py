@@ -193,3 +193,12 @@ def test_a_learner():
     s = learn.sparse_summary()
     assert s.totals[-1].macs==8*24+24*20+20*3 and s.to_dict()==sparse_summary(learn, torch.randn(1, 8)).to_dict()
     assert learn.sparse_summary(flops=False).totals[-1].macs is None and sparse_summary(learn).rows==sparse_summary(learn.model).rows
+
+def test_a_learner_is_taken_wherever_a_model_is():
+    learn,x = learner(),torch.randn(1, 8)
+    count = count_flops(learn, x)
+    rows = layer_rows(learn, count)
+    assert count.layers==count_flops(learn.model, x).layers and rows==layer_rows(learn.model, count) and list(named_masks(learn))==list(named_masks(learn.model))
+    assert total_rows(learn, rows, count)==total_rows(learn.model, rows, count)
+    for f in (layer_rows, named_masks, count_flops):
+        with pytest.raises(TypeError, match='module or a Learner, got 3'): f(3)

@@ -69,25 +69,25 @@ def _flops_of(op, args, kwargs, out):
     from torch.utils.flop_counter import flop_registry           # here, as it imports triton, which takes longest
     if op in flop_registry: return flop_registry[op](*args, **kwargs, out_val=out)
 
-# %% ../../nbs/see/01_flops.ipynb #a18abcfb
+# %% ../../nbs/see/01_flops.ipynb #1bbe60d2
 def _memory(t):
-    "The address of the memory of `t`, which its views share"
+    "Get the address of the memory of `t`, which its views share"
     return t.untyped_storage().data_ptr()
 
 def _offset(v, p):
-    "Where `v`, a view of `p`, begins in `p`"
+    "Get the place in `p` where `v`, a view of it, begins"
     return v.storage_offset()-p.storage_offset()
 
 def _view_of(mask, p, v):
-    "The part of the mask of `p` that belongs to `v`, a view of `p`"
+    "Cut out the part of the mask of `p` that belongs to `v`, a view of `p`"
     if v.numel()==p.numel(): return mask
     as_stored = mask.new_empty_strided(p.shape, p.stride()).copy_(mask)
     return as_stored.as_strided(v.shape, v.stride(), _offset(v, p))
 
-# %% ../../nbs/see/01_flops.ipynb #ed87276b
+# %% ../../nbs/see/01_flops.ipynb #15981836
 @contextmanager
 def _running(model):
-    "Give a list of the names of the modules that run, the innermost last"
+    "Yield the names of the modules that run, a list with the innermost last"
     names,running = {m: n for n,m in model.named_modules()}, ['']
     def enter(m, args): running.append(names.get(m, running[-1]))
     def leave(m, args, out): running.pop()
@@ -145,10 +145,10 @@ class _Counter(TorchDispatchMode):
         if flops is not None: self.add(flops//2, self.weight(args[op in _adding:]), out)
         return out
 
-# %% ../../nbs/see/01_flops.ipynb #549a0007
+# %% ../../nbs/see/01_flops.ipynb #6da477e2
 @contextmanager
-def _same_chance(model):
-    "Restore all random number generators"
+def _same_random_state(model):
+    "Restore all random number generators on leaving"
     python = random.getstate()
     numpy = np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type=='cuda'}
@@ -192,7 +192,7 @@ def _unfused():
         mha.set_fastpath_enabled(fast)
         mkldnn.enabled = one
 
-# %% ../../nbs/see/01_flops.ipynb #9d88fdb3
+# %% ../../nbs/see/01_flops.ipynb #692e0fa8
 def count_flops(
     # Dense or sparse, or a `Learner`; a traced or scripted module is a `TypeError`. Nothing about it changes,
     # except that forward hooks run, and that what the model appends to its own lists stays there
@@ -205,7 +205,7 @@ def count_flops(
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise TypeError("model must be a plain module, got a traced or scripted one: count the model it was made from")
     with ExitStack() as stack:
-        for c in (torch.no_grad(), _same_chance(model), _undisturbed(model), _unfused()): stack.enter_context(c)
+        for c in (torch.no_grad(), _same_random_state(model), _undisturbed(model), _unfused()): stack.enter_context(c)
         running = stack.enter_context(_running(model))
         counter = stack.enter_context(_Counter(model, running))
         model(*inputs, **kwargs)

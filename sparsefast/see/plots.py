@@ -10,7 +10,7 @@ Pictures of a model take a model or a `Learner`. Pictures of a training take a [
 __all__ = ['plot_sparsity', 'show_masks', 'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'blue', 'orange',
            'green', 'red', 'purple', 'sky', 'black', 'grey', 'palette', 'plot_runs', 'input_counts']
 
-# %% ../../nbs/see/04_plots.ipynb #605c12ca
+# %% ../../nbs/see/04_plots.ipynb #5cf210be
 import math
 from numbers import Integral
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
-from .analysis import check_mask, input_counts, layer_rows, named_masks
+from .analysis import check_boolean, input_counts, layer_rows, named_masks
 from .figures import black, blue, green, grey, orange, palette, purple, red, sky
 from .figures import grid_axes, new_axes, percent_ticks, pixel_ticks, plot_runs
 from ..storage.layers import as_masked
@@ -62,12 +62,12 @@ def plot_sparsity(
     ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return ax
 
-# %% ../../nbs/see/04_plots.ipynb #a15df8a9
+# %% ../../nbs/see/04_plots.ipynb #3233114c
 def _check_frames(frames):
     "Refuse what is not a list of masks of one layer"
     if not frames:
         raise ValueError("there are no masks to draw: record some by `SparseRecorderCallback(keep=...)`, and train")
-    for _,mask in frames: check_mask(mask)
+    for _,mask in frames: check_boolean(mask)
     shapes = list(dict.fromkeys(tuple(mask.shape) for _,mask in frames))
     if len(shapes)>1: raise ValueError(f"frames must be masks of one layer, got shapes {shapes}")
     if 0 in shapes[0]: raise ValueError(f"a mask must have weights, got shape {shapes[0]}")
@@ -76,7 +76,7 @@ def _frames(frames):
     "Make a list of (step, mask), and check it"
     try: pairs = [(step, mask) for step,mask in frames]
     except (TypeError, ValueError):
-        raise TypeError(f"frames must be a list of (step, mask), as of `recorder.masks()`, got {frames!r:.60}") from None
+        raise TypeError(f"frames must be a list of (step, mask), such as `recorder.masks()`, got {frames!r:.60}") from None
     _check_frames(pairs)
     return pairs
 
@@ -112,7 +112,7 @@ def _mask_legend(figure, changes):
     handles = [active, new, masked] if changes else [active, masked]
     figure.legend(handles=handles, loc='outside lower center', ncols=3, frameon=False)
 
-# %% ../../nbs/see/04_plots.ipynb #ebd03506
+# %% ../../nbs/see/04_plots.ipynb #450e7a9a
 def show_masks(
     frames:list, # (step, mask) of one layer, from `SparseRecorderCallback.masks`; a `ValueError` if there are none
     n:int=4, # Number of pictures, spread over time; with `axs`, as many as these
@@ -133,7 +133,7 @@ def show_masks(
     ratio = rows/cols
     is_ribbon = not 0.3<=ratio<=3
     aspect = 'auto' if axs is None or is_ribbon else 'equal'
-    height = 0.8+4*min(max(ratio, 0.3), 1)                       # weights are about square, unless it is a ribbon
+    height = 0.8+4*min(max(ratio, 0.3), 1)                       # weights are about square, except in ribbons
     axs = grid_axes(len(frames), 2, (4.6, height), axs)
     colours = ListedColormap([_pale, blue, orange])
     before = None
@@ -234,9 +234,9 @@ def plot_weights(
         ax.yaxis.set_major_locator(ticks)
     return axs
 
-# %% ../../nbs/see/04_plots.ipynb #527b59ee
+# %% ../../nbs/see/04_plots.ipynb #9bff2c8f
 def _as_picture(counts, shape):
-    "Arrange counts in a picture: by default a square if it is full, else a line"
+    "Arrange counts in a picture: by default a square where they fill one, else a line"
     n = len(counts)
     side = math.isqrt(n)
     if shape is None: shape = (side, side) if side**2==n else (1, n)

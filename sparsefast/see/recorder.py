@@ -66,7 +66,7 @@ class SparseRecorderCallback(Callback):
         self.metrics_ = [ValueMetric(partial(_value, self, c), c) for c in self.columns]
         self.reset()
 
-# %% ../../nbs/see/03_recorder.ipynb #96743cab
+# %% ../../nbs/see/03_recorder.ipynb #8a8f22f0
 @patch
 def reset(self:SparseRecorderCallback):
     "Forget everything recorded, to start with another model"
@@ -81,7 +81,7 @@ def _layers(self:SparseRecorderCallback): return named_masks(get_model(self.mode
 
 @patch
 def _dst(self:SparseRecorderCallback):
-    "The callback that rewires, or `None`"
+    "Find the callback that rewires; `None` without one"
     for cb in self.cbs:
         if isinstance(cb, DynamicSparseTrainingCallback): return cb
 
@@ -222,7 +222,7 @@ def before_batch(self:SparseRecorderCallback):
     self.counted = True
     self.n_seen += find_bs(self.xb)*(num_distrib() or 1)
 
-# %% ../../nbs/see/03_recorder.ipynb #8d573ea5
+# %% ../../nbs/see/03_recorder.ipynb #09f71ac3
 def _add_step(runs, step):
     "Add a step to a list of [first, last] of runs of steps"
     if not runs or runs[-1][1]!=step-1: runs.append([step, step])
@@ -231,7 +231,7 @@ def _add_step(runs, step):
 @patch
 def before_step(self:SparseRecorderCallback):
     "Add the cost of this step, and remember the masks if an update is due"
-    if self.method is None: self.method = getattr(self._dst(), 'timed', None)    # known only when training runs
+    if self.method is None: self.method = getattr(self._dst(), 'timed', None)    # set when training begins
     if not self.open: self._begin()
     if self.fresh: self._note_densities()
     method = self.method
@@ -266,7 +266,7 @@ def after_batch(self:SparseRecorderCallback):
     self.history.append(entry)
     self._store_masks()
 
-# %% ../../nbs/see/03_recorder.ipynb #ecdd94b6
+# %% ../../nbs/see/03_recorder.ipynb #252db978
 def _pack(mask):
     "(shape, bits) of a mask"
     bits = np.packbits(mask.cpu().numpy())
@@ -286,8 +286,8 @@ def _store_masks(self:SparseRecorderCallback):
 
 @patch
 def masks(self:SparseRecorderCallback,
-    name:str=None, # Of a weight, such as '0.weight', the first stored by default; a `ValueError` if it was not stored
-)->list: # Of (optimizer steps so far, boolean mask): at the start, and after each update
+    name:str=None, # Name of a weight, such as '0.weight', the first by default; a `ValueError` if it has no masks
+)->list: # (optimizer steps so far, boolean mask): at the start, and after each update
     "Get the masks of a layer over time; needs `keep`"
     if not self.frames:
         raise ValueError("no masks were stored: name layers in `SparseRecorderCallback(keep=...)`, and train")
@@ -321,7 +321,7 @@ def load_state_dict(self:SparseRecorderCallback,
     for f in self.fits: f['densities'] = [(step, pairs(d)) for step,d in f['densities']]
     self.versions = None
 
-# %% ../../nbs/see/03_recorder.ipynb #164df55b
+# %% ../../nbs/see/03_recorder.ipynb #c5d49287
 def _sample(learn):
     "One sample of the learner's data, as the model takes it; leaves the data loader and random numbers as they were"
     dls = learn.dls
@@ -339,6 +339,6 @@ def _sample(learn):
 @patch
 def sparse_summary(self:Learner,
     flops:bool=True, # True to count FLOPs, on a sample of the learner's data
-)->SparseSummary: # As of the function `sparse_summary`; a `ValueError` if no layer could be sparse
+)->SparseSummary: # The table; a `ValueError` if no layer could be sparse
     "Tabulate the layers of the learner's model, as text, HTML and data"
     return _summary(get_model(self.model), *(_sample(self) if flops else ()))
