@@ -29,10 +29,11 @@ Modules:
 - `sparsefast.saliency`: Which weights to train, judged before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes during training: the drop fraction, or sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
-- `sparsefast.see.analysis`: What a sparse model consists of: a table to read, and the same as data
+- `sparsefast.see.analysis`: The layers of a sparse model, as a table to read and as data
 - `sparsefast.see.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
+- `sparsefast.see.figures`: Colours, axes and scales of all pictures, and a picture of many runs
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
-- `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
+- `sparsefast.see.plots`: Pictures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut

@@ -137,15 +137,15 @@ def test_short(n, text): assert short(n)==text
 def test_a_dense_model_has_a_table_and_an_empty_one_has_not():
     s = sparse_summary(mlp(4, 3, 2))
     assert s.totals[0].weights==0 and s.totals[1].sparsity==0 and [r.note for r in s.rows]==['dense', 'dense']
-    with pytest.raises(ValueError, match='BatchNorm1d has no layer'): sparse_summary(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match='must have a layer.*BatchNorm1d'): sparse_summary(nn.BatchNorm1d(3))
 
 def test_what_is_neither_a_model_nor_a_learner():
-    with pytest.raises(TypeError, match='not int'): sparse_summary(3)
+    with pytest.raises(TypeError, match='module or a Learner, got 3'): sparse_summary(3)
 
 def test_chosen_columns():
     s = sparse_summary(sparse_mlp())
     assert s.table(['layer', 'active'])==(['layer', 'active'], [[r.name, f'{r.active:,}'] for r in s.rows+s.totals])
-    with pytest.raises(ValueError, match="layer, shape.*not 'sparsit'"): s.table(['sparsit'])
+    with pytest.raises(ValueError, match="layer, shape.*got 'sparsit'"): s.table(['sparsit'])
 
 @pytest.mark.parametrize('make', [lambda: nn.Linear(8, 0), lambda: nn.Linear(0, 3), lambda: nn.Conv2d(0, 4, 3), lambda: nn.ConvTranspose2d(4, 0, 3), lambda: nn.Embedding(0, 4)])
 def test_a_layer_without_weights(make):
@@ -193,3 +193,12 @@ def test_a_learner():
     s = learn.sparse_summary()
     assert s.totals[-1].macs==8*24+24*20+20*3 and s.to_dict()==sparse_summary(learn, torch.randn(1, 8)).to_dict()
     assert learn.sparse_summary(flops=False).totals[-1].macs is None and sparse_summary(learn).rows==sparse_summary(learn.model).rows
+
+def test_a_learner_is_taken_wherever_a_model_is():
+    learn,x = learner(),torch.randn(1, 8)
+    count = count_flops(learn, x)
+    rows = layer_rows(learn, count)
+    assert count.layers==count_flops(learn.model, x).layers and rows==layer_rows(learn.model, count) and list(named_masks(learn))==list(named_masks(learn.model))
+    assert total_rows(learn, rows, count)==total_rows(learn.model, rows, count)
+    for f in (layer_rows, named_masks, count_flops):
+        with pytest.raises(TypeError, match='module or a Learner, got 3'): f(3)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import *
 from sparsefast.core import *
 from sparsefast.core import __all__ as names
-from sparsefast.see.flops import LayerFlops, uncompiled
+from sparsefast.see.flops import LayerFlops, record_flops, uncompiled
 from sparsefast.storage.layers import to_sparse_layers
 
 def uses(model, x, layers=None):
@@ -396,9 +396,19 @@ def test_densities_from_step_0_and_out_of_order():
     assert cost([(0, {'w': .5})])==cost([(1, {'w': .5})])==15 and cost([])==30
     assert cost([(6, {'w': .5}), (3, {'w': .2})])==cost([(3, {'w': .2}), (6, {'w': .5})])==pytest.approx(2*3+3*.6+5*1.5)
 
+@pytest.mark.parametrize('start,step', [(0, 10), (4, 9), (5, 5)])
+def test_a_recorded_training(start, step):
+    "Its cost by steps, one by one"
+    density = lambda i: (.5, .7) if i<6 else (.2, .2)
+    looks = {3, 7, 8}
+    record = dict(macs={'w': 10, 'v': 30}, densities=[(1, {'w': (.5, .7)}), (6, {'w': .2})], looks=[[3, 3], [7, 8]], total=12, start=start, step=step, samples=4*(step-start))
+    steps = range(start+1, step+1)
+    cost = sum(2*4*(2*(30+10*density(i)[0])+(40 if i in looks else 30+10*density(i)[1])) for i in steps)
+    assert record_flops(record)==pytest.approx(cost, abs=5) and record_flops(record, dense=True)==4*6*40*len(steps)
+
 def test_a_preset_is_no_method():
     count = FlopCount({'w': LayerFlops(10, 0, 1)})
-    with pytest.raises(TypeError, match=r'not dict.*DSTMethod\(\*\*'): training_flops(count, RigL_presets, 10)
+    with pytest.raises(TypeError, match=r'got dict.*DSTMethod\(\*\*'): training_flops(count, RigL_presets, 10)
     with pytest.raises(ValueError, match='batches_per_update'): training_flops(count, DSTMethod(**{**RigL_presets, 'batches_per_update': None}), 10)
 
 # ------------------------------------------------------------ a real training, step by step

@@ -6,7 +6,11 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
+<<<<<<< HEAD
 PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.codes','ship.optim_state','ship.chains','ship.shrink','ship.timing','ship.forms']
+=======
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.figures','see.plots','storage.kernels','storage.layers','ship.shrink']
+>>>>>>> see
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -90,7 +94,8 @@ MAY_IMPORT = {
     'storage.layers': 'masks scores storage.kernels',
     'see.flops': 'masks storage.layers',
     'see.analysis': 'see.flops storage.layers masks rewire select',
-    'see.plots': 'see.analysis storage.layers rewire select',
+    'see.figures': '',
+    'see.plots': 'see.analysis see.figures storage.layers rewire',
     'cli.console': '',
     'cli.datasets': '',
     'cli.models': 'cli.console',
