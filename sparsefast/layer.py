@@ -56,7 +56,7 @@ class Time(NamedTuple):
         "True at the last step of all"
         return self.step==self.total
 
-# %% ../nbs/03e_layer.ipynb #774be8c6
+# %% ../nbs/03e_layer.ipynb #f0643e0c
 class Layer:
     "A masked weight: what a method may ask of it and do to it"
     def __init__(self,
@@ -77,6 +77,11 @@ class Layer:
     def mask(self)->torch.Tensor:
         "Boolean, the weight's shape: the active weights"
         return self.module._buffers[f'{self.name}_mask']
+
+    @property
+    def index(self)->torch.Tensor:
+        "The stored tensor that says which weights are active; its version tells when they change"
+        return self.mask
 
     @property
     def shape(self)->torch.Size:

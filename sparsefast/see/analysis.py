@@ -10,14 +10,14 @@ The functions here take a model or a `Learner`, and change nothing in it. [Plots
 __all__ = ['live_units', 'check_boolean', 'input_counts', 'named_masks', 'LayerRow', 'layer_rows', 'add_rows', 'total_rows',
            'short', 'SparseSummary', 'sparse_summary']
 
-# %% ../../nbs/see/02_analysis.ipynb #fd699740
+# %% ../../nbs/see/02_analysis.ipynb #05cf8e1c
 from typing import NamedTuple
 import torch
 from torch import nn
 from ..storage.layers import as_masked
 from .flops import LayerFlops, count_flops
 from ..masks import masked_params, sparse_params
-from ..rewire import Layer, is_stored, in_order
+from ..layer import find_layers
 from ..select import is_depthwise, is_transposed, select_weights, weight_names
 from ..utils import as_module, uncompiled, text_table, html_table
 
@@ -64,7 +64,7 @@ def input_counts(
     if is_transposed(module): mask = mask.transpose(0, 1)
     return mask.sum(0)
 
-# %% ../../nbs/see/02_analysis.ipynb #a4e2761c
+# %% ../../nbs/see/02_analysis.ipynb #3812785f
 def _selected(model, layers, which):
     "The layers that `which` names"
     types = {type(l.module) for l in layers}
@@ -78,16 +78,13 @@ def named_masks(
 )->dict: # Name of the weight, as in `named_parameters` of a masked model -> `Layer`; in the model's order
     "Find every mask of a model, those of compressed layers too"
     model = uncompiled(as_module(model))
-    layers = []
-    for i,(m,n,p,mask) in enumerate(in_order(model)):
-        layers.append(Layer(i, m, n, p, m.weight_mask if mask is None else mask))
+    layers = find_layers(model)
     if which is not None: layers = _selected(model, layers, which)
     names = {p: n for n,p in model.named_parameters()}
     found = {}
     for l in layers:
-        name = names[l.p]
-        if is_stored(l.module): name = name.removesuffix('values')+l.name
-        found[name] = l
+        owner = names[l.p].rpartition('.')[0]
+        found[f'{owner}.{l.name}'.lstrip('.')] = l
     return found
 
 # %% ../../nbs/see/02_analysis.ipynb #04fd789f

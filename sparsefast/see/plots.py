@@ -10,7 +10,7 @@ Pictures of a model take a model or a `Learner`. Pictures of a training take a [
 __all__ = ['plot_sparsity', 'show_masks', 'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'blue', 'orange',
            'green', 'red', 'purple', 'sky', 'black', 'grey', 'palette', 'plot_runs', 'input_counts']
 
-# %% ../../nbs/see/04_plots.ipynb #5cf210be
+# %% ../../nbs/see/04_plots.ipynb #ca84cfad
 import math
 from numbers import Integral
 import matplotlib.pyplot as plt
@@ -24,7 +24,6 @@ from .analysis import check_boolean, input_counts, layer_rows, named_masks
 from .figures import black, blue, green, grey, orange, palette, purple, red, sky
 from .figures import grid_axes, new_axes, percent_ticks, pixel_ticks, plot_runs
 from ..storage.layers import as_masked
-from ..rewire import is_stored
 from ..utils import as_module, uncompiled
 
 # %% ../../nbs/see/04_plots.ipynb #2360b952
@@ -203,7 +202,7 @@ def plot_churn(
         ax.legend(loc='upper right', ncols=2, frameon=False)
     return axs
 
-# %% ../../nbs/see/04_plots.ipynb #c5554c4b
+# %% ../../nbs/see/04_plots.ipynb #63efb64d
 def _masks(model, which):
     "Find the masks to draw"
     layers = named_masks(model, which)
@@ -220,8 +219,7 @@ def plot_weights(
     layers = _masks(model, which)
     axs = grid_axes(len(layers), 3, (3.4, 2.6), axs)
     for ax,(name,l) in zip(axs, layers.items()):
-        w = l.p.detach()
-        if not is_stored(l.module): w = w[l.mask]
+        w = l.values
         finite = w[w.isfinite()].float().cpu().numpy()
         ax.hist(finite, bins=bins, color=blue)
         ax.axvline(0, color=black, lw=0.8)

@@ -9,7 +9,7 @@ The figures of each epoch are columns of fastai's own table, so `CSVLogger`, Ten
 # %% auto #0
 __all__ = ['mask_change', 'SparseRecorderCallback']
 
-# %% ../../nbs/see/03_recorder.ipynb #0b464879
+# %% ../../nbs/see/03_recorder.ipynb #47e83985
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -22,14 +22,14 @@ from fastai.torch_core import apply, find_bs, get_model, get_random_states, num_
 from .analysis import SparseSummary, live_units, named_masks, sparse_summary as _summary
 from ..callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, macs_at, record_flops
-from ..masks import n_ones
-from ..rewire import in_order
+from ..masks import nnz
+from ..layer import find_layers
 from ..utils import tolist
 
-# %% ../../nbs/see/03_recorder.ipynb #02d652ee
+# %% ../../nbs/see/03_recorder.ipynb #f16c1dd4
 def _counts(masks):
     "Count the active weights of each mask"
-    counts = [n_ones(m) for m in masks]
+    counts = [nnz(m) for m in masks]
     return counts and tolist(counts)
 
 def mask_change(
@@ -108,7 +108,7 @@ def before_fit(self:SparseRecorderCallback):
 @patch
 def after_fit(self:SparseRecorderCallback): self._hide()
 
-# %% ../../nbs/see/03_recorder.ipynb #edeb6da3
+# %% ../../nbs/see/03_recorder.ipynb #c7e9683e
 def _versions(stores):
     "Which tensors these are, and how often each has been written to"
     return [(id(t), t._version) for t in stores]
@@ -116,7 +116,7 @@ def _versions(stores):
 @patch
 def _stores(self:SparseRecorderCallback):
     "What holds the masks: masks, or the indices of compressed layers"
-    return [m.col if mask is None else mask for m,_,_,mask in in_order(get_model(self.model))]
+    return [l.index for l in find_layers(get_model(self.model))]
 
 @patch
 def before_train(self:SparseRecorderCallback):

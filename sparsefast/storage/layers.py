@@ -464,7 +464,7 @@ def _entries(state, n):
     "Names of the optimizer's memory of single weights, of which there are `n`"
     return [k for k,v in state.items() if torch.is_tensor(v) and v.shape==(n,)]
 
-# %% ../../nbs/storage/02_layers.ipynb #c8c07687
+# %% ../../nbs/storage/02_layers.ipynb #f6d8bec7
 _at_once = 1<<17                                                   # weights scored at a time, or a 64th of the layer
 
 class CompressedLayer(Layer):
@@ -473,6 +473,9 @@ class CompressedLayer(Layer):
 
     @property
     def mask(self): return self.module.weight_mask
+
+    @property
+    def index(self): return self.module.col
 
     @property
     def shape(self): return self.module.shape
