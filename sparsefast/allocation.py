@@ -14,10 +14,10 @@ first). `importance` is the mean grow score of each layer's active weights."""
 # %% auto #0
 __all__ = ['threshold_share', 'global_share', 'adaptive_threshold_share', 'importance_redistribution', 'survivor_redistribution']
 
-# %% ../nbs/03c_allocation.ipynb #40a889bf
+# %% ../nbs/03c_allocation.ipynb #fcf4668b
 import math
 import torch
-from .masks import top_k_mask
+from .topk import top_k_mask
 from .utils import tolist
 
 # %% ../nbs/03c_allocation.ipynb #3d7ec27a

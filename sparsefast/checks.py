@@ -11,14 +11,14 @@ __all__ = ['method_checks', 'Finding', 'Case', 'raise_findings', 'check_orphans'
            'check_optimizer', 'check_storage', 'check_pattern', 'check_store', 'check_start', 'check_interval',
            'run_checks']
 
-# %% ../nbs/04b_checks.ipynb #2d65000d
+# %% ../nbs/04b_checks.ipynb #4aa635e4
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 import torch
 from .masks import n_active, nnz
 from .optim import inner_opt, keeps_momentum, opt_params
-from .patterns import drop_grow, follows
+from .patterns import drop_grow, fits_pattern
 from .plan import pattern_of
 from .utils import as_modules, attribute, show_value, tolist
 
@@ -127,7 +127,7 @@ def check_storage(
         why = l.refusal(case.method, case.opt)
         if why: yield Finding('fault', 'storage', case.name(l), f'{l.module} is compressed, and this method {why}', 'call `to_masked_layers(model, opt)`')
 
-# %% ../nbs/04b_checks.ipynb #c3aa3710
+# %% ../nbs/04b_checks.ipynb #ea4ee833
 def check_pattern(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -136,7 +136,7 @@ def check_pattern(
     if m is None or m.pattern_f is drop_grow: return
     for l in case.layers:
         f,mask = pattern_of(m, l),l.mask
-        if not follows(mask, f):
+        if not fits_pattern(mask, f):
             yield Finding('fault', 'pattern', case.name(l), f'the mask of {l.module} does not follow {show_value(m.pattern_f)}', 'pass `pattern_f` to `sparsify_model` too')
             continue
         over = int(nnz(mask))-n_active(l.numel, l.target)

@@ -11,12 +11,13 @@ where `params` are the weights to make sparse and `model_sparsity` is the fracti
 # %% auto #0
 __all__ = ['uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'global_sparsity']
 
-# %% ../nbs/02_distributions.ipynb #90009643
+# %% ../nbs/02_distributions.ipynb #829dee3e
 import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from .masks import n_active, top_k_mask
+from .masks import n_active
+from .topk import top_k_mask
 from .utils import check_fraction
 
 # %% ../nbs/02_distributions.ipynb #1cf9f05d

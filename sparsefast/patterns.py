@@ -16,15 +16,16 @@ Bind options with `partial`: `partial(nm_pattern, n=1, m=4)`."""
 __all__ = ['follows', 'drop_grow', 'pattern_mask', 'transposed_pattern', 'fits_pattern', 'capacity', 'nm_pattern',
            'block_pattern', 'fan_in_pattern']
 
-# %% ../nbs/01a_patterns.ipynb #687ec944
+# %% ../nbs/01a_patterns.ipynb #99c796cf
 import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from .masks import n_ones, top_k_mask
+from .masks import nnz as count
+from .topk import top_k_mask
 from .utils import attribute
 
-# %% ../nbs/01a_patterns.ipynb #b55337ac
+# %% ../nbs/01a_patterns.ipynb #e3c2c70b
 def _scores(given, *args):
     "Get scores from a tensor, or from a function that returns one"
     return given(*args) if callable(given) else given
@@ -38,7 +39,7 @@ def drop_grow(
     nnz:int=None, # Number of active weights, if known; counted otherwise
 )->torch.Tensor: # Boolean: the new mask
     "Drop and grow weights without a pattern"
-    if nnz is None: nnz = int(n_ones(mask))
+    if nnz is None: nnz = int(count(mask))
     if n_grow is None: n_grow = n_drop
     kept = top_k_mask(_scores(keep_score), nnz-n_drop, among=mask, n_among=nnz)
     if not n_grow: return kept

@@ -14,23 +14,24 @@ With `weight_magnitude` in place of `snip` this is pruning by magnitude. The mod
 # %% auto #0
 __all__ = ['table_score', 'snip_score', 'grasp_score', 'synflow_score']
 
-# %% ../nbs/03a_saliency.ipynb #f1a05f21
+# %% ../nbs/03a_saliency.ipynb #2114b330
 import copy
 from collections.abc import Callable
 from functools import partial
 import torch
 from torch import nn
-from .masks import n_active, top_k_mask
+from .masks import n_active
+from .topk import top_k_mask
 from .select import check_plain, weight_names
 from .utils import as_module, check_fraction
 
-# %% ../nbs/03a_saliency.ipynb #7a02fe72
+# %% ../nbs/03a_saliency.ipynb #835c5489
 def _look_up(p, table, **kwargs):
     if p in table: return table[p]
     raise ValueError(f"there is no score for a parameter of shape {tuple(p.shape)}: "
                      "compute the scores on the model that has it, not on a copy or another model")
 
-_look_up.needs_grad = False
+_look_up.reads = ()
 
 def table_score(
     table:dict, # Scores by parameter, each of the parameter's shape
