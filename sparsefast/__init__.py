@@ -30,8 +30,9 @@ Modules:
 - `sparsefast.schedules`: How a number changes while a network trains: the share of weights replaced at an update, and sparsity itself
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
 - `sparsefast.see.analysis`: What a sparse model consists of: a table to read, and the same as data
-- `sparsefast.see.doctor`: Is everything with this sparse model as it should be? If not: what is wrong, where, and what to do
+- `sparsefast.see.doctor`: What is wrong with a sparse model, where, and what to do about it
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
+- `sparsefast.see.mask_checks`: Masks that are broken, lost or different from what they should be: the half of the doctor that looks at masks
 - `sparsefast.see.plots`: Pictures of sparse models, of their training, and of many runs
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and naming them: by name, type, place, or the module itself

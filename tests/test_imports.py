@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.shrink']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','see.mask_checks','storage.kernels','storage.layers','ship.shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -90,7 +90,8 @@ MAY_IMPORT = {
     'cli.datasets': 'cli.console',
     'cli.models': 'cli.console',
     'see.recorder': 'see.analysis callback see.flops masks rewire select',
-    'see.doctor': 'see.analysis callback storage.layers masks methods patterns rewire scores select storage.kernels sparsify',
+    'see.mask_checks': 'see.analysis checks layer masks patterns select storage.kernels storage.layers',
+    'see.doctor': 'see.mask_checks callback checks guard masks methods optim',
 }
 def imported(module):
     "Rooms that a module imports from, by their dotted names"
