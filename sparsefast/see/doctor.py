@@ -117,14 +117,14 @@ def check_state(
         what = f'the optimizer remembers {n:,} numbers of masked weights'
         if n: yield Finding(severity, 'state', case.name(l), what, todo)
 
-# %% ../../nbs/see/05_doctor.ipynb #4c2e3105
-def _coverage(places):
-    "Group the parameters that guards mask: by the module that has the guard, or under `None` if the guard covers a model"
-    found = {}
-    for m,where in places:
-        at = None if isinstance(where, nn.Module) else m
-        found.setdefault(at, set()).update(p for *_,p,_ in masked_params(where))
-    return found
+# %% ../../nbs/see/05_doctor.ipynb #c9b94bb9
+def _covered(where):
+    "List the parameters that a guard masks"
+    return {p for *_,p,_ in masked_params(where)}
+
+def _is_whole(where):
+    "True if a guard covers a model, with all of its layers"
+    return isinstance(where, nn.Module)
 
 def check_hooks(
     case:Case, # What to look at
@@ -132,13 +132,16 @@ def check_hooks(
     "Find places where a masked weight is used and no guard masks it before; not before broken masks are mended"
     model = uncompiled(case.model)
     if any(map(mask_error, sparse_weights(model))): return
-    have = _coverage((m, guard.where) for m,_,guard in guards(case.model))
-    need = _coverage(guard_places(model))
-    for m,params in need.items():
-        if params<=have.get(m, set()): continue
+    have = {None: set()}                                           # parameters by module; of guards of whole models, by `None`
+    for m,_,guard in guards(case.model):
+        have[m] = have.get(m, set()) | _covered(guard.where)
+        if _is_whole(guard.where): have[None] |= _covered(guard.where)
+    for m,where in guard_places(model):
+        whole = _is_whole(where)
+        if _covered(where)<=have.get(None if whole else m, set()): continue
         what = 'no hook masks the weights before a forward pass, so what other code writes into them is used'
-        if m is None: what = 'no hook of the model masks weights that a module reads without calling their layer'
-        name = case.names.get(m) or type(model if m is None else m).__name__
+        if whole: what = 'no hook of the model masks weights that a module reads without calling their layer'
+        name = case.names[m] or type(m).__name__
         yield Finding('warning', 'hook', name, what,
                       'call `enforce_masks(model)`, unless `enforce_mask=False` was meant')
 
