@@ -82,7 +82,7 @@ def check_foreign(
                   f'it trains {n} parameter{"s"*(n>1)} that the model does not have: replaced since',
                   'make the optimizer anew (`learn.create_opt()`)')
 
-# %% ../../nbs/see/05_doctor.ipynb #25b909a5
+# %% ../../nbs/see/05_doctor.ipynb #d201cc5f
 def _trains(l):
     "Get the boolean mask of the weights that the optimizer may remember"
     trains = l.recall('trains')
@@ -104,7 +104,7 @@ def check_state(
     "Find optimizer state of masked weights"
     m,opt = case.method,case.opt
     if opt is None or m and m.reads_momentum: return
-    layers = [l for l in case.layers if l.pairs()]                 # a compressed layer has no state but that of its active weights
+    layers = [l for l in case.layers if l.pairs()]                 # a compressed layer has none of masked weights
     severity = 'fault'
     todo = 'call `method.enforce(model, opt)`; was a state of a dense training loaded, or a mask changed by hand?'
     if m is None and _is_dense(opt, layers):
@@ -117,7 +117,7 @@ def check_state(
         what = f'the optimizer remembers {n:,} numbers of masked weights'
         if n: yield Finding(severity, 'state', case.name(l), what, todo)
 
-# %% ../../nbs/see/05_doctor.ipynb #c9b94bb9
+# %% ../../nbs/see/05_doctor.ipynb #079d88a5
 def _covered(where):
     "List the parameters that a guard masks"
     return {p for *_,p,_ in masked_params(where)}
@@ -132,7 +132,7 @@ def check_hooks(
     "Find places where a masked weight is used and no guard masks it before; not before broken masks are mended"
     model = uncompiled(case.model)
     if any(map(mask_error, sparse_weights(model))): return
-    have = {None: set()}                                           # parameters by module; of guards of whole models, by `None`
+    have = {None: set()}                                           # parameters by module; by `None` for whole models
     for m,_,guard in guards(case.model):
         have[m] = have.get(m, set()) | _covered(guard.where)
         if _is_whole(guard.where): have[None] |= _covered(guard.where)
