@@ -11,7 +11,7 @@ __all__ = ['method_checks', 'Finding', 'Case', 'raise_findings', 'check_orphans'
            'check_optimizer', 'check_storage', 'check_pattern', 'check_store', 'check_start', 'check_interval',
            'run_checks']
 
-# %% ../nbs/04b_checks.ipynb #4aa635e4
+# %% ../nbs/04b_checks.ipynb #5e3e83f4
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,9 +20,10 @@ from .masks import n_active, nnz
 from .optim import inner_opt, keeps_momentum, opt_params
 from .patterns import drop_grow, fits_pattern
 from .plan import pattern_of
+from .select import Weight
 from .utils import as_modules, attribute, show_value, tolist
 
-# %% ../nbs/04b_checks.ipynb #401b4050
+# %% ../nbs/04b_checks.ipynb #749c35b6
 class Finding(NamedTuple):
     "Something that is not as it should be"
     severity:str    # 'fault', 'warning' or 'note'
@@ -43,13 +44,15 @@ class Case(NamedTuple):
     opt:object=None         # Optimizer
     method:object=None      # `DSTMethod`
     total:int=None          # Optimizer steps in the training
-    names:dict=None         # Names of layers, by parameter
+    names:dict=None         # Name of each module in the model; without it findings show the module itself
+    max_dead:float=0.5      # Share of outputs without an active weight above which the doctor reports a layer
 
     def name(self,
-        l, # `Layer`
-    )->str:
-        "Name a layer in a finding"
-        return (self.names or {}).get(l.p, f'`{l.name}` of {l.module}')
+        w, # `Layer` or `Weight`
+    )->str: # As `named_parameters` of a masked model does, where names are known
+        "Name a weight in a finding"
+        if self.names is None: return f'`{w.name}` of {w.module}'
+        return f'{self.names[w.module]}.{w.name}'.lstrip('.')
 
 def raise_findings(
     findings, # `Finding` each
@@ -63,7 +66,7 @@ def raise_findings(
         more = f' (and {len(same)-1} more)' if len(same)>1 else ''
         warnings.warn(same[0].message+more, stacklevel=4)
 
-# %% ../nbs/04b_checks.ipynb #0d64216d
+# %% ../nbs/04b_checks.ipynb #f8f44a12
 def check_orphans(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -71,8 +74,8 @@ def check_orphans(
     for m in [m for top in as_modules(case.model) for m in top.modules()]:
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
             if f'{n}_sparsity' in m._buffers and m._parameters.get(n) is None:
-                yield Finding('fault', 'orphan', f'`{n}_mask` of {m}', f'it has a mask for `{n}`, which is no plain parameter any more (parametrized, weight-normed or pruned since)',
-                              'undo that, or call `unsparsify_model` before doing it')
+                what = f'its module has a mask for `{n}`, which is no plain parameter any more (parametrized, weight-normed or pruned since)'
+                yield Finding('fault', 'orphan', case.name(Weight(m, n)), what, 'undo that, or call `unsparsify_model` before doing it')
 
 _halves = (torch.float16, torch.bfloat16)
 
@@ -100,7 +103,7 @@ def check_targets(
             yield Finding('fault', 'target', case.name(l), f'the target sparsity of {l.module} has become {l.target:.6g}, in {dtype}, rounded by half precision',
                           f'convert the model before `sparsify_model`, or set the buffer `{l.name}_sparsity` again, in single or double precision')
 
-# %% ../nbs/04b_checks.ipynb #0917ba8b
+# %% ../nbs/04b_checks.ipynb #393fb2f8
 def check_momentum(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -122,12 +125,14 @@ def check_optimizer(
 def check_storage(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find compressed layers that cannot serve the method or the optimizer"
-    for l in case.layers:
+    "Find a compressed layer that cannot serve the method or the optimizer; one finding for all, as one call mends all"
+    for l in case.layers if case.method else []:
         why = l.refusal(case.method, case.opt)
-        if why: yield Finding('fault', 'storage', case.name(l), f'{l.module} is compressed, and this method {why}', 'call `to_masked_layers(model, opt)`')
+        if not why: continue
+        yield Finding('fault', 'storage', case.name(l), f'{l.module} is compressed, and this method {why}', 'call `to_masked_layers(model, opt)`')
+        return
 
-# %% ../nbs/04b_checks.ipynb #ea4ee833
+# %% ../nbs/04b_checks.ipynb #812cdf92
 def check_pattern(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -151,7 +156,7 @@ def check_store(
     "Find layers without the values outside their mask, where a method trains those"
     if case.method is None or not case.method.explore_pct: return
     for l in case.layers:
-        if l.recall('store') is None:
+        if l.recall('store') is None and not l.refusal(case.method, case.opt):
             yield Finding('fault', 'store', case.name(l), 'this method trains weights outside the masks, and they have been zeroed', 'call `sparsify_model(..., keep_dense=True)`')
 
 def check_start(

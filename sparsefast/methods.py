@@ -258,7 +258,7 @@ def _average_gradients(self:DSTMethod, layers):
         total = l.recall('grad')
         if total is not None: l.remember('grad', (total+l.dense_gradient())/(self.grad_steps or self.interval))
 
-# %% ../nbs/05_methods.ipynb #ce26b596
+# %% ../nbs/05_methods.ipynb #58be906b
 def is_finite(
     layers, # `Layer` each
 )->bool:
@@ -267,9 +267,10 @@ def is_finite(
     return all(tolist([g.sum().isfinite() for g in grads])) or all(tolist([g.isfinite().all() for g in grads]))     # a sum can overflow
 
 @patch
-def _layers(self:DSTMethod, modules):
-    "List the layers in the form that the method needs"
-    layers = sparse_layers(modules)
+def _layers(self:DSTMethod, modules, opt, find=sparse_layers):
+    "List the layers in the form that the method needs; refuse what would go wrong at any step"
+    layers = find(modules)
+    raise_findings(run_checks(Case(modules, layers, opt, self), [check_momentum, check_storage]))
     return [ExploringLayer.of(l, self.explore_pct) for l in layers] if self.explore_pct else layers
 
 @patch
@@ -296,8 +297,7 @@ def update(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step, as for `before_step`
     "Rewire if due"
-    t,layers = Time.of(step, pct, total),self._layers(modules)
-    self._check_step(layers, opt)
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     goes_on = not self.due(t) or self._update(layers, opt, t)
     self._look_ahead(layers, t)
     return goes_on
@@ -308,12 +308,7 @@ def _look_ahead(self:DSTMethod, layers, t):
     dense = self.needs_dense_grad(t.at(t.step+1))
     for l in layers: l.expect_gradient(dense)
 
-# %% ../nbs/05_methods.ipynb #3db78e7d
-@patch
-def _check_step(self:DSTMethod, layers, opt):
-    "Refuse what would go wrong at any step"
-    raise_findings(run_checks(Case(None, layers, opt, self), [check_momentum, check_storage]))
-
+# %% ../nbs/05_methods.ipynb #dad287a3
 @patch
 def check(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules
@@ -323,7 +318,7 @@ def check(self:DSTMethod,
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
     case = Case(modules, [], opt, self, total)
     raise_findings(run_checks(case, [check_orphans]))
-    raise_findings(run_checks(case._replace(layers=self._layers(modules))))
+    raise_findings(run_checks(case._replace(layers=self._layers(modules, opt))))
 
 @patch
 @torch.no_grad()
@@ -332,8 +327,7 @@ def enforce(self:DSTMethod,
     opt=None, # Its optimizer, if there is one yet
 )->None:
     "Bring weights and optimizer state in line with the masks, for example after a checkpoint was loaded"
-    layers = find_layers(modules)
-    if self.explore_pct: layers = [ExploringLayer.of(l, self.explore_pct) for l in layers]
+    layers = self._layers(modules, opt, find_layers)
     mask_weights_(layers)
     for l in layers:
         l.expect_gradient(True)                                    # until a step says what the next one needs
@@ -362,7 +356,7 @@ def _begin(self:DSTMethod, modules, layers, opt):
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_start]))
     self.enforce(modules, opt)                                     # a dense checkpoint remembers weights that are gone now
 
-# %% ../nbs/05_methods.ipynb #8337f075
+# %% ../nbs/05_methods.ipynb #13e60d44
 @patch
 @torch.no_grad()
 def before_step(self:DSTMethod,
@@ -373,8 +367,7 @@ def before_step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step
     "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
-    t,layers = Time.of(step, pct, total),self._layers(modules)
-    self._check_step(layers, opt)
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     if t.step==1: self._begin(modules, layers, opt)
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a weight that has a stale gradient, frozen or not
@@ -399,7 +392,7 @@ def after_step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->None:
     "Do what comes after `opt.step()`: mask the weights, and update if the method steps first"
-    t,layers = Time.of(step, pct, total),self._layers(modules)
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     if self.explore_pct:
         for l in layers:
             if l.has_gradient: l.take_out()

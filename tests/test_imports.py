@@ -97,7 +97,8 @@ MAY_IMPORT = {
     'cli.datasets': '',
     'cli.models': 'cli.console',
     'see.recorder': 'see.analysis callback see.flops masks rewire select',
-    'see.doctor': 'see.analysis callback storage.layers masks methods patterns rewire scores select storage.kernels sparsify',
+    'see.mask_checks': 'see.analysis checks layer masks patterns select storage.kernels storage.layers',
+    'see.doctor': 'see.mask_checks callback checks guard masks methods optim',
 }
 def imported(module):
     "Rooms that a module imports from, by their dotted names"
