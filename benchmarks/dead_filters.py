@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 import torch
 from methods import data, seeds, train
-from sparsefast.core import *
+from sparsefast.all import *
 
 def look(model):
     "Filters without weights, and the largest weight, of each sparse convolution"

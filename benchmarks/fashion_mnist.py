@@ -12,7 +12,7 @@ from statistics import mean, stdev
 import torch
 from torch import nn
 from torch.nn import functional as F
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')

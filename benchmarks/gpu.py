@@ -14,7 +14,7 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 from torch.nn import functional as F
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.ship.deploy import bsr_form, semi_structured_form, sparse_form, to_fastest
 from sparsefast.storage.layers import to_sparse_layers
 from sparsefast.masks import masked_params

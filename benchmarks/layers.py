@@ -21,7 +21,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 warnings.simplefilter('ignore')
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.storage.layers import *
 from sparsefast.masks import sparse_params
 from sparsefast.methods import DSTMethod

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastai.basics import DataLoaders, Learner, SGD
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.masks import masked_params, places, widened, zero_masked_
 
 out = Path(__file__).with_suffix('.jsonl')

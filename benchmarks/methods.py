@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import noop
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')

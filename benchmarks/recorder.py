@@ -16,7 +16,7 @@ from torch import nn
 from fastai.basics import DataLoaders, Learner, SGD
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.see.recorder import SparseRecorderCallback
 from sparsefast.schedules import constant_anneal
 from masking import dl, hardware, made, markdown, ratios, rounds, works

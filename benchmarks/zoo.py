@@ -11,7 +11,7 @@ import argparse, json, math, re, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.masks import masked_params, n_active
 
 out,limit = Path(__file__).with_suffix('.jsonl'), 100e6

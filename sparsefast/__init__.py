@@ -3,6 +3,7 @@ fastai script, or replace one in a PyTorch loop, and end with a model of a tenth
 
 Modules:
 
+- `sparsefast.all`: Every public name of the rooms that scripts use, in one import
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`

@@ -11,15 +11,15 @@ Lightning, the `Trainer` of Hugging Face and gradient scalers call `opt.step()` 
 # %% auto #0
 __all__ = ['Attached', 'attach']
 
-# %% ../nbs/05b_attach.ipynb #9fc04543
+# %% ../nbs/05b_attach.ipynb #4012cea4
 import torch
 from torch import nn
-from .methods import DSTMethod
-from .optim import inner_opt
+from .optim import inner_opt, opt_params
+from .presets import as_method
 
-# %% ../nbs/05b_attach.ipynb #b6e09a3d
+# %% ../nbs/05b_attach.ipynb #2d243e96
 class Attached:
-    "A method at work in an optimizer; `step` counts the optimizer's steps. `remove()` ends it, the masks stay"
+    "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
     def __init__(self,
         method, # A `DSTMethod`
         modules, # Modules with masks
@@ -27,41 +27,43 @@ class Attached:
         total, # Optimizer steps of the whole training
         step=0, # How many of them are done
     ):
-        self.method,self.modules,self.opt,self.total,self.step,self._kept = method,modules,opt,total,step,None
+        self.method,self.modules,self.opt,self.total,self.step,self._held = method,modules,opt,total,step,None
         self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)]
 
-    def _time(self): return dict(step=self.step, pct=min((self.step-1)/self.total, 1.))
+    def _time(self): return dict(step=self.step, total=self.total)
 
     def _before(self, opt, args, kwargs):
         self.step += 1
         if self.method.before_step(self.modules, opt, **self._time()): return
-        self._kept = [(p, p.grad) for g in opt.param_groups for p in g['params']]
-        for p,_ in self._kept: p.grad = None                                 # the update takes the step's place: an optimizer skips what has no gradient
+        self._held = [(p, p.grad) for p in opt_params(opt)]
+        for p,_ in self._held: p.grad = None                       # the update takes the step's place: an optimizer skips what has no gradient
 
     def _after(self, opt, args, kwargs):
-        if self._kept is None: return self.method.after_step(self.modules, opt, **self._time())
-        for p,g in self._kept: p.grad = g
-        self._kept = None
+        if self._held is None: return self.method.after_step(self.modules, opt, **self._time())
+        for p,g in self._held: p.grad = g
+        self._held = None
 
     def remove(self):
-        "Let go of the optimizer; the masks stay"
+        "End the method's work; the masks stay"
         for h in self._hooks: h.remove()
 
     def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
 
-# %% ../nbs/05b_attach.ipynb #2c6f9164
+# %% ../nbs/05b_attach.ipynb #0146a60c
 def attach(
-    method:DSTMethod, # What is to happen; an interval that is a share of training is one of `total`
-    modules, # A sparse model, or a list of modules; under `DistributedDataParallel` the wrapped model
+    method, # A `DSTMethod`, a preset or its name; an interval that is a share of training is one of `total`
+    modules, # A sparse model, a `Learner`, or a list of modules; under `DistributedDataParallel` the wrapped model
     opt, # Its torch optimizer, or a wrapper around one (accelerate's); without step hooks a `ValueError`
     total:int, # Optimizer steps in the whole training
     step:int=0, # Steps already done, when a training is resumed
 )->Attached: # `remove()` ends it
-    "Let a method work whenever `opt` steps, whoever calls it"
+    "Run a method whenever `opt` steps, whoever calls it"
     opt = inner_opt(opt)
-    if not isinstance(opt, torch.optim.Optimizer): raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
-    if not (isinstance(total, int) and total>=1): raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, not {total!r}")
-    method = method.in_steps(total)
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
+    if not (isinstance(total, int) and total>=1):
+        raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, got {total!r}")
+    method = as_method(method).in_steps(total)
     method.check(modules, opt, total)
     method.enforce(modules, opt)
     return Attached(method, modules, opt, total, step)

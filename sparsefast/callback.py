@@ -9,8 +9,10 @@ loading and copying need no help from it."""
 # %% auto #0
 __all__ = ['DynamicSparseTrainingCallback']
 
-# %% ../nbs/06_callback.ipynb #3c08f45f
+# %% ../nbs/06_callback.ipynb #edb0c633
 import math
+from dataclasses import fields, replace
+from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelStepException
@@ -18,27 +20,48 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import get_model, get_random_states, set_random_states
 from .methods import DSTMethod
+from .presets import as_method
 from .ranks import sync_masks
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model
+from .utils import as_modules
 
-# %% ../nbs/06_callback.ipynb #de03328d
+# %% ../nbs/06_callback.ipynb #7ea0bcc7
+def _checked(modules):
+    "Refuse what is no module, before a training begins"
+    if modules is None: return None
+    found = as_modules(modules) if isinstance(modules, (nn.Module, Learner, list, tuple, set)) else [modules]
+    for m in found:
+        if not isinstance(m, nn.Module):
+            raise TypeError(f"sparse_modules must be modules, a DSTMethod, a preset or the name of one, got {m!r:.60}")
+    return found
+
+def _changed(method, settings):
+    "Apply the settings that were given beside a method: those that are not at their defaults"
+    defaults = {f.name: f.default for f in fields(DSTMethod)}
+    given = {k: v for k,v in settings.items() if k not in defaults or v!=defaults[k]}
+    return replace(method, **given)
+
 @delegates(DSTMethod)
 class DynamicSparseTrainingCallback(Callback):
-    "Drops and grows weights while a `Learner` trains, and keeps masked ones at zero"
+    "Callback that drops and grows weights while a `Learner` trains, and holds masked ones at zero"
     order,run_valid = MixedPrecision.order+0.5,False
     def __init__(self,
-        sparse_modules=None, # Modules to rewire; by default all of the learner's model that have masks
-        batches_per_update:int=None, # Optimizer steps between updates, or below 1 a share of training; by default one update each epoch
+        sparse_modules=None, # Modules to rewire, by default all of the learner's model that have masks; or a `DSTMethod`, a preset or its name
+        batches_per_update:int=None, # Optimizer steps between updates; below 1 a share of training; by default one update each epoch
         initial_drop_grow_pct:float=0.3, # Share of the active weights replaced at the start, in [0,1]
-        stop_pct:float=0.75, # Share of training after which masks stand still
+        stop_pct:float=0.75, # Share of training after which the masks are frozen
         keep_score_f=weight_magnitude, # Drop criterion
         grow_score_f=gradient_magnitude, # Grow criterion
         **kwargs # Further settings of `DSTMethod`
     ):
-        self.sparse_modules,self.chance = sparse_modules,None
-        self.method = DSTMethod(batches_per_update=batches_per_update, initial_drop_grow_pct=initial_drop_grow_pct, stop_pct=stop_pct,
-                                keep_score_f=keep_score_f, grow_score_f=grow_score_f, **kwargs)
+        settings = dict(batches_per_update=batches_per_update, initial_drop_grow_pct=initial_drop_grow_pct, stop_pct=stop_pct,
+                        keep_score_f=keep_score_f, grow_score_f=grow_score_f, **kwargs)
+        self.sparse_modules,self.chance = None,None
+        if isinstance(sparse_modules, (DSTMethod, dict, str)): self.method = _changed(as_method(sparse_modules), settings)
+        else: self.sparse_modules,self.method = _checked(sparse_modules),DSTMethod(**settings)
+
+    def __repr__(self): return f'{type(self).__name__}({self.method})'
 
 # %% ../nbs/06_callback.ipynb #27f4e97a
 def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()
@@ -92,21 +115,21 @@ def after_fit(self:DynamicSparseTrainingCallback):
     if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])
     self.chance = None
 
-# %% ../nbs/06_callback.ipynb #ad3f2b02
+# %% ../nbs/06_callback.ipynb #da4a8aad
 @patch
 @delegates(sparsify_model, but='model')
 def sparsify(self:Learner,
     model_sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
-    preset:dict=None, # Of the method that is to train it, if that wants more than random masks at this sparsity
+    preset=None, # Method that is to train it: a `DSTMethod`, a preset or its name; by default one that starts from random masks
     **kwargs
 )->Learner: # The learner itself
-    "`sparsify_model` on the learner's model, as a method wants it"
-    start = DSTMethod(**{**preset, 'batches_per_update': None}).start(model_sparsity) if preset else {}
+    "Make the learner's model sparse, as a method wants it"
+    start = replace(as_method(preset), batches_per_update=None).sparsify_kwargs(model_sparsity) if preset else {}
     sparsify_model(self, model_sparsity, **{**start, **kwargs})
     return self
 
 @patch
 def unsparsify(self:Learner)->Learner: # The learner itself
-    "`unsparsify_model` on the learner's model"
+    "Make the learner's model dense again"
     unsparsify_model(self)
     return self

@@ -18,9 +18,11 @@ __all__ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_preset
            'RigL_avg_presets', 'Static', 'SET', 'SET_original', 'SNFS', 'RigL', 'SET_ITOP', 'RigL_ITOP', 'DSR', 'MEST',
            'MEST_soft', 'TopKAST', 'GMP', 'GraNet', 'GraNet_half', 'ACDC', 'SRigL', 'SR_STE', 'RigL_avg', 'as_method']
 
-# %% ../nbs/05a_presets.ipynb #dd38e642
+# %% ../nbs/05a_presets.ipynb #5e59022b
 import inspect
+from dataclasses import fields
 from functools import wraps
+from fastcore.basics import patch
 from .allocation import (adaptive_threshold_share, global_share, importance_redistribution,
                                    survivor_redistribution)
 from .methods import DSTMethod
@@ -29,7 +31,7 @@ from .schedules import constant_anneal, density_times, inverse_power_anneal, squ
 from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, magnitude_no_empty_rows,
                                per_sign_magnitude, random_elsewhere, random_score, random_value, sr_ste_penalty,
                                weight_magnitude)
-from .utils import did_you_mean
+from .utils import did_you_mean, show_value
 
 # %% ../nbs/05a_presets.ipynb #ce384c2a
 def _method(
@@ -288,3 +290,18 @@ def as_method(
     if name in presets: return DSTMethod(**presets[name])
     fix = did_you_mean(name, presets) or f": choose from {', '.join(presets)}"
     raise ValueError(f"method must be the name of a preset, got {method!r}{fix}")
+
+# %% ../nbs/05a_presets.ipynb #a26c4079
+def _changes(m, preset):
+    "List the settings of a method that a preset has otherwise"
+    settings = {**{f.name: f.default for f in fields(DSTMethod)}, **preset}
+    return [k for k,v in settings.items() if getattr(m, k)!=v]
+
+@patch
+def __repr__(self:DSTMethod):
+    "Name the nearest preset with the same drop and grow criteria, and the settings that differ"
+    presets = {n.removesuffix('_presets'): p for n,p in globals().items() if n.endswith('_presets')}
+    near = {n: changes for n,p in presets.items() if not {'keep_score_f', 'grow_score_f'} & set(changes := _changes(self, p))}
+    name = min(near, key=lambda n: len(near[n]), default='DSTMethod')
+    changed = near.get(name, _changes(self, {}))
+    return f"{name}({', '.join(f'{k}={show_value(getattr(self, k))}' for k in changed)})"

@@ -7,7 +7,7 @@ from fastai.torch_core import set_seed
 from helpers import *
 from sparsefast.see.analysis import *
 from sparsefast.see.analysis import LayerRow
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.select import is_depthwise
 import sparsefast.see.recorder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.methods import DSTMethod
 
 def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8, **kw})

@@ -402,7 +402,7 @@ os.environ.update(MASTER_ADDR='localhost', MASTER_PORT='0')
 dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
-from sparsefast.core import *
+from sparsefast.all import *
 for late in (False, True):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     if late: sparsify_model(model, .5)

@@ -12,7 +12,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import CrossEntropyLossFlat
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.methods import DSTMethod
 from sparsefast.optim import slow_weights
 

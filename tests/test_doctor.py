@@ -7,7 +7,7 @@ from fastai import optimizer as fo
 from helpers import *
 from sparsefast import presets
 from sparsefast.see import mask_checks
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.see.doctor import Finding, Findings, sparse_doctor
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.core import __all__ as names
 from sparsefast.see.flops import LayerFlops, record_flops, uncompiled
 from sparsefast.storage.layers import to_sparse_layers

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from fastai.text.models.awdlstm import AWD_LSTM, WeightDropout
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.masks import masked_params
 from sparsefast.select import maskable
 

@@ -7,7 +7,7 @@ from fastai.text.all import AWD_LSTM, TextDataLoaders, language_model_learner, t
 from fastai.callback.core import Callback
 from fastai.vision.all import ImageDataLoaders, PILImage, PILMask, Resize, SegmentationDataLoaders, accuracy, get_image_files, resnet18, unet_learner, vision_learner, xresnet18
 from helpers import masks, masked_are_zero, nnz, n_params
-from sparsefast.core import *
+from sparsefast.all import *
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

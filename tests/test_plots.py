@@ -3,7 +3,7 @@ import warnings
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.see.plots import *
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest, torch
 from helpers import *
 import ranks_worker as worker
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.ranks import agree, group_of
 
 HERE = os.path.dirname(__file__)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from helpers import *
 import sparsefast.see.recorder
 from sparsefast import presets
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast.see.analysis import live_units
 from sparsefast.storage.layers import SparseLinear, to_sparse_layers
 from sparsefast.see.recorder import SparseRecorderCallback, mask_change

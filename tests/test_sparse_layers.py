@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import *
-from sparsefast.core import *
+from sparsefast.all import *
 from sparsefast import presets, rewire
 from sparsefast.storage.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.utils import attribute
