@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard.before_training': ( 'guard.html#maskguard.before_training',
                                                                                   'sparsefast/guard.py'),
+                                  'sparsefast.guard.MaskGuard.leave': ('guard.html#maskguard.leave', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard.mask': ('guard.html#maskguard.mask', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard.sees_nonzero': ('guard.html#maskguard.sees_nonzero', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard.state': ('guard.html#maskguard.state', 'sparsefast/guard.py'),
