@@ -4,7 +4,7 @@
     python benchmarks/layers.py --table                                 # prints the latest rows as tables
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `ops` (which product for how many
-columns, from which `sparse_ops.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+columns, from which `kernels.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
 `_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, ctypes, importlib, itertools, json, math, os, platform, random, re, statistics, subprocess, sys, time, warnings
@@ -256,15 +256,15 @@ def ops(threads, rounds=7, **kw):
 # ------------------------------------------------------------ how many columns at a time
 @torch.no_grad()
 def widths(threads, rounds=7, **kw):
-    "Convolutions of one image by pieces of several widths, of which `sparse_ops` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
-    from sparsefast.storage import layers as L, kernels as S
+    "Convolutions of one image by pieces of several widths, of which `kernels` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
+    from sparsefast.storage import conv as L, kernels as S
     for i,o,k,side in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (64,256,1,56), (256,64,1,56), (512,128,1,28), (1024,256,1,14)):
         m,x = nn.Conv2d(i, o, k, padding=k//2, bias=False), torch.randn(1, i, side, side)
         sparsify_model(m, .95)
         layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
         def by(w):
             def f():
-                S.width = L.width = (lambda n_row, n=None, windows=False: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
+                S.width = L.width = (lambda n_row, n=None, windows=False, cpu=True: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
                 S._whole = 0 if w else chosen[1]
                 layer(x)
             return f

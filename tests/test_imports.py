@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.layers','ship.shrink']
+PURE = ['masks','patterns','select','distributions','scores','saliency','schedules','allocation','ranks','rewire','methods','presets','attach','see.flops','see.analysis','see.plots','storage.kernels','storage.base','storage.update','storage.linear','storage.conv','storage.convert','ship.shrink']
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -82,7 +82,11 @@ MAY_IMPORT = {
     'ship.shrink': 'masks',
     'ship.deploy': 'storage.layers masks patterns ship.shrink sparsify',
     'ship.export': 'checkpoint ship.deploy ship.shrink sparsify',
-    'storage.layers': 'masks scores storage.kernels',
+    'storage.base': 'masks storage.kernels',
+    'storage.update': 'masks storage.base storage.kernels',
+    'storage.linear': 'storage.base storage.kernels',
+    'storage.conv': 'storage.base storage.kernels',
+    'storage.convert': 'masks scores storage.base storage.conv storage.linear',
     'see.flops': 'masks storage.layers',
     'see.analysis': 'see.flops storage.layers masks rewire select',
     'see.plots': 'see.analysis storage.layers rewire select',
@@ -103,11 +107,19 @@ def test_arrows_run_one_way(module, may):
     assert rooms <= set(may.split()) and (rooms or not may)
 
 # ------------------------------------------------------------ import paths of before the wings
-OLD = dict(sparse_ops='storage.kernels', layers='storage.layers', flops='see.flops', analysis='see.analysis', recorder='see.recorder', plots='see.plots', doctor='see.doctor',
+OLD = dict(sparse_ops='storage.kernels', layers='storage', flops='see.flops', analysis='see.analysis', recorder='see.recorder', plots='see.plots', doctor='see.doctor',
            files='ship.files', shrink='ship.shrink', deploy='ship.deploy', export='ship.export', console='cli.console', datasets='cli.datasets', models='cli.models', bench='cli.bench')
 @pytest.mark.parametrize('old,new', OLD.items(), ids=OLD)
 def test_old_import_paths_work(old, new):
     assert importlib.import_module(f'sparsefast.{old}') is importlib.import_module(f'sparsefast.{new}')
+
+def test_compressed_layers_are_found_by_all_their_paths():
+    import sparsefast.storage as storage
+    assert importlib.import_module('sparsefast.storage.layers') is storage is importlib.import_module('sparsefast.layers')
+    from sparsefast.storage.layers import SparseLinear
+    assert SparseLinear is importlib.import_module('sparsefast.storage.linear').SparseLinear
+    names = {'min_sparsity','SparseLayer','SparseLinear','index_misfit','SparseConv2d','to_sparse_layers','to_masked_layers','as_masked'}
+    assert set(storage.__all__)==names and all(hasattr(storage, n) for n in names)
 
 def test_old_names_of_the_command_line():
     from sparsefast.cli import sparsefast_train
