@@ -66,7 +66,7 @@ class Layer(NamedTuple):
 def is_stored(
     m:nn.Module, # Any module
 )->bool: # By its type
-    "Is it a [sparse layer](storage/02_layers.ipynb), which stores active weights only?"
+    "Is it a [sparse layer](storage/01a_base.ipynb), which stores active weights only?"
     return hasattr(type(m), 'dense_gradient')
 
 def in_order(
