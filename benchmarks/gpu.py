@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
 from sparsefast.ship.deploy import bsr_form, semi_structured_form, sparse_form, to_fastest
-from sparsefast.storage.layers import to_sparse_layers
+from sparsefast.storage import to_sparse_layers
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
 from sparsefast.storage.kernels import as_csr, index_of

@@ -1,28 +1,19 @@
-"""Compressed layers against dense ones, and against other libraries for a CPU.
+"""Sparse layers against dense ones, and against what else there is for a CPU.
 
     python benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
     python benchmarks/layers.py --table                                 # prints the latest rows as tables
 
-Parts:
-
-- `linear`: inference of one linear layer; `cold`: the same with weights that are not in the cache
-- `pointwise`, `three`: inference of 1x1 and 3x3 convolutions
-- `train`: whole training steps, batch 128; `train4096`: the same with hidden layers of 4096
-- `memory`: bytes in training. What is there between two steps, how much the process grows in a step and in a step that rewires, and the peak against dense
-- `ops`: which product for how many columns. `few` and `_widths` of `sparsefast.storage.kernels` come from it
-- `widths`: how many columns of an image at a time
-- `turned`: up to which size a batch that lies in rows is transposed as a whole. `_whole_turned` and `_widest_turned` come from it
-- `parts`, `single`: the share of the product in a compressed layer, in a transformer and for a batch of one
-
-Everything is measured in one process, in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads, onnxruntime comes after the rest, because its threads
-spin for a while after each run. All forms get the same inputs, and outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `ops` (which product for how many
+columns, from which `kernels.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
+`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
+outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, ctypes, importlib, itertools, json, math, os, platform, random, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 warnings.simplefilter('ignore')
-from sparsefast.all import *
-from sparsefast.storage.layers import *
+from sparsefast.core import *
+from sparsefast.storage import *
 from sparsefast.masks import sparse_params
 from sparsefast.methods import DSTMethod
 from sparsefast.storage.kernels import as_csr, index_of
@@ -77,9 +68,9 @@ def onnx_session(layer, x, threads, int8=False):
 def blocks(layer, size=32):
     "The same share of weights in whole blocks"
     o,i = layer.weight.shape
-    active = torch.rand(o//size, i//size).flatten().argsort()[:max(1, round(float(layer.weight_mask.float().mean())*(o//size)*(i//size)))]
+    keep = torch.rand(o//size, i//size).flatten().argsort()[:max(1, round(float(layer.weight_mask.float().mean())*(o//size)*(i//size)))]
     m = torch.zeros((o//size)*(i//size), dtype=torch.bool)
-    m[active] = True
+    m[keep] = True
     return (torch.randn(o, i)*m.view(o//size, i//size).repeat_interleave(size, 0).repeat_interleave(size, 1)).to_sparse_bsr(size)
 
 def check(fs, dense, tol):
@@ -208,7 +199,7 @@ def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers
 
 # ------------------------------------------------------------ memory
 def tensors(model, opt):
-    "Bytes of weights, gradients, optimizer state and the rest of a compressed layer"
+    "Bytes of weights, gradients, optimizer state and what a sparse layer has besides"
     seen = {}
     for t in [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *(v for st in opt.state.values() for v in st.values() if torch.is_tensor(v))]: seen[t.data_ptr()] = t.numel()*t.element_size()
     return sum(seen.values())
@@ -265,15 +256,15 @@ def ops(threads, rounds=7, **kw):
 # ------------------------------------------------------------ how many columns at a time
 @torch.no_grad()
 def widths(threads, rounds=7, **kw):
-    "Convolutions of one image by pieces of several widths, of which `storage.kernels` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
-    from sparsefast.storage import layers as L, kernels as S
+    "Convolutions of one image by pieces of several widths, of which `kernels` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
+    from sparsefast.storage import conv as L, kernels as S
     for i,o,k,side in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (64,256,1,56), (256,64,1,56), (512,128,1,28), (1024,256,1,14)):
         m,x = nn.Conv2d(i, o, k, padding=k//2, bias=False), torch.randn(1, i, side, side)
         sparsify_model(m, .95)
         layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
         def by(w):
             def f():
-                S.width = L.width = (lambda n_row, n=None, windows=False: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
+                S.width = L.width = (lambda n_row, n=None, windows=False, cpu=True: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
                 S._whole = 0 if w else chosen[1]
                 layer(x)
             return f
@@ -312,7 +303,7 @@ def parts(threads, rounds=25, **kw):
 
 @torch.no_grad()
 def single(threads, rounds=25, **kw):
-    "A batch of one in a layer that the cache holds: the share of a compressed layer's time that is torch's product of a sparse matrix and a vector"
+    "A batch of one in a layer that the cache holds: what of a sparse layer is torch's product of a sparse matrix and a vector"
     for o,i in ((1024,1024), (768,3072)):
         for s in (.9, .95):
             sparsify_model(m := nn.Linear(i, o), s)

@@ -48,8 +48,12 @@ Modules:
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
 - `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
+- `sparsefast.storage.base`: What `SparseLinear` and `SparseConv2d` share: the stored weights and their index, the differentiable product, and the state
+- `sparsefast.storage.conv`: `SparseConv2d`: a convolution that stores and multiplies its active weights only, forward and backward
+- `sparsefast.storage.convert`: `to_sparse_layers` compresses the layers of a masked model where that wins; `to_masked_layers` gives the masked model back
 - `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
-- `sparsefast.storage.layers`: Layers that compute on their active weights only, forward and backward
+- `sparsefast.storage.linear`: `SparseLinear`: a linear layer that stores and multiplies its active weights only, forward and backward
+- `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
 - `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""
 
@@ -60,10 +64,11 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-_wings = dict(storage=['layers'], see=['flops', 'analysis', 'recorder', 'plots', 'doctor'], ship=['files', 'shrink', 'deploy', 'export'],
+_wings = dict(see=['flops', 'analysis', 'recorder', 'plots', 'doctor'], ship=['files', 'shrink', 'deploy', 'export'],
               cli=['console', 'datasets', 'models', 'bench'])
 _moved = {f'sparsefast.{m}': f'sparsefast.{wing}.{m}' for wing,ms in _wings.items() for m in ms}
 _moved['sparsefast.sparse_ops'] = 'sparsefast.storage.kernels'
+_moved['sparsefast.layers'] = _moved['sparsefast.storage.layers'] = 'sparsefast.storage'
 
 class _Moved(MetaPathFinder, Loader):
     "Import modules by the paths they had before they moved into wings"

@@ -9,7 +9,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00a_all.ipynb #ae59ad17
+# %% ../nbs/00a_all.ipynb #3dd97c6e
 from .core import *
 from .allocation import *
 from .attach import *
@@ -36,7 +36,7 @@ from .ship.deploy import *
 from .ship.export import *
 from .ship.files import *
 from .ship.shrink import *
-from .storage.layers import *
+from .storage import *
 
 # %% ../nbs/00a_all.ipynb #1c5f12eb
 __all__ = [n for n in dir() if not n.startswith('_')]

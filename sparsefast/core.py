@@ -15,7 +15,7 @@ All that a script needs is imported from here. Two lines make a fastai training 
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00_core.ipynb #26848954
+# %% ../nbs/00_core.ipynb #bea765d4
 from .attach import attach
 from .callback import DynamicSparseTrainingCallback
 from .checkpoint import CheckpointCallback
@@ -37,7 +37,7 @@ from .ship.export import to_onnx
 from .ship.files import load_sparse, save_sparse
 from .ship.shrink import shrink_model
 from .sparsify import add_mask, load_sparse_state, sparsify_model, unsparsify_model
-from .storage.layers import to_masked_layers, to_sparse_layers
+from .storage import to_masked_layers, to_sparse_layers
 from .topk import top_k_mask
 from .utils import maybe_float
 

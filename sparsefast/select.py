@@ -11,13 +11,13 @@ A model has many parameters, and not all are worth making sparse. This room list
 # %% auto #0
 __all__ = ['Weight', 'maskable', 'is_transposed', 'is_depthwise', 'weight_names', 'check_plain', 'select_weights']
 
-# %% ../nbs/01b_select.ipynb #73c8798a
+# %% ../nbs/01b_select.ipynb #51857d2a
 import difflib, re
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import NamedTuple
 from torch import nn
-from .masks import is_sparseable_module
+from .masks import Compressed, is_sparseable_module
 from .utils import as_module
 
 # %% ../nbs/01b_select.ipynb #14c6dcad
@@ -60,13 +60,13 @@ def maskable(
     matrices = [n for n,p in m._parameters.items() if p is not None and p.dim()>1]
     return [n for n in own if n in matrices]
 
-# %% ../nbs/01b_select.ipynb #bd3315c8
+# %% ../nbs/01b_select.ipynb #5bdb65ae
 def is_transposed(
     m:nn.Module, # A module with a weight
 )->bool: # True if the shape is (inputs, outputs, ...)
     "True if the weight has its outputs in the second dimension, as transposed convolutions and Hugging Face's `Conv1D` have"
     if isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)): return True
-    return _is(m, _conv1d) or getattr(m, '_swapped', False)
+    return _is(m, _conv1d) or isinstance(m, Compressed) and m.swapped
 
 def is_depthwise(
     m:nn.Module, # A module with a weight
@@ -98,7 +98,7 @@ def check_plain(
         if nn.parameter.is_lazy(w.p):
             raise ValueError(f"{nm} does not know its shape yet: run one batch through the model first")
 
-# %% ../nbs/01b_select.ipynb #f89e4e34
+# %% ../nbs/01b_select.ipynb #ff472647
 def _named(name, glob):
     "True if the glob matches `name`, a container that it is in, or its weight"
     containers = accumulate(name.split('.'), '{}.{}'.format)
@@ -106,7 +106,7 @@ def _named(name, glob):
 
 def _of_type(m, cls):
     "True if `m`, or the dense layer that it replaces, is a `cls`"
-    return isinstance(m, cls) or issubclass(getattr(m, 'dense_type', type(m)), cls)
+    return isinstance(m, cls) or isinstance(m, Compressed) and issubclass(m.dense_type, cls)
 
 def _matches(which, names):
     "The weights that one value selects"

@@ -6,7 +6,7 @@ from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
 from sparsefast.cli import train as cli, datasets, models
-from sparsefast.storage.layers import SparseLinear, as_masked
+from sparsefast.storage import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
 ENTRY = "import sys\nfrom sparsefast.cli.train import sparsefast_train\nsys.exit(sparsefast_train())\n"

@@ -8,7 +8,7 @@ from helpers import changed, mlp, snapshot
 from sparsefast.ship import deploy
 from sparsefast.ship.deploy import LayerTime, SpeedTable, bsr_form, from_fastest, paired_times, processor, ratio, semi_structured_form, to_fastest
 from sparsefast.ship.files import load_sparse, save_sparse
-from sparsefast.storage.layers import SparseConv2d, SparseLinear
+from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
 from sparsefast.sparsify import sparsify_model, unsparsify_model

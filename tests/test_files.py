@@ -11,7 +11,7 @@ from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as
 from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
 from sparsefast.ship import codes, files
 from sparsefast.ship.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
-from sparsefast.storage.layers import SparseConv2d, SparseLinear
+from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets

@@ -11,7 +11,7 @@ from helpers import *
 from sparsefast.all import *
 from sparsefast.core import __all__ as names
 from sparsefast.see.flops import LayerFlops, record_flops, uncompiled
-from sparsefast.storage.layers import to_sparse_layers
+from sparsefast.storage import to_sparse_layers
 
 def uses(model, x, layers=None):
     "Independent: how often each weight is multiplied, from the shapes that come out (for transposed convolutions, that go in)"

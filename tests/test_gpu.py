@@ -11,7 +11,7 @@ from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from sparsefast.see.doctor import sparse_doctor
 from sparsefast.ship.files import load_sparse, save_sparse
-from sparsefast.storage.layers import to_sparse_layers
+from sparsefast.storage import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask, zero_masked_
 from sparsefast.methods import DSTMethod
 from sparsefast.patterns import block_pattern, fan_in_pattern, nm_pattern

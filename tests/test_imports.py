@@ -88,7 +88,11 @@ MAY_IMPORT = {
     'ship.forms': 'storage.layers patterns',
     'ship.deploy': 'storage.layers masks ship.forms ship.timing sparsify',
     'ship.export': 'ship.deploy sparsify',
-    'storage.layers': 'masks scores storage.kernels',
+    'storage.base': 'masks storage.kernels',
+    'storage.update': 'masks storage.base storage.kernels',
+    'storage.linear': 'storage.base storage.kernels',
+    'storage.conv': 'storage.base storage.kernels',
+    'storage.convert': 'masks scores storage.base storage.conv storage.linear',
     'see.flops': 'masks storage.layers',
     'see.analysis': 'see.flops storage.layers masks rewire select',
     'see.figures': '',
@@ -111,11 +115,19 @@ def test_arrows_run_one_way(module, may):
     assert rooms <= set(may.split()) and (rooms or not may)
 
 # ------------------------------------------------------------ import paths of before the wings
-OLD = dict(sparse_ops='storage.kernels', layers='storage.layers', flops='see.flops', analysis='see.analysis', recorder='see.recorder', plots='see.plots', doctor='see.doctor',
+OLD = dict(sparse_ops='storage.kernels', layers='storage', flops='see.flops', analysis='see.analysis', recorder='see.recorder', plots='see.plots', doctor='see.doctor',
            files='ship.files', shrink='ship.shrink', deploy='ship.deploy', export='ship.export', console='cli.console', datasets='cli.datasets', models='cli.models', bench='cli.bench')
 @pytest.mark.parametrize('old,new', OLD.items(), ids=OLD)
 def test_old_import_paths_work(old, new):
     assert importlib.import_module(f'sparsefast.{old}') is importlib.import_module(f'sparsefast.{new}')
+
+def test_compressed_layers_are_found_by_all_their_paths():
+    import sparsefast.storage as storage
+    assert importlib.import_module('sparsefast.storage.layers') is storage is importlib.import_module('sparsefast.layers')
+    from sparsefast.storage.layers import SparseLinear
+    assert SparseLinear is importlib.import_module('sparsefast.storage.linear').SparseLinear
+    names = {'min_sparsity','SparseLayer','SparseLinear','index_misfit','SparseConv2d','to_sparse_layers','to_masked_layers','as_masked'}
+    assert set(storage.__all__)==names and all(hasattr(storage, n) for n in names)
 
 def test_old_names_of_the_command_line():
     from sparsefast.cli import sparsefast_train

@@ -11,7 +11,7 @@ from helpers import *
 from sparsefast import presets
 from sparsefast.distributions import uniform_sparsity
 from sparsefast.ship.files import load_sparse, save_sparse
-from sparsefast.storage.layers import to_sparse_layers
+from sparsefast.storage import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.methods import *
 from sparsefast.presets import *

@@ -16,7 +16,7 @@ import sparsefast.see.recorder
 from sparsefast import presets
 from sparsefast.all import *
 from sparsefast.see.analysis import live_units
-from sparsefast.storage.layers import SparseLinear, to_sparse_layers
+from sparsefast.storage import SparseLinear, to_sparse_layers
 from sparsefast.see.recorder import SparseRecorderCallback, mask_change
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import *
 from sparsefast.all import *
 from sparsefast import presets, rewire
-from sparsefast.storage.layers import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
+from sparsefast.storage import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.utils import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.scores import gradient_magnitude
-from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, product, sampled, transposed, transposed_index, width
+from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, sddmm, spmm, transposed, transposed_index, width
 
 of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
 without_default_device = pytest.mark.skipif('config.getoption("--device")', reason="fastai's metrics want torch's default device to be the CPU")
@@ -48,9 +48,9 @@ def test_products(n, dtype, density):
     mask,crow,col = random_index(7, 5, density)
     w,x,g = (torch.randn(7, 5)*mask).to(dtype), torch.randn(5, n).to(dtype), torch.randn(7, n).to(dtype)
     tol = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
-    assert torch.allclose(product(crow, col, w[mask], x).double(), w.double()@x.double(), rtol=tol, atol=tol)
-    assert torch.allclose(product(crow, col, w[mask], x.t().contiguous().t()).double(), w.double()@x.double(), rtol=tol, atol=tol)
-    got = sampled(crow, col, [(g, x), (2*g, x)])
+    assert torch.allclose(spmm(crow, col, w[mask], x).double(), w.double()@x.double(), rtol=tol, atol=tol)
+    assert torch.allclose(spmm(crow, col, w[mask], x.t().contiguous().t()).double(), w.double()@x.double(), rtol=tol, atol=tol)
+    got = sddmm(crow, col, [(g, x), (2*g, x)])
     assert torch.allclose(got.double(), 3*(g.double()@x.double().t())[mask], rtol=tol, atol=100*tol)
 
 @pytest.mark.parametrize('shape', [(0, 3), (3, 0), (1, 5), (5, 1), (2, 3), (17, 40), (129, 64)])
@@ -68,7 +68,7 @@ def test_products_with_bias_in_rows_and_columns(n, dtype):
     x[0] = float('nan')                                                      # of one example, and of no other
     want,tol = x.double()@w.double().t()+b.double(), 1e-5 if dtype==torch.float32 else 1e-12
     for rows in (True, False):
-        got = product(crow, col, w[mask], pieces(x.t()), n, b, rows)
+        got = spmm(crow, col, w[mask], pieces(x.t()), n, b, rows)
         assert got.shape==((n, 7) if rows else (7, n)) and got.stride(1)==1 and torch.allclose((got if rows else got.t())[1:].double(), want[1:], tol, tol)
 
 @pytest.mark.parametrize('n', [17, 200, 256, 257, 900])
@@ -77,7 +77,7 @@ def test_batches_turned_as_a_whole_and_by_pieces(n):
     w,x = torch.randn(70, 300)*mask, torch.randn(n, 300)
     cut = [m for _,m in pieces(x.t())]
     assert sum(cut)==n and (len(cut)==1)==(n<=256 or not x.is_cpu)
-    for rows in (True, False): assert torch.allclose(product(crow, col, w[mask], x.t(), rows=rows).double(), (x@w.t() if rows else w@x.t()).double(), atol=1e-4)
+    for rows in (True, False): assert torch.allclose(spmm(crow, col, w[mask], x.t(), rows=rows).double(), (x@w.t() if rows else w@x.t()).double(), atol=1e-4)
 
 @pytest.mark.parametrize('gaps', [None, (3, 5), (4, 4)])
 @pytest.mark.parametrize('bias', [True, False])
@@ -87,10 +87,10 @@ def test_products_go_where_they_should_and_leave_gaps_out(gaps, bias):
     counts = torch.arange(40)%(gaps[1] if gaps else 40)<(gaps[0] if gaps else 40)
     want = (w@x + (b[:,None] if bias else 0))[:,counts]
     cut = [(x[:,i:i+20].contiguous(), 20) for i in (0, 20)]
-    got = product(crow, col, w[mask], iter(cut), want.shape[1], b, gaps=gaps)
+    got = spmm(crow, col, w[mask], iter(cut), want.shape[1], b, gaps=gaps)
     assert torch.allclose(got, want, atol=1e-5)
     place = torch.full((3, *want.shape), 9.)
-    assert product(crow, col, w[mask], iter(cut), want.shape[1], b, out=place[1], gaps=gaps).data_ptr()==place[1].data_ptr()
+    assert spmm(crow, col, w[mask], iter(cut), want.shape[1], b, out=place[1], gaps=gaps).data_ptr()==place[1].data_ptr()
     assert place[1].equal(got) and (place[0]==9).all() and (place[2]==9).all()
 
 @pytest.mark.parametrize('dtype,full', [(torch.float32, {40: 48, 20: 32, 48: 48, 7: 7}), (torch.float64, {40: 40, 20: 20, 48: 48, 7: 7})])
@@ -232,6 +232,10 @@ def test_frozen():
     sparse(torch.randn(2, 9)).sum().backward()
     assert sparse.values.grad is None and sparse.bias.grad is not None
 
+def test_a_single_image_in_channels_last():
+    layer,x = masked(nn.Conv2d(4, 6, 3, padding=1)),torch.randn(1, 4, 9, 11).to(memory_format=torch.channels_last)
+    for a,b in zip(gradients(twin_of(layer), x), gradients(layer, x)): assert torch.allclose(a, b, atol=1e-4)
+
 def test_column_layout_is_handed_on():
     "From layer to layer no activation is transposed"
     net = nn.Sequential(twin_of(masked(nn.Linear(9, 13))), nn.ReLU(), twin_of(masked(nn.Linear(13, 5))))
@@ -272,7 +276,7 @@ def test_hugging_face_conv1d():
     assert not changed(snapshot(layer), snapshot(sparse.to_masked())) and type(sparse.to_masked()) is Conv1D
     assert torch.allclose(torch.jit.trace(sparse, x)(-x), layer(-x), atol=1e-5)
 
-REFUSED = dict(dense=(nn.Linear(3, 4), 'no mask'), other=(masked(nn.Conv1d(3, 4, 1)), 'is for'), sub=(masked(type('Mine', (nn.Linear,), {})(3, 4)), 'not Mine'), store=(nn.Linear(3, 4), 'outside its mask'))
+REFUSED = dict(dense=(nn.Linear(3, 4), 'no mask'), other=(masked(nn.Conv1d(3, 4, 1)), 'must be an nn.Linear'), sub=(masked(type('Mine', (nn.Linear,), {})(3, 4)), 'got Mine'), store=(nn.Linear(3, 4), 'outside its mask'))
 sparsify_model(REFUSED['store'][0], .5, keep_dense=True)
 @pytest.mark.parametrize('case', REFUSED)
 def test_refused(case):
@@ -280,12 +284,12 @@ def test_refused(case):
 
 def test_groups_refused():
     with pytest.raises(ValueError, match='2 groups'): SparseConv2d.from_masked(masked(nn.Conv2d(4, 4, 3, groups=2)))
-    with pytest.raises(ValueError, match='not Linear'): SparseConv2d.from_masked(masked(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match='got Linear'): SparseConv2d.from_masked(masked(nn.Linear(4, 4)))
 
 @pytest.mark.parametrize('case,size', [('linear', (3,8)), ('conv three', (2,3,9,9)), ('conv three', (2,4,1,1)), ('conv three', (5,))])
 def test_wrong_input(case, size):
     layer = twin_of(masked(LAYERS[case][0](None) if case=='linear' else nn.Conv2d(4, 6, 3)))
-    with pytest.raises(ValueError, match=r'not a tensor of shape|too small'): layer(torch.randn(*size))
+    with pytest.raises(ValueError, match=r'got shape|no smaller'): layer(torch.randn(*size))
 
 # ------------------------------------------------------------ state
 @pytest.mark.parametrize('how', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double().float(), lambda m: m.to(m.values.device)])
@@ -330,7 +334,7 @@ def hostile(sd, what):
 def test_wrong_state_is_refused(what, strict):
     a,b = twin_of(masked(nn.Linear(9, 13))),twin_of(masked(nn.Linear(9, 13)))
     before = snapshot(a)
-    with pytest.raises(RuntimeError, match='row|column|missing|values'): a.load_state_dict(hostile(b.state_dict(), what), strict=strict)
+    with pytest.raises(RuntimeError, match='row|col|missing|values'): a.load_state_dict(hostile(b.state_dict(), what), strict=strict)
     assert not changed(before, snapshot(a))
 
 # ------------------------------------------------------------ the gradient of all weights
@@ -405,7 +409,7 @@ def test_changed_gradients_are_refused():
     sparse(torch.randn(5, 9)).square().sum().backward()
     sparse.values.grad.clamp_(-.1, .1)
     with pytest.raises(ValueError, match='not what its backward passes gave'): sparse.dense_gradient()
-    with pytest.raises(ValueError, match='has not kept'): twin_of(masked(nn.Linear(9, 13))).dense_gradient()
+    with pytest.raises(ValueError, match='holds nothing'): twin_of(masked(nn.Linear(9, 13))).dense_gradient()
 
 # ------------------------------------------------------------ models there and back
 def net(dtype=torch.float64, seed=0):

@@ -27,13 +27,13 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from ..utils import as_module, check_fraction, text_table
 
-# %% ../../nbs/cli/04_train.ipynb #ead15c50
+# %% ../../nbs/cli/04_train.ipynb #33b1828b
 from ..see.analysis import add_rows, layer_rows
 from ..callback import DynamicSparseTrainingCallback
 from .console import check_choice, check_number, check_options, check_out, number, one_line, warn_in_lines
 from .datasets import get_dls, sources
 from ..distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
-from ..storage.layers import as_masked, to_sparse_layers
+from ..storage import as_masked, to_sparse_layers
 from ..masks import sparse_params
 from .models import get_model, nets, zoo
 from ..presets import GMP_presets, GraNet_presets, RigL_avg_presets, RigL_presets

@@ -10,11 +10,11 @@ The functions here take a model or a `Learner`, and change nothing in it. [Plots
 __all__ = ['live_units', 'check_boolean', 'input_counts', 'named_masks', 'LayerRow', 'layer_rows', 'add_rows', 'total_rows',
            'short', 'SparseSummary', 'sparse_summary']
 
-# %% ../../nbs/see/02_analysis.ipynb #05cf8e1c
+# %% ../../nbs/see/02_analysis.ipynb #6a70b286
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..storage.layers import as_masked
+from ..storage import as_masked
 from .flops import LayerFlops, count_flops
 from ..masks import masked_params, sparse_params
 from ..layer import find_layers

@@ -11,7 +11,7 @@ One multiply-add is two floating-point operations (FLOPs), as in torch. Biases, 
 # %% auto #0
 __all__ = ['aten', 'LayerFlops', 'FlopCount', 'count_flops', 'official_flops', 'macs_at', 'training_flops', 'record_flops']
 
-# %% ../../nbs/see/01_flops.ipynb #00ca4840
+# %% ../../nbs/see/01_flops.ipynb #3cd053f8
 import random
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from ..storage.layers import as_masked
+from ..storage import as_masked
 from ..masks import masked_params
 from ..utils import as_module, uncompiled
 

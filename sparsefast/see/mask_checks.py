@@ -12,7 +12,7 @@ A mask may be broken in any way. `sound_layers` lists the layers that the other 
 __all__ = ['check_stored', 'mask_checks', 'sparse_weights', 'mask_error', 'sound_layers', 'check_masks', 'check_lost',
            'check_tied', 'has_target', 'check_counts', 'check_empty', 'check_dead', 'check_budget', 'check_ranks']
 
-# %% ../../nbs/see/04a_mask_checks.ipynb #a2eeaa5c
+# %% ../../nbs/see/04a_mask_checks.ipynb #f3023344
 from collections.abc import Iterator
 from math import prod
 import torch
@@ -24,7 +24,7 @@ from ..patterns import block_pattern, drop_grow, fan_in_pattern, follows, transp
 from .analysis import live_units
 from ..select import Weight, is_transposed
 from ..storage.kernels import transposed_index
-from ..storage.layers import index_misfit
+from ..storage import index_misfit
 from ..utils import uncompiled
 
 # %% ../../nbs/see/04a_mask_checks.ipynb #4fd60d75

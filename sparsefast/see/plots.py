@@ -10,7 +10,7 @@ Pictures of a model take a model or a `Learner`. Pictures of a training take a [
 __all__ = ['plot_sparsity', 'show_masks', 'plot_churn', 'plot_weights', 'show_inputs', 'show_start_end', 'blue', 'orange',
            'green', 'red', 'purple', 'sky', 'black', 'grey', 'palette', 'plot_runs', 'input_counts']
 
-# %% ../../nbs/see/04_plots.ipynb #ca84cfad
+# %% ../../nbs/see/04_plots.ipynb #ea3c55f4
 import math
 from numbers import Integral
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ from torch import nn
 from .analysis import check_boolean, input_counts, layer_rows, named_masks
 from .figures import black, blue, green, grey, orange, palette, purple, red, sky
 from .figures import grid_axes, new_axes, percent_ticks, pixel_ticks, plot_runs
-from ..storage.layers import as_masked
+from ..storage import as_masked
 from ..utils import as_module, uncompiled
 
 # %% ../../nbs/see/04_plots.ipynb #2360b952

@@ -13,7 +13,7 @@ The [forms](02a_forms.ipynb) are functions `form(module) -> module` from a maske
 __all__ = ['LayerTime', 'SpeedTable', 'call_args', 'to_fastest', 'from_fastest', 'StoredLinear', 'all_forms', 'bsr_form',
            'semi_structured_form', 'sparse_form', 'paired_times', 'processor', 'ratio']
 
-# %% ../../nbs/ship/03_deploy.ipynb #4c02cd3c
+# %% ../../nbs/ship/03_deploy.ipynb #4226d367
 from collections import Counter
 from contextlib import ExitStack
 from copy import deepcopy
@@ -24,7 +24,7 @@ from statistics import median
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..storage.layers import SparseLinear
+from ..storage import SparseLinear
 from ..masks import masked_params, apply_masks
 from .forms import StoredLinear, all_forms, bsr_form, semi_structured_form, sparse_form
 from .timing import paired_times, processor, ratio

@@ -13,14 +13,14 @@ before it allocates or changes anything."""
 __all__ = ['masked_state', 'save_sparse', 'load_sparse', 'check_code', 'check_encoded', 'decode', 'encode', 'from_tree', 'most',
            'pack_mask', 'to_bits', 'to_gaps', 'to_tree', 'unpack_mask']
 
-# %% ../../nbs/ship/01_files.ipynb #de4ba7c3
+# %% ../../nbs/ship/01_files.ipynb #829aa603
 import hashlib, json
 from pathlib import Path
 import torch
 from torch import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from ..storage.layers import SparseLayer
+from ..storage import SparseLayer
 from ..masks import memory_name
 from .codes import *
 from .optim_state import check_opt, compressed_layers, encode_opt, from_tree, load_opt, to_tree

@@ -12,12 +12,12 @@ from a masked layer to one that computes the same outputs, for inference. It rai
 # %% auto #0
 __all__ = ['all_forms', 'sparse_form', 'StoredLinear', 'bsr_form', 'semi_structured_form']
 
-# %% ../../nbs/ship/02a_forms.ipynb #204ae64a
+# %% ../../nbs/ship/02a_forms.ipynb #d834b849
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
-from ..storage.layers import SparseConv2d, SparseLinear
+from ..storage import SparseConv2d, SparseLinear
 from ..patterns import block_pattern, follows
 
 # %% ../../nbs/ship/02a_forms.ipynb #c22830e9

@@ -10,12 +10,12 @@ The state of a masked weight is stored by its mask, as the weight itself is."""
 # %% auto #0
 __all__ = ['to_tree', 'from_tree', 'compressed_layers', 'encode_opt', 'check_opt', 'load_opt']
 
-# %% ../../nbs/ship/00a_optim_state.ipynb #3d9576a4
+# %% ../../nbs/ship/00a_optim_state.ipynb #ec18d900
 from itertools import chain
 import torch
 from torch import nn
 from fastcore.foundation import L
-from ..storage.layers import SparseLayer
+from ..storage import SparseLayer
 from ..masks import masked_params
 from ..scores import inner_opt, opt_state, slow_weights
 
