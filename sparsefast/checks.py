@@ -66,7 +66,7 @@ def raise_findings(
         more = f' (and {len(same)-1} more)' if len(same)>1 else ''
         warnings.warn(same[0].message+more, stacklevel=4)
 
-# %% ../nbs/04b_checks.ipynb #f8f44a12
+# %% ../nbs/04b_checks.ipynb #256d6406
 def check_orphans(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -88,8 +88,8 @@ def is_rounded(
     if t.dtype in _halves: return True
     s = t.item()
     if not any(t.to(half).item()==s for half in _halves) or n_active(l.numel, s)==int(l.nnz): return False
-    count = (1-s)*l.numel
-    return count!=round(count) or t.dtype!=torch.float64 and s*32!=round(s*32)
+    simple = s*(256 if t.dtype==torch.float64 else 32)             # a number that the user may well have meant
+    return simple!=round(simple)
 
 def check_targets(
     case:Case, # What to look at

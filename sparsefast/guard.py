@@ -11,12 +11,12 @@ A guard on the model itself goes first, for all layers at once. It also covers p
 # %% auto #0
 __all__ = ['MaskGuard', 'guards', 'remove_guards', 'guard_places', 'add_guards', 'enforce_masks', 'vouch']
 
-# %% ../nbs/03f_guard.ipynb #f8ee005a
+# %% ../nbs/03f_guard.ipynb #9a9fccdb
 from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from .masks import masked_params, nonzero_flat, zero_masked_
+from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
 from .utils import as_module, as_modules
 
 # %% ../nbs/03f_guard.ipynb #45b79464
@@ -99,7 +99,7 @@ class MaskGuard:
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
         return any([at is not None and bool(p.detach().take(at).any()) for (p,_),at in zip(pairs, self.samples)])
 
-# %% ../nbs/03f_guard.ipynb #75b95318
+# %% ../nbs/03f_guard.ipynb #bae1968c
 def guards(
     modules, # A model, or a list of modules
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
@@ -123,7 +123,7 @@ def guard_places(
 )->Iterator: # Yields (module, what its guard covers)
     "List where guards belong"
     owners = {p: m for m,_,p,_ in masked_params(model)}
-    if owners: yield model,model
+    if owners or any(isinstance(m, Compressed) for m in model.modules()): yield model,model
     for m in model.modules():
         mine = list(dict.fromkeys(owners[p] for p in m._parameters.values() if p in owners))
         if mine and m is not model: yield m,mine

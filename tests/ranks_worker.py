@@ -4,8 +4,8 @@ warnings.filterwarnings('ignore')
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from helpers import *
 from sparsefast.all import *
+from helpers import *
 
 WORLD = 2
 def data(n, bs, dtype=torch.float32, seed=1):

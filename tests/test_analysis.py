@@ -4,12 +4,12 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from fastai.torch_core import set_seed
-from helpers import *
 from sparsefast.see.analysis import *
 from sparsefast.see.analysis import LayerRow
 from sparsefast.all import *
 from sparsefast.select import is_depthwise
 import sparsefast.see.recorder
+from helpers import *
 
 # ------------------------------------------------------------ live units, by feeding one unit at a time
 LAYERS = dict(linear=(lambda: nn.Linear(5, 7, bias=False), (5,)), conv=(lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 3, 3)), conv1d=(lambda: nn.Conv1d(4, 6, 2, bias=False), (4, 2)),

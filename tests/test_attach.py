@@ -3,9 +3,9 @@ import json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from helpers import *
 from sparsefast.all import *
 from sparsefast.methods import DSTMethod
+from helpers import *
 
 def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
 

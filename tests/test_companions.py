@@ -11,10 +11,10 @@ from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import CrossEntropyLossFlat
-from helpers import *
 from sparsefast.all import *
 from sparsefast.methods import DSTMethod
 from sparsefast.optim import slow_weights
+from helpers import *
 
 def dst(preset='RigL', **kw): return DynamicSparseTrainingCallback(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
 

@@ -4,11 +4,11 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from fastai import optimizer as fo
-from helpers import *
 from sparsefast import presets
 from sparsefast.see import mask_checks
 from sparsefast.all import *
 from sparsefast.see.doctor import Finding, Findings, sparse_doctor
+from helpers import *
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}

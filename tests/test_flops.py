@@ -7,11 +7,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from helpers import *
 from sparsefast.all import *
 from sparsefast.core import __all__ as names
 from sparsefast.see.flops import LayerFlops, record_flops, uncompiled
 from sparsefast.storage import to_sparse_layers
+from helpers import *
 
 def uses(model, x, layers=None):
     "Independent: how often each weight is multiplied, from the shapes that come out (for transposed convolutions, that go in)"

@@ -2,9 +2,9 @@
 import warnings
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from torch import nn
-from helpers import *
 from sparsefast.all import *
 from sparsefast.see.plots import *
+from helpers import *
 
 @pytest.fixture(autouse=True)
 def close():

@@ -2,10 +2,10 @@
 import os, subprocess, sys
 from types import SimpleNamespace
 import pytest, torch
-from helpers import *
 import ranks_worker as worker
 from sparsefast.all import *
 from sparsefast.ranks import agree, group_of
+from helpers import *
 
 HERE = os.path.dirname(__file__)
 def launch(folder, *cases):

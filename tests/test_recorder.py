@@ -11,13 +11,13 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch.utils.data import TensorDataset
-from helpers import *
 import sparsefast.see.recorder
 from sparsefast import presets
 from sparsefast.all import *
 from sparsefast.see.analysis import live_units
 from sparsefast.storage import SparseLinear, to_sparse_layers
 from sparsefast.see.recorder import SparseRecorderCallback, mask_change
+from helpers import *
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}

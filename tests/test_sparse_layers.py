@@ -4,14 +4,16 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from helpers import *
 from sparsefast.all import *
-from sparsefast import presets, rewire
+from sparsefast import presets
+from sparsefast.storage import update
 from sparsefast.storage import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.utils import attribute
 from sparsefast.methods import DSTMethod
-from sparsefast.scores import gradient_magnitude
+from sparsefast.optim import opt_state
+from sparsefast.scores import gradient_magnitude, reads, weight_and_gradient
 from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, sddmm, spmm, transposed, transposed_index, width
+from helpers import *
 
 of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
 without_default_device = pytest.mark.skipif('config.getoption("--device")', reason="fastai's metrics want torch's default device to be the CPU")
@@ -138,13 +140,12 @@ def test_outputs_in_columns_are_the_same_numbers(batch, tokens):
         assert rows.is_contiguous() and columns.stride(1)==1 and rows.equal(columns) and torch.allclose(rows, trained, atol=1e-5)
         assert sparse(x.transpose(1, 2).contiguous().transpose(1, 2)).equal(columns)
 
-def test_a_score_that_looks_at_gradients_only_sees_no_weights():
+def test_a_score_that_reads_gradients_only_sees_no_weights():
     layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
     had,grad = layer.values.detach().clone(), torch.randn(5, 6)
-    with layer.as_dense(grad, values=False):
-        assert layer.values.shape==(5, 6) and layer.values.untyped_storage().nbytes()==4 and gradient_magnitude(layer.values).equal(grad.abs())
-    assert layer.values.equal(had) and layer.values.grad is None
-    assert attribute(gradient_magnitude, 'needs_values', True) is False
+    w,_ = layer.as_layer()._shown(gradient_magnitude, None, grad)
+    assert w.shape==(5, 6) and w.untyped_storage().nbytes()==4 and gradient_magnitude(w).equal(grad.abs())
+    assert layer.values.equal(had) and layer.values.grad is None and gradient_magnitude.reads==('gradient',)
 
 BAD = dict(first=(0, lambda c: c.add_(1)), falls=(0, lambda c: c.__setitem__(1, 99)), high=(1, lambda c: c.__setitem__(0, 5)), low=(1, lambda c: c.__setitem__(0, -1)),
            twice=(1, lambda c: c.__setitem__(1, int(c[0]))), dtype=(1, lambda c: c.long()), short=(1, lambda c: c[:-1]), rows=(0, lambda c: c[:-1]))
@@ -372,12 +373,16 @@ def test_rows_of_the_dense_gradient(case, n):
     assert at==len(whole)
 
 def test_rows_that_a_score_sees():
+    "Weights, gradient and optimizer state of some rows, and nothing of the layer is touched"
     layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
-    had,weight,state = layer.values.detach().clone(), layer.weight.detach(), dict(exp_avg=torch.rand(len(layer.values)), step=torch.tensor(1.))
-    moment,rows,grad = torch.zeros(5, 6).masked_scatter_(layer.weight_mask, state['exp_avg']), slice(1, 4), torch.randn(3, 6)
-    with layer.as_dense(grad, state, rows=rows): assert layer.values.equal(weight[rows]) and layer.values.grad is grad and state['exp_avg'].equal(moment[rows])
-    with layer.as_dense(grad, values=False, rows=rows): assert layer.values.shape==(3, 6)
-    assert layer.values.equal(had) and layer.values.grad is None and state['exp_avg'].shape==(len(had),)
+    opt,l = torch.optim.Adam([layer.values]),layer.as_layer()
+    layer.values.grad = torch.rand(len(layer.values))
+    opt.step()
+    had,weight,moment = layer.values.detach().clone(), layer.weight.detach(), opt.state[layer.values]['exp_avg'].clone()
+    dense,rows,grad = torch.zeros(5, 6).masked_scatter_(layer.weight_mask, moment), slice(1, 4), torch.randn(3, 6)
+    w,view = l._shown(weight_and_gradient, opt, grad, rows)
+    assert w.equal(weight[rows]) and w.grad is grad and opt_state(view, w)['exp_avg'].equal(dense[rows]) and opt_state(view, w)['step']==1
+    assert layer.values.equal(had) and opt.state[layer.values]['exp_avg'].equal(moment) and list(opt.state)==[layer.values]
 
 def test_dense_gradient_of_a_layer_used_twice():
     layer,x = masked(nn.Linear(9, 9, dtype=torch.float64)),torch.randn(5, 9, dtype=torch.float64)
@@ -500,7 +505,7 @@ def test_transformer_layer_in_evaluation():
     with torch.no_grad(): assert torch.allclose(layer(x), want, atol=1e-5)
 
 # ------------------------------------------------------------ the same training
-SUPPORTED = {n.removesuffix('_presets'): p for n,p in vars(presets).items() if n.endswith('_presets') and not p.get('explore_pct') and not attribute(p.get('grow_score_f', gradient_magnitude), 'needs_momentum')}
+SUPPORTED = {n.removesuffix('_presets'): p for n,p in vars(presets).items() if n.endswith('_presets') and not p.get('explore_pct') and 'momentum' not in reads(p.get('grow_score_f', gradient_magnitude))}
 
 def same_training(method, opt='adam', total=200, sparsity=.8, make=net, data=None, scale=None, start=None, **kw):
     a,b = pair(method, sparsity, make, **kw)
@@ -536,14 +541,14 @@ def test_same_training_by_every_method(preset):
 @of_cpus
 @pytest.mark.parametrize('preset', [p for p in SUPPORTED if p!='Static'])
 def test_same_training_some_rows_at_a_time(preset, monkeypatch):
-    monkeypatch.setattr(rewire, '_at_once', 50)                              # weights; the layers have 320, 1200 and 90
+    monkeypatch.setattr(update, '_at_once', 50)                              # weights; the layers have 320, 1200 and 90
     test_same_training_by_every_method(preset)
 
 @of_cpus
 @pytest.mark.parametrize('preset', ['RigL', 'SET', 'MEST'])
 def test_no_update_makes_a_dense_tensor(preset, monkeypatch):
     "Nothing of the weight's size but masks, which take a byte a weight"
-    monkeypatch.setattr(rewire, '_at_once', 64)
+    monkeypatch.setattr(update, '_at_once', 64)
     torch.manual_seed(0)
     model,seen = nn.Sequential(masked(nn.Linear(40, 60), .95), nn.ReLU(), nn.Linear(60, 3)), []
     to_sparse_layers(model)
