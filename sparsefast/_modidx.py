@@ -419,6 +419,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparsefast.presets.as_method': ('presets.html#as_method', 'sparsefast/presets.py')},
             'sparsefast.ranks': { 'sparsefast.ranks._check_same': ('ranks.html#_check_same', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._mask_buffers': ('ranks.html#_mask_buffers', 'sparsefast/ranks.py'),
+                                  'sparsefast.ranks._packed': ('ranks.html#_packed', 'sparsefast/ranks.py'),
+                                  'sparsefast.ranks._unpacked': ('ranks.html#_unpacked', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks.agree': ('ranks.html#agree', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks.check_whole': ('ranks.html#check_whole', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks.group_of': ('ranks.html#group_of', 'sparsefast/ranks.py'),

@@ -9,15 +9,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00a_all.ipynb #3dd97c6e
+# %% ../nbs/00a_all.ipynb #12a5e14a
 from .core import *
 from .allocation import *
 from .attach import *
 from .callback import *
 from .checkpoint import *
 from .distributions import *
-from .guard import *
-from .masks import *
+from .masks import masked_params, n_active, zero_masked_
 from .methods import *
 from .patterns import *
 from .presets import *

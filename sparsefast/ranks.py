@@ -10,14 +10,25 @@ Two things are done once, before the model is wrapped. Every rank gets the masks
 # %% auto #0
 __all__ = ['agree', 'sync_masks', 'group_of', 'check_whole']
 
-# %% ../nbs/03d_ranks.ipynb #c669c8ac
+# %% ../nbs/03d_ranks.ipynb #feaaaba7
+import numpy as np
 import torch
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from .masks import masked_params, memory_names
 from .utils import as_module
 
-# %% ../nbs/03d_ranks.ipynb #e720280b
+# %% ../nbs/03d_ranks.ipynb #91b5048a
+def _packed(flat):
+    "Pack a mask into bits on a CPU, for a short message"
+    if flat.dtype!=torch.bool: return flat
+    return torch.from_numpy(np.packbits(flat.numpy())) if flat.is_cpu else flat.byte()
+
+def _unpacked(sent, flat):
+    "Unpack what `_packed` gave for `flat`"
+    if sent.dtype==flat.dtype: return sent
+    return torch.from_numpy(np.unpackbits(sent.numpy(), count=len(flat))) if sent.is_cpu else sent
+
 @torch.no_grad()
 def agree(
     tensors:list, # Tensors of one dtype and device; changed in place
@@ -26,8 +37,9 @@ def agree(
     "Copy the tensors of the first rank to every rank, in one message"
     if not tensors: return
     flat = torch.cat([t.reshape(-1) for t in tensors])
-    if flat.dtype==torch.bool: flat = flat.byte()
-    dist.broadcast(flat, dist.get_global_rank(group, 0) if group else 0, group=group)
+    sent = _packed(flat)
+    dist.broadcast(sent, dist.get_global_rank(group, 0) if group else 0, group=group)
+    flat = _unpacked(sent, flat)
     for t,f in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(f.view(t.shape))
 
 def _mask_buffers(model):

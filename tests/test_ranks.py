@@ -35,7 +35,7 @@ def test_equal_to_one_process_on_the_joined_batch(accumulate, results):
 
 def test_no_message_beyond_what_an_update_needs(results):
     a,_ = results('messages')
-    weights = sum(-(-p.numel()//8) for p,*_ in sparse_params(worker.net()))                  # the new masks, a bit a weight
+    weights = -(-sum(p.numel() for p,*_ in sparse_params(worker.net()))//8)                  # the new masks, a bit a weight
     updates = sum(worker.method_of('RigL').due(step, (step-1)/24) for step in range(1, 25))
     assert a['seen']==[weights]*updates and updates>=4 and a['rebroadcast']==[]
 
