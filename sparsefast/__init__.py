@@ -18,8 +18,9 @@ Modules:
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
-- `sparsefast.layer`: The two values the engine deals in: one sparse weight, and a place in training
+- `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
+- `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
@@ -38,6 +39,7 @@ Modules:
 - `sparsefast.see.plots`: Pictures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
+- `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
@@ -55,6 +57,7 @@ Modules:
 - `sparsefast.storage.linear`: `SparseLinear`: a linear layer that stores and multiplies its active weights only, forward and backward
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
+- `sparsefast.training_time`: A place in training: an optimizer step, and the number of steps in the whole
 - `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""
 
 __version__ = "0.1.0"

@@ -66,7 +66,7 @@ def raise_findings(
         more = f' (and {len(same)-1} more)' if len(same)>1 else ''
         warnings.warn(same[0].message+more, stacklevel=4)
 
-# %% ../nbs/04b_checks.ipynb #256d6406
+# %% ../nbs/04b_checks.ipynb #67bd1f6c
 def check_orphans(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -74,8 +74,10 @@ def check_orphans(
     for m in [m for top in as_modules(case.model) for m in top.modules()]:
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
             if f'{n}_sparsity' in m._buffers and m._parameters.get(n) is None:
-                what = f'its module has a mask for `{n}`, which is no plain parameter any more (parametrized, weight-normed or pruned since)'
-                yield Finding('fault', 'orphan', case.name(Weight(m, n)), what, 'undo that, or call `unsparsify_model` before doing it')
+                what = (f'its module has a mask for `{n}`, which is no plain parameter any more '
+                        '(parametrized, weight-normed or pruned since)')
+                todo = 'undo that, or call `unsparsify_model` before doing it'
+                yield Finding('fault', 'orphan', case.name(Weight(m, n)), what, todo)
 
 _halves = (torch.float16, torch.bfloat16)
 
@@ -100,27 +102,31 @@ def check_targets(
     for l in case.layers:
         if is_rounded(l):
             dtype = l.module._buffers[f'{l.name}_sparsity'].dtype
-            yield Finding('fault', 'target', case.name(l), f'the target sparsity of {l.module} has become {l.target:.6g}, in {dtype}, rounded by half precision',
-                          f'convert the model before `sparsify_model`, or set the buffer `{l.name}_sparsity` again, in single or double precision')
+            what = f'the target sparsity of {l.module} has become {l.target:.6g}, in {dtype}, rounded by half precision'
+            todo = ('convert the model before `sparsify_model`, '
+                    f'or set the buffer `{l.name}_sparsity` again, in single or double precision')
+            yield Finding('fault', 'target', case.name(l), what, todo)
 
-# %% ../nbs/04b_checks.ipynb #393fb2f8
+# %% ../nbs/04b_checks.ipynb #b54d9d26
 def check_momentum(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
     "Find an optimizer without momentum, where a method grows by it"
-    if case.opt is not None and case.method is not None and case.method.reads_momentum and not keeps_momentum(case.opt):
-        yield Finding('fault', 'no momentum', type(inner_opt(case.opt)).__name__, 'this method grows by momentum, and the optimizer keeps none',
-                      "set one (`mom=0.9` in fastai's SGD, `momentum=0.9` in torch's), or use Adam")
+    if case.opt is None or case.method is None or not case.method.reads_momentum or keeps_momentum(case.opt): return
+    todo = "set one (`mom=0.9` in fastai's SGD, `momentum=0.9` in torch's), or use Adam"
+    yield Finding('fault', 'no momentum', type(inner_opt(case.opt)).__name__,
+                  'this method grows by momentum, and the optimizer keeps none', todo)
 
 def check_optimizer(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
     "Find weights that learn, and not by this optimizer"
     known = set(opt_params(case.opt)) if case.opt is not None else set()
+    what = 'the optimizer does not know this parameter, so it never trains (was it replaced after the optimizer was made?)'
+    todo = 'make the optimizer after the model is complete, or give it to the conversion: `to_sparse_layers(model, opt)`'
     for l in case.layers if known else []:
         if l.p.requires_grad and l.p not in known:
-            yield Finding('warning', 'unknown to optimizer', case.name(l), 'the optimizer does not know this parameter, so it never trains (was it replaced after the optimizer was made?)',
-                          'make the optimizer after the model is complete, or give it to the conversion: `to_sparse_layers(model, opt)`')
+            yield Finding('warning', 'unknown to optimizer', case.name(l), what, todo)
 
 def check_storage(
     case:Case, # What to look at
@@ -129,26 +135,30 @@ def check_storage(
     for l in case.layers if case.method else []:
         why = l.refusal(case.method, case.opt)
         if not why: continue
-        yield Finding('fault', 'storage', case.name(l), f'{l.module} is compressed, and this method {why}', 'call `to_masked_layers(model, opt)`')
+        what = f'{l.module} is compressed, and this method {why}'
+        yield Finding('fault', 'storage', case.name(l), what, 'call `to_masked_layers(model, opt)`')
         return
 
-# %% ../nbs/04b_checks.ipynb #812cdf92
+# %% ../nbs/04b_checks.ipynb #eb525fc0
 def check_pattern(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
     "Find masks and targets that do not fit the method's pattern"
     m = case.method
     if m is None or m.pattern_f is drop_grow: return
+    shown = show_value(m.pattern_f)
     for l in case.layers:
         f,mask = pattern_of(m, l),l.mask
         if not fits_pattern(mask, f):
-            yield Finding('fault', 'pattern', case.name(l), f'the mask of {l.module} does not follow {show_value(m.pattern_f)}', 'pass `pattern_f` to `sparsify_model` too')
+            what = f'the mask of {l.module} does not follow {shown}'
+            yield Finding('fault', 'pattern', case.name(l), what, 'pass `pattern_f` to `sparsify_model` too')
             continue
         over = int(nnz(mask))-n_active(l.numel, l.target)
         if not m.sparsity_sched_f or over<=0: continue
         try: f(mask, mask.float(), mask.float(), over, 0)
         except ValueError as e:
-            yield Finding('fault', 'pattern', case.name(l), f'the final sparsity of {l.module}, {l.target:.4g}, does not fit {show_value(m.pattern_f)}', str(e))
+            what = f'the final sparsity of {l.module}, {l.target:.4g}, does not fit {shown}'
+            yield Finding('fault', 'pattern', case.name(l), what, str(e))
 
 def check_store(
     case:Case, # What to look at
@@ -157,7 +167,8 @@ def check_store(
     if case.method is None or not case.method.explore_pct: return
     for l in case.layers:
         if l.recall('store') is None and not l.refusal(case.method, case.opt):
-            yield Finding('fault', 'store', case.name(l), 'this method trains weights outside the masks, and they have been zeroed', 'call `sparsify_model(..., keep_dense=True)`')
+            what = 'this method trains weights outside the masks, and they have been zeroed'
+            yield Finding('fault', 'store', case.name(l), what, 'call `sparsify_model(..., keep_dense=True)`')
 
 def check_start(
     case:Case, # What to look at
@@ -168,8 +179,10 @@ def check_start(
     targets,active = [l.target for l in case.layers],tolist([l.nnz for l in case.layers])
     sparse = all(n<=l.numel*(1-s)+1 for n,l,s in zip(active, case.layers, targets))
     if sparse and any(m.sparsity_at(s, 0.)<s for s in targets):
-        yield Finding('warning', 'start', 'masks', 'they are as sparse as they should be in the end, so there is nothing to prune',
-                      f'this method starts at sparsity {m.sparsity_at(max(targets), 0.):.4g}: say so by `sparsify_model(..., initial_sparsity=...)`')
+        start = f'this method starts at sparsity {m.sparsity_at(max(targets), 0.):.4g}'
+        yield Finding('warning', 'start', 'masks',
+                      'they are as sparse as they should be in the end, so there is nothing to prune',
+                      f'{start}: say so by `sparsify_model(..., initial_sparsity=...)`')
 
 def check_interval(
     case:Case, # What to look at
@@ -181,11 +194,13 @@ def check_interval(
     moves = m.sparsity_sched_f or m.initial_drop_grow_pct or m.final_drop_grow_pct
     if moves and (n>=total or (n-1)/total>=m.stop_pct):
         stays = 'sparsity will stay what it is' if m.sparsity_sched_f else 'the masks will stay what they are'
-        yield Finding('warning', 'interval', f'batches_per_update={n}', f'no update falls into {total} optimizer steps, so {stays}', 'use a shorter interval')
+        what = f'no update falls into {total} optimizer steps, so {stays}'
+        yield Finding('warning', 'interval', f'batches_per_update={n}', what, 'use a shorter interval')
 
-# %% ../nbs/04b_checks.ipynb #93165c62
+# %% ../nbs/04b_checks.ipynb #86d09016
 # Checks that `method.check` goes through, in this order
-method_checks = (check_orphans, check_momentum, check_storage, check_optimizer, check_targets, check_pattern, check_store, check_interval)
+method_checks = (check_orphans, check_momentum, check_storage, check_optimizer,
+                 check_targets, check_pattern, check_store, check_interval)
 
 def run_checks(
     case:Case, # What to look at

@@ -9,11 +9,11 @@ The parameter holds what the forward pass uses, zero outside the mask, like that
 # %% auto #0
 __all__ = ['explored', 'ExploringLayer']
 
-# %% ../nbs/03g_exploration.ipynb #904140bb
+# %% ../nbs/03g_exploration.ipynb #0029c169
 import torch
-from .layer import Layer, call_reset
+from .layer import Layer
 from .masks import nnz, zero_masked_
-from .optim import StateView
+from .optim import StateView, call_reset
 from .topk import top_k_mask
 
 # %% ../nbs/03g_exploration.ipynb #b318bc84
@@ -27,7 +27,7 @@ def explored(
     n = min(round(share*mask.numel()), rest)
     return mask | top_k_mask(values.abs(), n, among=~mask, n_among=rest)
 
-# %% ../nbs/03g_exploration.ipynb #16ca517f
+# %% ../nbs/03g_exploration.ipynb #6bf89725
 class ExploringLayer(Layer):
     "A masked weight whose values outside the mask train too"
     explore_pct = 0.
@@ -36,7 +36,7 @@ class ExploringLayer(Layer):
     def of(cls,
         l:Layer, # A masked layer, made sparse with `keep_dense=True`
         explore_pct:float, # Share of all weights that train beside those in use
-    )->Layer:
+    )->Layer: # The same weight
         "Take a masked layer as an exploring one"
         new = cls(l.module, l.name, l.i, l.is_last, l.group)
         new.explore_pct = explore_pct

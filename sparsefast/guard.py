@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
 from .utils import as_module, as_modules
 
-# %% ../nbs/03f_guard.ipynb #45b79464
+# %% ../nbs/03f_guard.ipynb #06005296
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
 
 def _version(t):
@@ -51,55 +51,45 @@ class MaskGuard:
         compiles = is_compiling() or torch.jit.is_tracing()
         if self.whole is not None and self.whole.runs and not compiles: return
         pairs = [(p, mask) for *_,p,mask in masked_params(self.where)]
-        if compiles: return self.mask(pairs)
-        training = module.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs])
-        if training: self.before_training(pairs)
-        elif self.key is None or self.key!=self.state(pairs) or self.sees_nonzero(pairs): self.before_evaluation(pairs)
+        if compiles: return self._mask(pairs)
+        trains = module.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs])
+        if trains: self._before_training(pairs)
+        elif self.key is None or self.key!=self._state(pairs) or self._sees_nonzero(pairs): self._before_evaluation(pairs)
         self.runs = True
 
-    def leave(self, module, *args):
+    def _leave(self, module, *args):
         "End the model's forward pass; serves as a forward hook"
         if not is_compiling(): self.runs = False
 
-    def before_training(self,
-        pairs, # (parameter, mask) each
-    )->None:
+    def _before_training(self, pairs):
         "Mask, unless the engine has just done so; it is believed once, if a few masked weights are zero"
         self.key = None
-        if not self.trusted or self.sees_nonzero(pairs): self.mask(pairs)
+        if not self.trusted or self._sees_nonzero(pairs): self._mask(pairs)
         self.trusted = False
 
-    def before_evaluation(self,
-        pairs, # (parameter, mask) each
-    )->None:
+    def _before_evaluation(self, pairs):
         "Mask, and note the state of all weights; not while an optimizer may still step with their gradients"
-        self.mask(pairs)
+        self._mask(pairs)
         settled = self.trusted or all(p.grad is None for p,_ in pairs)
-        self.key = self.state(pairs) if settled else None
+        self.key = self._state(pairs) if settled else None
 
-    def mask(self,
-        pairs, # (parameter, mask) each
-    )->None:
+    def _mask(self, pairs):
         "Mask the weights"
         with torch.no_grad():
             for p,mask in pairs: zero_masked_(p.data, mask)
 
-    def state(self,
-        pairs, # (parameter, mask) each
-    )->list|None: # `None` where torch cannot tell whether anything changes
-        "Get memory and version of every weight and mask"
+    def _state(self, pairs):
+        "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"
         versions = [_version(t) for pair in pairs for t in pair]
         return None if None in versions else versions
 
-    def sees_nonzero(self,
-        pairs, # (parameter, mask) each
-    )->bool: # On a CPU only
-        "True if one of a few masked weights is not zero"
+    def _sees_nonzero(self, pairs):
+        "True if one of a few masked weights is not zero; on a CPU only"
         masks = [_version(mask) for _,mask in pairs]
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
         return any([at is not None and bool(p.detach().take(at).any()) for (p,_),at in zip(pairs, self.samples)])
 
-# %% ../nbs/03f_guard.ipynb #bae1968c
+# %% ../nbs/03f_guard.ipynb #1d431f07
 def guards(
     modules, # A model, or a list of modules
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
@@ -135,11 +125,11 @@ def add_guards(
     remove_guards(model)
     places,whole = list(guard_places(model)),MaskGuard(model)
     handles = [m.register_forward_pre_hook(whole if m is model else MaskGuard(where, whole)) for m,where in places]
-    return [*handles, model.register_forward_hook(whole.leave)] if handles else []
+    return [*handles, model.register_forward_hook(whole._leave)] if handles else []
 
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one
-): # fastai's `Hooks`; `remove()` ends the enforcement
+)->object: # fastai's `Hooks`; `remove()` ends the enforcement
     "Mask the weights before every forward, by hooks wherever they are used"
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     hooks = Hooks([], lambda *args: None)

@@ -8,9 +8,10 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 
 # %% auto #0
 __all__ = ['inner_opt', 'param_lists', 'opt_params', 'opt_state', 'slow_weights', 'state_tensors', 'keeps_momentum', 'momentum',
-           'reset_state', 'StateView', 'replace_param']
+           'reset_state', 'call_reset', 'StateView', 'replace_param']
 
-# %% ../nbs/01d_optim.ipynb #13110ffd
+# %% ../nbs/01d_optim.ipynb #483eb92c
+import inspect
 import torch
 from .masks import zero_masked_
 
@@ -85,7 +86,7 @@ def momentum(
         raise ValueError(f"opt must keep momentum, which this score reads, got {type(inner_opt(opt)).__name__} without it: "
                          "set `mom=0.9` in fastai's SGD and RMSProp, `momentum=0.9` in torch's, or use Adam")
 
-# %% ../nbs/01d_optim.ipynb #4521cb57
+# %% ../nbs/01d_optim.ipynb #01e1d26f
 @torch.no_grad()
 def reset_state(
     p:torch.Tensor, # A parameter
@@ -96,6 +97,22 @@ def reset_state(
 )->None:
     "Zero the optimizer's state of some of a parameter's weights"
     for v in state_tensors(opt, p): zero_masked_(v, ~where)
+
+def _takes(f, name):
+    "True if `f` takes an argument of this name"
+    try: ps = inspect.signature(f).parameters
+    except ValueError: return False
+    return name in ps or any(p.kind==p.VAR_KEYWORD for p in ps.values())
+
+def call_reset(
+    f, # A method's `reset_state_f`
+    p:torch.Tensor, # A parameter
+    opt, # Its optimizer
+    where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
+    **kwargs # `born` and `grad`, passed if `f` takes them
+)->None:
+    "Reset optimizer state by a method's own rule"
+    f(p, opt, where, **{k: v for k,v in kwargs.items() if _takes(f, k)})
 
 # %% ../nbs/01d_optim.ipynb #adbdcd9a
 class StateView:

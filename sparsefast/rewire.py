@@ -15,7 +15,7 @@ from .layer import Layer, find_layers, sparse_layers
 from .optim import reset_state
 from .plan import plan
 
-# %% ../nbs/04a_rewire.ipynb #deaea6b2
+# %% ../nbs/04a_rewire.ipynb #47950484
 @torch.no_grad()
 def rewire(
     m, # `DSTMethod`
@@ -27,5 +27,5 @@ def rewire(
     changes = plan(m, layers, opt, t)
     for l,change in zip(layers, changes):
         l.write(change.mask, opt, m.reset_state_f, change.values, m.reads_momentum)
-        if change.target is not None: l.set_target(change.target)
+        if change.target is not None: l.module._buffers[f'{l.name}_sparsity'].fill_(change.target)
         if change.memory is not None: l.remember('shared', torch.full((), float(change.memory), device=l.p.device))

@@ -51,8 +51,8 @@ def _load_hooks(module):
     "List the load hooks that make room for methods' buffers"
     return [k for k,h in module._load_state_dict_pre_hooks.items() if getattr(h, 'hook', h) is adopt_memory]
 
-# %% ../nbs/04_sparsify.ipynb #f1b097f3
-def no_hooks(): # fastai's `Hooks`, with nothing to remove
+# %% ../nbs/04_sparsify.ipynb #ef371a6e
+def no_hooks()->object: # fastai's `Hooks`, with nothing to remove
     "Make the result of a call that adds no hooks"
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     return Hooks([], lambda *args: None)
@@ -192,7 +192,7 @@ def _check_dicts(**ds):
     for n,v in ds.items():
         if not isinstance(v, (dict, type(None))): raise TypeError(f"{n} must be a dict from layers, as `select_weights` takes them, got {v!r}")
 
-# %% ../nbs/04_sparsify.ipynb #8aff1440
+# %% ../nbs/04_sparsify.ipynb #7360a47b
 # Names that `sparse_f` accepts
 named_distributions = dict(uniform=uniform_sparsity, first_layer_dense=first_layer_dense_uniform, erk=erdos_renyi_sparsity,
                            er=partial(erdos_renyi_sparsity, include_kernel=False))
@@ -231,7 +231,7 @@ def sparsify_model(
     keep_dense:bool=False, # True to store the values of masked weights, for methods that train them
     init_f=None, # New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`, as `sparse_kaiming_normal_` does
     depthwise:bool=False, # True to make depthwise convolutions sparse too; they have few weights, and papers leave them dense and do not count them
-): # fastai's `Hooks`: `remove()` ends the enforcement, the masks stay
+)->object: # fastai's `Hooks`: `remove()` ends the enforcement, the masks stay
     "Give sparseable layers masks, in place; layers of sparsity 0 get none, and errors (`ValueError`) leave the model as it was"
     model,sparse_f = as_module(model),_distribution(sparse_f)
     check_fraction(model_sparsity, 'model_sparsity')
@@ -303,7 +303,7 @@ def state_misfit(
     known = dict(model.named_parameters(remove_duplicate=False))
     return next((f"{k!r} has a mask and is no parameter of the model" for k in masked if k not in known), '')
 
-# %% ../nbs/04_sparsify.ipynb #034f89a7
+# %% ../nbs/04_sparsify.ipynb #76b13362
 def set_sparse_state(
     model:nn.Module, # A model of the kind that was saved, dense or sparse; what does not fit is a `ValueError` and changes nothing
     state_dict:dict, # State of a sparse model
@@ -324,7 +324,7 @@ def load_sparse_state(
     model:nn.Module, # A model of the kind that was saved, dense or sparse, or a `Learner`; what does not fit is a `ValueError` and changes nothing
     state_dict:dict, # State of a sparse model; copied
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
-): # fastai's `Hooks`
+)->object: # fastai's `Hooks`
     "Load a sparse model's state, with its masks; masks that the state does not have are removed"
     model = as_module(model)
     set_sparse_state(model, state_dict)

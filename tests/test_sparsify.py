@@ -485,3 +485,37 @@ def test_what_a_method_remembers_comes_along():
     sparsify_model(model, .5, keep_dense=True)
     load_sparse_state(new, model.state_dict())
     assert torch.equal(new[0].weight_dst_store, model[0].weight_dst_store)
+
+# ------------------------------------------------------------ masks belong to one model
+def test_masks_are_copied():
+    "What a training changes are the model's own masks, not a saved state, nor those of the model that lent them"
+    start = mlp(16, 64, 3)
+    sparsify_model(start, .8)
+    saved = copy.deepcopy(start.state_dict())
+    lent = {n: start[int(n)].weight_mask for n in ('0', '2')}
+    before = {n: m.clone() for n,m in lent.items()}
+    loaded,other = mlp(16, 64, 3),mlp(16, 64, 3)
+    load_sparse_state(loaded, saved)
+    s = 1-sum(int(m.sum()) for m in lent.values())/sum(m.numel() for m in lent.values())
+    sparsify_model(other, s, masks=lent)
+    for model in (loaded, other):
+        for m in (model[0], model[2]): m.weight_mask.logical_not_()
+    assert all(torch.equal(before[n], lent[n]) and torch.equal(before[n], saved[f'{n}.weight_mask']) for n in lent)
+
+def test_a_state_without_targets_is_loaded():
+    "A mask needs no target"
+    model,new = nn.Sequential(nn.Linear(8, 8)),nn.Sequential(nn.Linear(8, 8))
+    model[0].register_buffer('weight_mask', torch.rand(8, 8)<.5)
+    load_sparse_state(new, model.state_dict())
+    assert torch.equal(new[0].weight_mask, model[0].weight_mask) and abs(new[0].weight_sparsity-(1-model[0].weight_mask.float().mean()))<1e-6
+
+@pytest.mark.parametrize('name,f', dict(uniform=uniform_sparsity, erk=erdos_renyi_sparsity, ERK=erdos_renyi_sparsity, er=partial(erdos_renyi_sparsity, include_kernel=False)).items())
+def test_distributions_by_name(name, f):
+    a,b = convnet(),convnet()
+    for m,g in ((a, name), (b, f)):
+        torch.manual_seed(0)
+        sparsify_model(m, .9, sparse_f=g)
+    assert same_masks(masks(a), masks(b))
+
+def test_an_unknown_distribution_is_refused():
+    refused_untouched(mlp(4,6,4), "sparse_f must be a function or one of .*got 'erks': did you mean erk", .5, 'erks')

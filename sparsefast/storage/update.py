@@ -9,15 +9,15 @@ The dense gradient is computed when an update asks for it, from what the backwar
 # %% auto #0
 __all__ = ['CompressedLayer']
 
-# %% ../../nbs/storage/01b_update.ipynb #64e199c7
+# %% ../../nbs/storage/01b_update.ipynb #f53654c3
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 import torch
 from fastcore.basics import patch
-from ..layer import Layer, call_reset
+from ..layer import Layer
 from ..masks import nonzero_flat
-from ..optim import StateView, opt_state
+from ..optim import StateView, call_reset, opt_state
 from ..scores import reads
 from .base import SparseLayer
 from .kernels import index_at, sddmm
@@ -183,7 +183,7 @@ def _entries(state, n):
     "List the names of the optimizer's state that holds a number for each of `n` weights"
     return [k for k,v in state.items() if torch.is_tensor(v) and v.shape==(n,)]
 
-# %% ../../nbs/storage/01b_update.ipynb #e17a18ee
+# %% ../../nbs/storage/01b_update.ipynb #6041dfb3
 @patch
 def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_state=False):
     "Change the active weights, and what the optimizer remembers of them; the parameter stays the same object"
@@ -212,6 +212,6 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_stat
 @patch
 def as_layer(self:SparseLayer,
     **kwargs # Place in the model and group of processes, as for `Layer`
-)->Layer:
+)->Layer: # A `CompressedLayer`
     "Get the layer as the engine sees it"
     return CompressedLayer(self, 'weight', **kwargs)
