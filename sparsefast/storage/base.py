@@ -28,21 +28,26 @@ from ..guard import MaskGuard
 from ..masks import Compressed, adopt_memory, check_mask, memory_name
 from .kernels import check_index, index_of, positions, sddmm, spmm, transposed, transposed_index
 
-# %% ../../nbs/storage/01a_base.ipynb #5141c9a8
+# %% ../../nbs/storage/01a_base.ipynb #034d9c01
 def _contiguous(x):
     "Compute `x.contiguous()`, faster where a single matrix lies transposed"
-    if x.dim()!=3 or len(x)!=1 or x.is_contiguous(): return x.contiguous()
+    if x.dim()!=3 or len(x)!=1 or x.is_contiguous():
+        return x.contiguous()
     return transposed(x[0].t()).unsqueeze(0)
 
 def _forward(layer, values, bias, x):
     "Multiply inputs: (images, outputs, columns)"
     if len(x)==0: return x.new_zeros(0, layer._n_out, 0)
-    matrix,out = layer._matrix(values),None
+    matrix = layer._matrix(values)
+    if len(x)==1:                                                  # without a copy
+        columns,n,gaps = layer._pieces(x.squeeze(0))
+        return spmm(*matrix, columns, n, bias, gaps=gaps).unsqueeze(0)
+    out = None
     for i,image in enumerate(x):
         columns,n,gaps = layer._pieces(image)
-        if len(x)>1 and out is None: out = x.new_empty(len(x), layer._n_out, n)
-        y = spmm(*matrix, columns, n, bias, out=None if out is None else out[i], gaps=gaps)
-    return y.unsqueeze(0) if out is None else out
+        if out is None: out = x.new_empty(len(x), layer._n_out, n)
+        spmm(*matrix, columns, n, bias, out=out[i], gaps=gaps)
+    return out
 
 def _input_grad(layer, values, g, x):
     "Compute the gradient of the inputs"
@@ -50,7 +55,8 @@ def _input_grad(layer, values, g, x):
     grads = [spmm(*matrix, image) for image in g]
     grads = [layer._back(grad, x.shape[1:]) for grad in grads]
     if len(grads)==1: return grads[0].view(x.shape)                # without a copy
-    return torch.stack(grads).view(x.shape) if grads else torch.zeros_like(x)
+    if not grads: return torch.zeros_like(x)
+    return torch.stack(grads).view(x.shape)
 
 class _Product(torch.autograd.Function):
     @staticmethod
@@ -67,14 +73,15 @@ class _Product(torch.autograd.Function):
         g = _contiguous(g)
         grad_values = grad_bias = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_values = sddmm(layer.crow, layer.col, layer._pairs(g, x)).to(values.dtype)
+            grad_values = sddmm(layer.crow, layer.col, layer._pairs(g, x))
+            grad_values = grad_values.to(values.dtype)
             if layer.kept: layer._held.append((g, x))
         if ctx.needs_input_grad[1]:
             grad_bias = g[0].sum(1) if len(g)==1 else g.sum((0,2))
         if ctx.needs_input_grad[2]: grad_x = _input_grad(layer, values, g, x)
         return grad_values, grad_bias, grad_x, None
 
-# %% ../../nbs/storage/01a_base.ipynb #e35436bc
+# %% ../../nbs/storage/01a_base.ipynb #2451a3ba
 def _mask_of(module):
     "The mask of a layer that can be compressed; raise a `ValueError` for other layers"
     w = module._parameters.get('weight')
@@ -104,12 +111,13 @@ def _take_over(old, new):
     "Give `new` the user's own hooks, what a method remembers, and the training mode of `old`"
     for k in _hook_dicts:
         for i,h in getattr(old, k).items():
-            if not _is_guard(h): getattr(new, k)[i] = h
+            if _is_guard(h): continue
+            getattr(new, k)[i] = h
     new._is_full_backward_hook = old._is_full_backward_hook
     for n in _remembered(old): new.register_buffer(n, old._buffers[n])
     new.train(old.training)
 
-# %% ../../nbs/storage/01a_base.ipynb #0bd5140a
+# %% ../../nbs/storage/01a_base.ipynb #474ce95e
 class SparseLayer(Compressed):
     "Base class of layers that store and multiply their active weights only"
     by_rows = False                                                # True if an update looks at a large one some rows at a time
@@ -119,8 +127,11 @@ class SparseLayer(Compressed):
     ):
         super().__init__()
         w,mask = module.weight,_mask_of(module)
-        self.shape,self.dense_type = w.shape,type(module)
-        self.kept,self._held,self._cached = False,[],None
+        self.shape = w.shape
+        self.dense_type = type(module)
+        self.kept = False
+        self._held = []
+        self._cached = None
         hooks = module._forward_pre_hooks.values()
         self._enforced = any(isinstance(h, MaskGuard) for h in hooks)
         self.values = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad)
@@ -147,7 +158,8 @@ class SparseLayer(Compressed):
 
     def _size(self, rows=None):
         "The shape of some rows of the weight"
-        return self.shape if rows is None else (rows.stop-rows.start, *self.shape[1:])
+        if rows is None: return self.shape
+        return rows.stop-rows.start,*self.shape[1:]
 
     def _set_index(self, crow, col):
         self.crow,self.col,self._cached = crow,col,None
@@ -163,7 +175,7 @@ class SparseLayer(Compressed):
 
     def __getstate__(self): return {**self.__dict__, '_held': [], '_cached': None}
 
-# %% ../../nbs/storage/01a_base.ipynb #426b4c49
+# %% ../../nbs/storage/01a_base.ipynb #1ca39106
 @patch
 def _learns(self:SparseLayer, x):
     "True if a gradient is to be computed"
@@ -177,11 +189,12 @@ def _run(self:SparseLayer, x):
     if torch.is_autocast_enabled(x.device.type):                   # half precision is no faster, and some operations lack it
         x = x.to(self.values.dtype)
         with torch.autocast(x.device.type, enabled=False): return self._run(x)
-    if not self._learns(x): return _forward(self, self.values, self.bias, x)
+    if not self._learns(x):
+        return _forward(self, self.values, self.bias, x)
     if self._held and self._begins(): self._held.clear()           # held for the dense gradient of an earlier step
     return _Product.apply(self.values, self.bias, x, self)
 
-# %% ../../nbs/storage/01a_base.ipynb #34965ada
+# %% ../../nbs/storage/01a_base.ipynb #4fc7af4e
 @patch
 def positions(self:SparseLayer)->torch.Tensor: # int64, ascending
     "Compute the positions of the active weights in the flattened weight"
@@ -191,7 +204,8 @@ def _active_in(layer, rows):
     "(slice of `values`, their positions) of the active weights in some rows of the weight, or in all if `None`"
     if rows is None: return slice(None), layer.positions()
     crow = layer.crow[rows.start:rows.stop+1]
-    some = slice(int(crow[0]), int(crow[-1]))
+    first,last = int(crow[0]),int(crow[-1])
+    some = slice(first, last)
     return some, positions(crow, layer.col[some], layer._matrix_shape[1])
 
 @patch
@@ -230,7 +244,7 @@ def to_masked(self:SparseLayer)->nn.Module: # A layer of the type that this one 
     if self._enforced: m.register_forward_pre_hook(MaskGuard([m]))
     return m
 
-# %% ../../nbs/storage/01a_base.ipynb #12815658
+# %% ../../nbs/storage/01a_base.ipynb #4e8e93b8
 def index_misfit(
     layer:SparseLayer, # A compressed layer
     new:dict, # `values`, `crow` and `col`; `None` for what is missing
@@ -240,9 +254,10 @@ def index_misfit(
     if missing: return f"{' and '.join(missing)} missing"
     values = new['values']
     if values.dim()!=1: return f"values must have one dimension, got shape {tuple(values.shape)}"
-    try: check_index(new['crow'], new['col'], len(values), layer._matrix_shape)
+    try:
+        check_index(new['crow'], new['col'], len(values), layer._matrix_shape)
+        return ''
     except ValueError as e: return str(e)
-    return ''
 
 @patch
 def _load_from_state_dict(self:SparseLayer, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -251,9 +266,10 @@ def _load_from_state_dict(self:SparseLayer, state_dict, prefix, metadata, strict
         if why := index_misfit(self, new):
             errors.append(f"{prefix or 'the layer'}: {why}")
             return
-        device,n = self.crow.device,len(new['values'])
-        crow,col = (new[k].to(device, copy=True) for k in ('crow', 'col'))
-        self._resize(crow, col, self.values.new_zeros(n))
+        device = self.crow.device
+        crow = new['crow'].to(device, copy=True)
+        col = new['col'].to(device, copy=True)
+        self._resize(crow, col, self.values.new_zeros(len(col)))
     self._adopt(state_dict, prefix)
     super(SparseLayer, self)._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
@@ -261,9 +277,11 @@ def _load_from_state_dict(self:SparseLayer, state_dict, prefix, metadata, strict
 def _adopt(self:SparseLayer, state_dict, prefix):
     "Make room for what a method remembers in a state, and for nothing else of the kind"
     for n in _remembered(self): del self._buffers[n]
+    begin = prefix+memory_name('weight', '')
     for k,t in state_dict.items():
-        if not k.startswith(prefix+memory_name('weight', '')): continue
-        self.register_buffer(k.removeprefix(prefix), torch.empty_like(t, device=self.values.device))
+        if not k.startswith(begin): continue
+        room = torch.empty_like(t, device=self.values.device)
+        self.register_buffer(k.removeprefix(prefix), room)
 
 # %% ../../nbs/storage/01a_base.ipynb #6016d12d
 @patch

@@ -18,49 +18,19 @@ from fastcore.basics import patch
 from .base import SparseLayer
 from .kernels import laid, rounded, width
 
-# %% ../../nbs/storage/03_conv.ipynb #ae7d90f5
-def _out_size(size, kernel, stride, dilation):
-    "[height, width] of the output for a padded image of `size`"
-    out = []
-    for n,k,s,d in zip(size, kernel, stride, dilation):
-        seen = d*(k-1)+1                                           # pixels from the first to the last that a kernel covers
-        out.append((n-seen)//s+1)
-    return out
+# %% ../../nbs/storage/03_conv.ipynb #cbbe140a
+_settings = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'padding_mode']
 
-def _windows(x, kernel, stride, dilation):
-    "A view (channels, kernel height, kernel width, height out, width out) of an image (channels, height, width)"
-    channel,row,pixel = x.stride()
-    out = _out_size(x.shape[1:], kernel, stride, dilation)
-    in_kernel = row*dilation[0],pixel*dilation[1]
-    in_image = row*stride[0],pixel*stride[1]
-    return x.as_strided((len(x),*kernel,*out), (channel,*in_kernel,*in_image), x.storage_offset())
-
-def _runs(x, kernel, dilation, cuts):
-    "Yield (view, how many of its pixels count) of a contiguous image, for cuts (first pixel, pixels, how many count)"
-    c,h,w = x.shape
-    step = h*w,w*dilation[0],dilation[1],1                         # a view is (channels, kernel height, kernel width, pixels)
-    for at,n,count in cuts:
-        start = x.storage_offset()+at
-        yield x.as_strided((c,*kernel,n), step, start), count
-
-def _unwindow(g, size, kernel, stride, dilation):
-    "The adjoint of `_windows`: gradients of windows, (channels*kernel, pixels out), summed where they overlap"
-    g = F.fold(g.unsqueeze(0), size[1:], kernel, dilation, padding=0, stride=stride)
-    return g[0]
-
-# %% ../../nbs/storage/03_conv.ipynb #279f1cfb
 class SparseConv2d(SparseLayer):
     "`nn.Conv2d` that stores and multiplies its active weights only"
     def __init__(self,
         module:nn.Conv2d, # A masked layer with one group; `from_masked` checks that it is
     ):
         super().__init__(module)
-        for n in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'padding_mode'):
-            setattr(self, n, getattr(module, n))
+        for n in _settings: setattr(self, n, getattr(module, n))
         self._pad = list(module._reversed_padding_repeated_twice)
         self._pointwise = self.kernel_size==(1,1)
         self._form = self.kernel_size,self.stride,self.dilation
-        self._in_runs = self.stride==(1,1) and not self._pointwise
 
     @staticmethod
     def _misfit(module):
@@ -71,16 +41,38 @@ class SparseConv2d(SparseLayer):
         return ''
 
     def _dense_twin(self):
-        return nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-                         bias=False, padding_mode=self.padding_mode, device='meta')
+        settings = {n: getattr(self, n) for n in _settings}
+        return nn.Conv2d(**settings, bias=False, device='meta')
 
     def extra_repr(self)->str: # Without the name of the type
         "What `print` shows: the settings of the convolution, and the number of active weights"
         channels = f'{self.in_channels}, {self.out_channels}'
-        form = f'kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}'
-        return f'{channels}, {form}, bias={self.bias is not None}, active={len(self.values)}'
+        kernel = f'kernel_size={self.kernel_size}, stride={self.stride}'
+        rest = f'padding={self.padding}, bias={self.bias is not None}'
+        return f'{channels}, {kernel}, {rest}, active={len(self.values)}'
 
-# %% ../../nbs/storage/03_conv.ipynb #bb589175
+# %% ../../nbs/storage/03_conv.ipynb #c2c7c74a
+@patch
+def _out_size(self:SparseConv2d, x):
+    "[height, width] of the output for padded images"
+    out = []
+    for n,k,s,d in zip(x.shape[-2:], *self._form):
+        seen = d*(k-1)+1                                           # pixels that a kernel reaches over
+        out.append((n-seen)//s+1)
+    return out
+
+@patch
+def _windows(self:SparseConv2d, x):
+    "A view (channels, kernel height, kernel width, height out, width out) of an image (channels, height, width)"
+    kernel,stride,dilation = self._form
+    channel,row,pixel = x.stride()
+    in_kernel = row*dilation[0],pixel*dilation[1]
+    in_image  = row*stride[0],pixel*stride[1]
+    size = len(x),*kernel,*self._out_size(x)
+    step = channel,*in_kernel,*in_image
+    return x.as_strided(size, step, x.storage_offset())
+
+# %% ../../nbs/storage/03_conv.ipynb #932948d1
 @patch
 def _at_a_time(self:SparseConv2d, high, step):
     "Of `high` rows of pixels, each with `step` windows, how many to multiply at a time"
@@ -92,70 +84,91 @@ def _at_a_time(self:SparseConv2d, high, step):
 @patch
 def _cut(self:SparseConv2d, x):
     "Views of an image's windows, some rows of pixels at a time"
-    v = _windows(x, *self._form)
-    return v.split(self._at_a_time(*v.shape[3:]), 3)
+    v = self._windows(x)
+    high,wide = v.shape[3:]
+    return v.split(self._at_a_time(high, wide), 3)
+
+@patch
+def _runs(self:SparseConv2d, x, high, wide):
+    "Yield (view, how many of its pixels count) of a contiguous image, for a stride of 1 and an output of high x wide pixels"
+    c,h,w = x.shape
+    down,right = self.dilation
+    # a view is (channels, kernel height, kernel width, pixels)
+    step = h*w,w*down,right,1
+    some = w*self._at_a_time(high, w)
+    last = w*(high-1)+wide
+    for at in range(0, last, some):
+        left = last-at
+        size = c,*self.kernel_size,min(rounded(some), left)
+        start = x.storage_offset()+at
+        yield x.as_strided(size, step, start), min(some, left)
 
 @patch
 def _pieces(self:SparseConv2d, x):
-    if self._pointwise: return x, x.shape[1], None
-    if self._in_runs: return self._pieces_in_runs(x.contiguous())
+    if self._pointwise:
+        return x, x.shape[1], None
+    n_row = self._matrix_shape[1]
+    if self.stride==(1,1):
+        high,wide = self._out_size(x)
+        views = self._runs(x.contiguous(), high, wide)
+        return laid(views, n_row), high*wide, (wide, x.shape[2])
     views = self._cut(x)
     counts = [v.shape[3:].numel() for v in views]
-    return laid(zip(views, counts), self._matrix_shape[1]), sum(counts), None
-
-@patch
-def _pieces_in_runs(self:SparseConv2d, x):
-    high,wide = _out_size(x.shape[1:], *self._form)
-    step,cuts = x.shape[2],[]
-    some = step*self._at_a_time(high, step)
-    last = step*(high-1)+wide
-    for at in range(0, last, some):
-        left = last-at
-        cuts.append((at, min(rounded(some), left), min(some, left)))
-    views = _runs(x, self.kernel_size, self.dilation, cuts)
-    return laid(views, self._matrix_shape[1]), high*wide, (wide, step)
+    return laid(zip(views, counts), n_row), sum(counts), None
 
 @patch
 def _pairs(self:SparseConv2d, g, x):
+    if self._pointwise:
+        yield from zip(g, x)
+        return
     n_row = self._matrix_shape[1]
     for gi,xi in zip(g, x):
-        cut = [xi] if self._pointwise else [v.reshape(n_row, -1) for v in self._cut(xi)]
+        cut = [v.reshape(n_row, -1) for v in self._cut(xi)]
         sizes = [p.shape[1] for p in cut]
         yield from zip(gi.split(sizes, 1), cut)
 
 @patch
 def _back(self:SparseConv2d, g, size):
-    return g if self._pointwise else _unwindow(g, size, *self._form)
+    if self._pointwise: return g
+    # the adjoint of `_windows`: summed where windows overlap
+    g = g.unsqueeze(0)
+    g = F.fold(g, size[1:], self.kernel_size, self.dilation, padding=0, stride=self.stride)
+    return g[0]
 
 @patch
 def _dense_grad(self:SparseConv2d, g, x, rows):
     g = g[:,rows]
     size = g.shape[1],*self.shape[1:]
-    if self._pointwise: return torch.einsum('nol,nil->oi', g, x).view(size)
-    out = _out_size(x.shape[2:], *self._form)
-    g = g.view(*g.shape[:2], *out)
+    if self._pointwise:
+        return torch.einsum('nol,nil->oi', g, x).view(size)
+    g = g.unflatten(2, self._out_size(x))
     return nn.grad.conv2d_weight(x, size, g, self.stride, 0, self.dilation)
 
-# %% ../../nbs/storage/03_conv.ipynb #31785432
+# %% ../../nbs/storage/03_conv.ipynb #90636771
 @patch
 def forward(self:SparseConv2d,
     x:torch.Tensor, # (batch, channels, height, width), or without the batch; a `ValueError` for other shapes and images smaller than the kernel
 )->torch.Tensor: # What `nn.Conv2d` gives
     "Convolve images with the active weights"
-    if x.dim()==3: return self(x.unsqueeze(0))[0]
+    if x.dim()==3:
+        return self(x.unsqueeze(0))[0]
     if x.dim()!=4 or x.shape[1]!=self.in_channels:
-        raise ValueError(f"x must be images of {self.in_channels} channels for {self}, got shape {tuple(x.shape)}")
-    mode = 'constant' if self.padding_mode=='zeros' else self.padding_mode
-    if any(self._pad): x = F.pad(x, self._pad, mode=mode)
-    out = _out_size(x.shape[2:], *self._form)
+        raise ValueError(f"x must be images of {self.in_channels} channels for {self}, "
+                         f"got shape {tuple(x.shape)}")
+    if any(self._pad):
+        mode = self.padding_mode
+        if mode=='zeros': mode = 'constant'
+        x = F.pad(x, self._pad, mode=mode)
+    out = self._out_size(x)
     if min(out)<1:
         raise ValueError(f"x must be images no smaller than the kernel for {self}, "
                          f"got {tuple(x.shape[2:])} pixels with padding")
     if torch.jit.is_tracing():
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
     if self._pointwise:
-        down,right = self.stride
-        if self.stride!=(1,1): x = x[:,:,::down,::right]
+        if self.stride!=(1,1):
+            down,right = self.stride
+            x = x[:,:,::down,::right]
         x = x.flatten(2)
     y = self._run(x).contiguous()
     return y.view(len(x), self.out_channels, *out)

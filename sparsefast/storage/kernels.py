@@ -66,7 +66,7 @@ def transposed_index(
     row = torch.repeat_interleave(crow.diff().long())
     return start, row[perm].int(), perm.int()
 
-# %% ../../nbs/storage/01_kernels.ipynb #49ed8ac8
+# %% ../../nbs/storage/01_kernels.ipynb #27b8d9d2
 def check_index(
     crow:torch.Tensor, # Row starts
     col:torch.Tensor, # Columns
@@ -81,20 +81,23 @@ def check_index(
     if crow.dtype!=torch.int32 or col.dtype!=torch.int32:
         raise ValueError(f"crow and col must be int32, got {crow.dtype} and {col.dtype}")
     first,last = int(crow[0]),int(crow[-1])
-    if (first,last)!=(0,nnz): raise ValueError(f"crow must hold row starts from 0 to {nnz}, got {first} to {last}")
+    if (first,last)!=(0,nnz):
+        raise ValueError(f"crow must hold row starts from 0 to {nnz}, got {first} to {last}")
     if (crow.diff()<0).any(): raise ValueError("crow must hold row starts that never fall, got some that do")
     if not nnz: return
     low,high = int(col.min()),int(col.max())
-    if low<0 or high>=n_col: raise ValueError(f"col must be from 0 to {n_col-1}, got {low} to {high}")
+    if low<0 or high>=n_col:
+        raise ValueError(f"col must be from 0 to {n_col-1}, got {low} to {high}")
     if (positions(crow, col, n_col).diff()<=0).any():
         raise ValueError("col must rise within each row, got columns that repeat or fall")
 
-# %% ../../nbs/storage/01_kernels.ipynb #6d3cedbc
+# %% ../../nbs/storage/01_kernels.ipynb #6f2ed3c2
 def transposed(
     x:torch.Tensor, # A matrix
 )->torch.Tensor: # The transposed matrix, contiguous; `x.t()` itself where that is contiguous
     "Compute `x.t().contiguous()`, faster on a CPU"
-    if not x.is_cpu or not x.is_contiguous() or min(x.shape)<2: return x.t().contiguous()
+    if not x.is_cpu or not x.is_contiguous() or min(x.shape)<2:
+        return x.t().contiguous()
     (a,b),n = x.shape,x.numel()
     channels = x.as_strided((1,n,1,1), (n,1,n,n))
     shuffled = torch.native_channel_shuffle(channels, a)
@@ -136,7 +139,7 @@ def width(
     n_pieces = math.ceil(n/most)
     return rounded(math.ceil(n/n_pieces))
 
-# %% ../../nbs/storage/01_kernels.ipynb #be8394a5
+# %% ../../nbs/storage/01_kernels.ipynb #c305a2fe
 def _is_ragged(x, n):
     "True if `n` columns are to be filled up to whole registers"
     return n%_register!=0 and n>few and x.is_cpu and x.dtype!=torch.float64
@@ -152,7 +155,7 @@ def laid(
             shape,wide = v.shape,v.numel()//n_row
             full = rounded(wide) if _is_ragged(v, wide) else wide
             room = v.new_empty(n_row, full)
-            room[:,wide:] = 0
+            if full>wide: room[:,wide:] = 0
             place = room.narrow(1, 0, wide).view(shape)
         place.copy_(v)
         yield room, n
@@ -160,12 +163,14 @@ def laid(
 def _ready(x):
     "A matrix as the product wants it: contiguous, on a CPU filled up with zeros, or with examples that come twice"
     n = x.shape[1]
-    if x.stride(1)==1: return F.pad(x, (0, -n%_register)) if _is_ragged(x, n) else x.contiguous()
+    missing = -n%_register if _is_ragged(x, n) else 0
+    if x.stride(1)==1:
+        return F.pad(x, (0, missing)) if missing else x.contiguous()
     examples = x.t()
-    if _is_ragged(x, n): examples = torch.cat([examples, examples[:-n%_register]])
+    if missing: examples = torch.cat([examples, examples[:missing]])
     return transposed(examples)
 
-# %% ../../nbs/storage/01_kernels.ipynb #de25c7e1
+# %% ../../nbs/storage/01_kernels.ipynb #709d392b
 def _is_whole(x):
     "True if a dense matrix is not cut up"
     if not x.is_cpu: return x.numel()<=_whole_gpu
@@ -176,10 +181,13 @@ def pieces(
     x:torch.Tensor, # Dense matrix; one that lies transposed is copied
 )->Iterator: # Yields (matrix, how many of its columns count)
     "Cut a dense matrix into pieces of some columns"
-    at_a_time = x.shape[1] if _is_whole(x) else width(len(x), x.shape[1], cpu=x.is_cpu)
-    for p in x.split(max(at_a_time, 1), 1): yield _ready(p), p.shape[1]
+    cut = [x]
+    if not _is_whole(x):
+        at_a_time = width(len(x), x.shape[1], cpu=x.is_cpu)
+        cut = x.split(at_a_time, 1)
+    for p in cut: yield _ready(p), p.shape[1]
 
-# %% ../../nbs/storage/01_kernels.ipynb #b0809e6a
+# %% ../../nbs/storage/01_kernels.ipynb #d6164d68
 _has_mkl = torch.backends.mkl.is_available()
 
 with warnings.catch_warnings():                                    # PyTorch says once that sparse CSR is in beta
@@ -193,8 +201,8 @@ def as_csr(
     n_col:int, # Number of columns of the matrix
 )->torch.Tensor: # In the layout `torch.sparse_csr`
     "View the matrix as a tensor of `torch.sparse`"
-    device = values.device                                         # without it, the tensor goes to torch's default device
-    return torch.sparse_csr_tensor(crow, col, values, (len(crow)-1, n_col), device=device, check_invariants=False)
+    size,device = (len(crow)-1,n_col),values.device                # without it, the tensor goes to torch's default device
+    return torch.sparse_csr_tensor(crow, col, values, size, device=device, check_invariants=False)
 
 def is_for_csr(
     values:torch.Tensor, # Active values
@@ -208,12 +216,13 @@ def is_for_csr(
 def _piece(crow, col, values, x):
     n_row,n = x.shape
     if n==0: return x.new_zeros(len(crow)-1, 0)                    # on which `embedding_bag` fails now and then
-    if not is_for_csr(values, n): return torch.embedding_bag(x, col, crow, False, 0, False, values, True)[0]
+    if not is_for_csr(values, n):
+        return torch.embedding_bag(x, col, crow, False, 0, False, values, True)[0]
     m = as_csr(crow, col, values, n_row)
     if n==1: return m.mv(x.squeeze(1)).unsqueeze(1)
     return m@x
 
-# %% ../../nbs/storage/01_kernels.ipynb #7d8a2e94
+# %% ../../nbs/storage/01_kernels.ipynb #65c47f2c
 def _counted(y, n, rows, gaps):
     "The `n` columns of a product that count, or with `rows` their transpose; with `gaps`, in runs"
     if gaps:
@@ -247,7 +256,7 @@ def spmm(
     values = values.detach()
     if torch.is_tensor(x):
         n = x.shape[1]
-        if out is None and _is_whole(x):                           # the most frequent case, with few steps around it
+        if out is None and not gaps and _is_whole(x):              # the most frequent case, with few steps around it
             y = _piece(crow, col, values, _ready(x))
             return _add(_counted(y, n, rows, None), bias, rows)
         x = pieces(x)
@@ -257,17 +266,19 @@ def spmm(
         y = _counted(_piece(crow, col, values, p), m, rows, gaps)
         if out is None and m==n and not gaps: return _add(y, bias, rows)
         if out is None: out = values.new_empty(size)
-        room = out.view(len(out), -1, gaps[0]) if gaps else out
+        if at==0:                                                  # prepared once, as pieces are short
+            room = out.view(len(out), -1, gaps[0]) if gaps else out
+            if bias is not None: bias = _beside(bias, y, rows)
         part = room.narrow(axis, at, y.shape[axis])
         if bias is None: part.copy_(y)
-        else: torch.add(y, _beside(bias, y, rows), out=part)
+        else: torch.add(y, bias, out=part)
         at += y.shape[axis]
     return out
 
 # the earlier name of `spmm`
 product = spmm
 
-# %% ../../nbs/storage/01_kernels.ipynb #b226983f
+# %% ../../nbs/storage/01_kernels.ipynb #1d3128c2
 @torch.no_grad()
 def sddmm(
     crow:torch.Tensor, # Row starts
@@ -282,7 +293,8 @@ def sddmm(
         for a,b in zip(g.split(some, 1), x.split(some, 1)):
             a,b = a.to(dtype).contiguous(),b.to(dtype).contiguous()
             beta = 0. if total is None else 1.
-            if total is None: total = as_csr(crow, col, a.new_zeros(len(col)), len(x))
+            if total is None:
+                total = as_csr(crow, col, a.new_zeros(len(col)), len(x))
             total = torch.sparse.sampled_addmm(total, a, b.t(), beta=beta)
     if total is None: return torch.zeros(len(col), device=col.device)
     return total.values()

@@ -16,14 +16,15 @@ from fastcore.basics import patch
 from .base import SparseLayer
 from .kernels import as_csr, few, is_for_csr, spmm, transposed
 
-# %% ../../nbs/storage/02_linear.ipynb #622237e7
+# %% ../../nbs/storage/02_linear.ipynb #4ecdf52a
 def _is_conv1d(m):
     kind = type(m)
     return f'{kind.__module__}.{kind.__qualname__}'=='transformers.pytorch_utils.Conv1D'
 
 class SparseLinear(SparseLayer):
     "`nn.Linear`, or `Conv1D` of Hugging Face, that stores and multiplies its active weights only"
-    columns = False                                                # True if outputs of three dimensions lie in columns, too
+    # True if outputs of three dimensions lie in columns, too
+    columns = False
     by_rows = True
 
     def __init__(self,
@@ -57,28 +58,34 @@ class SparseLinear(SparseLayer):
         return nn.Linear(self.in_features, self.out_features, bias=False, device='meta')
 
     def forward(self, x):
-        if self._cached is not None and (y := self._again(x)) is not None: return y
+        if self._cached is not None and (y := self._again(x)) is not None:
+            return y
         if x.shape[-1]!=self.in_features:
             raise ValueError(f"x must have {self.in_features} features in its last dimension for {self}, "
                              f"got shape {tuple(x.shape)}")
         if torch.jit.is_tracing():
-            return F.linear(x, self.weight.t() if self.swapped else self.weight, self.bias)
-        if x.dim()==2: return self._multiply(x, rows=False)
-        y = self._multiply(x.reshape(-1, self.in_features), rows=not self.columns)
+            weight = self.weight.t() if self.swapped else self.weight
+            return F.linear(x, weight, self.bias)
+        if x.dim()==2:
+            return self._multiply(x, rows=False)
+        examples = x.reshape(-1, self.in_features)
+        y = self._multiply(examples, rows=not self.columns)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, x, rows):
         "(examples, outputs), lying in rows or in columns"
         if not self._learns(x) and not torch.is_autocast_enabled(x.device.type):
             return self._infer(x, rows)
-        y = self._run(x.t().unsqueeze(0))[0].t()
+        columns = x.t().unsqueeze(0)
+        y = self._run(columns)[0].t()
         return y.contiguous() if rows else y
 
     def extra_repr(self):
         sizes = f'in_features={self.in_features}, out_features={self.out_features}'
-        return f'{sizes}, bias={self.bias is not None}, active={len(self.values)}'
+        rest = f'bias={self.bias is not None}, active={len(self.values)}'
+        return f'{sizes}, {rest}'
 
-# %% ../../nbs/storage/02_linear.ipynb #9793c29b
+# %% ../../nbs/storage/02_linear.ipynb #e20aaa11
 @patch
 def _csr(self:SparseLinear, values):
     "The layer's matrix as a tensor of `torch.sparse`, made anew when values or index lie somewhere else"
@@ -97,18 +104,23 @@ def _few_examples(matrix, bias, x):
         return torch.addmv(bias, matrix, x).unsqueeze(0)
     x = transposed(x)
     if bias is None: return (matrix@x).t()
-    if x.is_cpu: return torch.addmm(bias.unsqueeze(1), matrix, x).t()        # one call less; tried on CPUs only
-    return (matrix@x).add_(bias.unsqueeze(1)).t()
+    bias = bias.unsqueeze(1)
+    if x.is_cpu: return torch.addmm(bias, matrix, x).t()           # one call less; tried on CPUs only
+    return (matrix@x).add_(bias).t()
 
 @patch
 def _again(self:SparseLinear, x):
     "What `_infer` gives for a few examples, if nothing has changed since the last call; else `None`"
-    if x.dim()!=2 or torch.is_grad_enabled() or not x.is_cpu: return None
-    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing(): return None
+    if x.dim()!=2 or torch.is_grad_enabled() or not x.is_cpu:
+        return None
+    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing():
+        return None
     (at,col,matrix),params = self._cached,self._parameters
-    if at!=params['values'].data_ptr() or col is not self._buffers['col']: return None
+    if at!=params['values'].data_ptr() or col is not self._buffers['col']:
+        return None
     n,n_in = x.shape
-    if n_in!=self.in_features or not 0<n<=few: return None
+    if n_in!=self.in_features or not 0<n<=few:
+        return None
     return _few_examples(matrix, params.get('bias'), x)
 
 @patch
@@ -119,5 +131,6 @@ def _infer(self:SparseLinear, x, rows):
         y = _few_examples(self._csr(values), self.bias, x)
         if rows and n>1: y = transposed(y.t())
         return y
-    y = spmm(*self._matrix(values), x.t(), bias=self.bias, rows=rows)
+    matrix = self._matrix(values)
+    y = spmm(*matrix, x.t(), bias=self.bias, rows=rows)
     return y if rows else y.t()
