@@ -211,6 +211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._leave': ('guard.html#maskguard._leave', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._mask': ('guard.html#maskguard._mask', 'sparsefast/guard.py'),
+                                  'sparsefast.guard.MaskGuard._pairs': ('guard.html#maskguard._pairs', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._sees_nonzero': ('guard.html#maskguard._sees_nonzero', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._state': ('guard.html#maskguard._state', 'sparsefast/guard.py'),
                                   'sparsefast.guard._sample': ('guard.html#_sample', 'sparsefast/guard.py'),

@@ -41,16 +41,8 @@ from .storage import to_masked_layers, to_sparse_layers
 from .topk import top_k_mask
 from .utils import maybe_float
 
-# %% ../nbs/00_core.ipynb #425ff691
+# %% ../nbs/00_core.ipynb #c1529927
 __all__ = [n for n in dir() if not n.startswith('_')]
-
-def __getattr__(name):
-    "Find a name that only `sparsefast.all` has, for scripts that import it from here"
-    if name.startswith('_'): raise AttributeError(name)
-    from importlib import import_module
-    found = import_module('sparsefast.all')
-    if name in found.__all__: return getattr(found, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 def __getattr__(name):
     "Find a name that only `sparsefast.all` has, for scripts that import it from here"

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
 from .utils import as_module, as_modules
 
-# %% ../nbs/03f_guard.ipynb #06005296
+# %% ../nbs/03f_guard.ipynb #8603277b
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
 
 def _version(t):
@@ -41,16 +41,18 @@ class MaskGuard:
         whole=None, # The guard of the whole model; while the model runs, its guard has done this one's work
     ):
         self.where,self.whole = where,whole
-        self.runs = self.trusted = False
-        self.key = self.seen = None
+        self.runs = False
+        self.key = self.vouched = self.seen = None
         self.samples = []
 
     def __reduce__(self): return type(self),(self.where, self.whole)         # a copy starts without knowledge
 
+    def _pairs(self): return [(p, mask) for *_,p,mask in masked_params(self.where)]
+
     def __call__(self, module, *args):
         compiles = is_compiling() or torch.jit.is_tracing()
         if self.whole is not None and self.whole.runs and not compiles: return
-        pairs = [(p, mask) for *_,p,mask in masked_params(self.where)]
+        pairs = self._pairs()
         if compiles: return self._mask(pairs)
         trains = module.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs])
         if trains: self._before_training(pairs)
@@ -62,15 +64,14 @@ class MaskGuard:
         if not is_compiling(): self.runs = False
 
     def _before_training(self, pairs):
-        "Mask, unless the engine has just done so; it is believed once, if a few masked weights are zero"
-        self.key = None
-        if not self.trusted or self._sees_nonzero(pairs): self._mask(pairs)
-        self.trusted = False
+        "Mask, unless the engine has just done so, and nothing has been written since; it is believed once"
+        vouched,self.vouched,self.key = self.vouched,None,None
+        if vouched is None or vouched!=self._state(pairs) or self._sees_nonzero(pairs): self._mask(pairs)
 
     def _before_evaluation(self, pairs):
         "Mask, and note the state of all weights; not while an optimizer may still step with their gradients"
         self._mask(pairs)
-        settled = self.trusted or all(p.grad is None for p,_ in pairs)
+        settled = self.vouched is not None or all(p.grad is None for p,_ in pairs)
         self.key = self._state(pairs) if settled else None
 
     def _mask(self, pairs):
@@ -89,7 +90,7 @@ class MaskGuard:
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
         return any([at is not None and bool(p.detach().take(at).any()) for (p,_),at in zip(pairs, self.samples)])
 
-# %% ../nbs/03f_guard.ipynb #1d431f07
+# %% ../nbs/03f_guard.ipynb #6b16f44c
 def guards(
     modules, # A model, or a list of modules
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
@@ -115,8 +116,8 @@ def guard_places(
     owners = {p: m for m,_,p,_ in masked_params(model)}
     if owners or any(isinstance(m, Compressed) for m in model.modules()): yield model,model
     for m in model.modules():
-        mine = list(dict.fromkeys(owners[p] for p in m._parameters.values() if p in owners))
-        if mine and m is not model: yield m,mine
+        own = [owners[p] for p in m._parameters.values() if p in owners]
+        if own and m is not model: yield m,list(dict.fromkeys([*own, *m.modules()]))          # it may read its children's weights
 
 def add_guards(
     model:nn.Module, # A sparse model
@@ -136,9 +137,10 @@ def enforce_masks(
     hooks.hooks = add_guards(as_module(model))
     return hooks
 
-# %% ../nbs/03f_guard.ipynb #c651c031
+# %% ../nbs/03f_guard.ipynb #490af08c
 def vouch(
     modules, # A model, or a list of modules, all of whose weights have just been masked
 )->None:
-    "Tell the guards that weights are masked now; each believes it for one training forward"
-    for *_,guard in guards(modules): guard.trusted = True
+    "Tell the guards of models that their weights are masked now; each believes it for one training forward"
+    for *_,guard in guards(modules):
+        if guard.whole is None: guard.vouched = guard._state(guard._pairs())

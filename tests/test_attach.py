@@ -129,3 +129,9 @@ def test_lightning(tmp_path):
     trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
     trainer.fit(module, torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8))
     assert module.attached.total==module.attached.step==30 and nnz(module.model)==before and masked_are_zero(module.model) and not any(torch.equal(a, b) for a,b in zip(first, masks(module.model)))
+
+@pytest.mark.parametrize('method', ['rigl', RigL_presets], ids=['name', 'dict'])
+def test_a_method_by_name_and_a_learner(method):
+    learn = learner()
+    opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
+    assert attach(method, learn, opt, 1000).method==DSTMethod(**RigL_presets)

@@ -10,7 +10,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, load_learner
 from helpers import *
 from sparsefast.callback import DynamicSparseTrainingCallback
-from sparsefast.masks import masked_params
+from sparsefast.masks import masked_params, sparse_params
 from sparsefast.methods import DSTMethod
 from sparsefast import presets
 from sparsefast.presets import Static_presets
@@ -465,3 +465,30 @@ def test_events_that_it_does_not_have_are_not_looked_for(monkeypatch):
             learner(sparse_mlp(), n_iter=3).fit(1, cbs=cb)
         assert {k: seen.count(k) for k in seen}==want and 'after_pred' not in asked and 'before_step' in asked
         assert cb.run                                                                      # fastai switches it on again after a fit
+
+# ------------------------------------------------------------ a method in the first place
+@pytest.mark.parametrize('first', ['rigl', 'RigL_presets', presets.RigL_presets, presets.RigL()], ids=str)
+def test_a_method_in_the_first_place(first):
+    cb = DynamicSparseTrainingCallback(first)
+    assert cb.method==presets.RigL() and cb.sparse_modules is None and repr(cb)=='DynamicSparseTrainingCallback(RigL())'
+    assert DynamicSparseTrainingCallback(first, batches_per_update=20, seed=3).method==presets.RigL(update_every=20, seed=3)
+
+@pytest.mark.parametrize('bad', [3, 0.5, [1], object()], ids=['whole', 'share', 'list', 'object'])
+def test_what_is_no_module_is_refused_at_once(bad):
+    with pytest.raises(TypeError, match='sparse_modules must be modules, a DSTMethod, a preset or the name of one, got'): DynamicSparseTrainingCallback(bad)
+
+def test_a_misspelt_method_is_refused_at_once():
+    with pytest.raises(ValueError, match="got 'rigel': did you mean rigl"): DynamicSparseTrainingCallback('rigel')
+
+def test_by_name_is_the_same_run():
+    runs = []
+    for cb in (DynamicSparseTrainingCallback('set', batches_per_update=8), DynamicSparseTrainingCallback(**{**presets.SET_presets, 'batches_per_update': 8})):
+        learn = learner()
+        learn.fit(2, cbs=cb)
+        runs.append(snapshot(learn.model))
+    assert not changed(*runs)
+
+def test_sparsify_takes_a_method_by_name():
+    for m in ('gmp', presets.GMP_presets, presets.GMP()):
+        learn = learner(mlp(8,24,20,3)).sparsify(.5, preset=m)
+        assert all(mask.all() for _,mask,_ in sparse_params(learn.model))

@@ -535,3 +535,26 @@ def test_a_masked_step_in_a_loop_of_ones_own_counts_as_a_write():
     loss.backward(retain_graph=True)
     STILL().step(model, opt, 1, total=100)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+def test_a_state_loaded_just_after_a_step_is_masked_where_nobody_can_look():
+    "Torch counts the write, so the engine's word no longer holds; on a GPU, too, where no guard looks at weights"
+    model = sparse_mlp().to('meta')
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    x,y = torch.zeros(4, 8, device='meta'),torch.zeros(4, dtype=torch.long, device='meta')
+    nn.functional.cross_entropy(model(x), y).backward()
+    STILL().step(model, opt, 2, total=100)
+    whole = next(g for m,_,g in guards(model) if m is model)
+    with torch.no_grad(): model[0].weight.add_(1.)
+    with Count() as c: whole(model)
+    assert c.n>=3                                                                            # every weight is masked
+    STILL().step(model, opt, 3, total=100)
+    with Count() as c: whole(model)
+    assert c.n==0
+
+def test_attention_that_is_called_by_itself_masks_what_it_reads_of_its_child():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3))
+    sparsify_model(model, .5)
+    x = torch.randn(2, 3, 8)
+    each(fill)(model)
+    model[0](x, x, x)
+    assert not dirty(model[0]) and dirty(model[1])

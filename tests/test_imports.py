@@ -149,3 +149,25 @@ def test_the_package_gives_the_names_of_core_and_stays_quick():
     done = python("import sparsefast; assert 'torch' not in sys.modules; from sparsefast import sparsify_model; import sparsefast.core as core; assert sparsify_model is core.sparsify_model")
     assert done.returncode==0, done.stderr
     with pytest.raises(AttributeError, match='no_such_name'): sparsefast.no_such_name
+
+def test_no_name_has_two_meanings():
+    "A public name of one room is the same object in every other"
+    meanings = {}
+    for m in MODULES:
+        mod = importlib.import_module(f'sparsefast.{m}')
+        for n in getattr(mod, '__all__', []): meanings.setdefault(n, {}).setdefault(id(getattr(mod, n)), []).append(m)
+    assert not {n: list(rooms.values()) for n,rooms in meanings.items() if len(rooms)>1}
+
+def test_core_is_what_scripts_need_and_all_is_more():
+    import sparsefast.all as everything, sparsefast.core as core
+    assert 40<=len(core.__all__)<=50 and set(core.__all__)<set(everything.__all__)
+    from sparsefast.core import TopKAST_presets                                          # other names are still found there
+    assert TopKAST_presets is everything.TopKAST_presets
+    with pytest.raises(AttributeError, match='no_such_name'): core.no_such_name
+
+def test_there_is_no_circle():
+    def visit(m, path):
+        assert m not in path, ' -> '.join((*path, m))
+        for n in MAY_IMPORT.get(m, '').split(): visit(n, (*path, m))
+    for m in MAY_IMPORT: visit(m, ())
+    assert {m for m in MODULES if m not in ('core', 'all', 'utils')}<=set(MAY_IMPORT)
