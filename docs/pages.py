@@ -19,7 +19,7 @@ nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'choosing', 'large_batches', 'ship', 'distributed',
              'explanations/write_your_own', 'explanations/from_paper_to_code']
 # Rooms by number: a group reaches to the next one's first
-rooms = [(1, 'Foundations'), (4, 'Engine'), (5.2, 'In loops')]
+rooms = [(1, 'Foundations'), (3.5, 'Engine'), (5.2, 'In loops')]
 # Wings: a folder of rooms, and its caption
 wings = dict(storage='Compressed layers', see='See it', ship='Ship it', cli='Command line')
 
@@ -202,8 +202,8 @@ def menu(names):
     if gone := [f for f in files.values() if f not in names]: raise SystemExit(f'no such notebook: {gone}, which docs/pages.py lists among the tutorials')
     tuts = [names[f] for f in files.values()]
     def group(f): return max(i for i,(n,_) in enumerate(rooms) if n<=_number(f))
-    numbered = [f for f in names if re.match(r'(?!00_)\d', f)]
-    return [('Start', ['self', tuts[0], *(p for f,p in names.items() if f.startswith('00_'))]),
+    numbered = [f for f in names if re.match(r'(?!00)\d', f)]
+    return [('Start', ['self', tuts[0], *(p for f,p in names.items() if f.startswith('00'))]),
             ('Tutorials', tuts[1:]),
             *((cap, [names[f] for f in numbered if group(f)==i]) for i,(_,cap) in enumerate(rooms)),
             *((cap, list(at(wing).values())) for wing,cap in wings.items()),
