@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fastcore.basics import noop
 from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
+from sparsefast.scores import reads
 
 out = Path(__file__).with_suffix('.jsonl')
 sparsities, seeds = (0.9, 0.95, 0.98, 0.99), (0, 1, 2)
@@ -144,9 +145,9 @@ class Meter:
     def __init__(self, model, x, dst, look_every=20):
         self.uses,self.dst,self.total,self.look_every = positions(model, x), dst, 0., look_every
         self.full = cost(self.uses, dense=True)
-        wants_all = any(getattr(f, 'needs_momentum', False) for f in ((dst.keep_score_f, dst.grow_score_f) if dst else ()))
+        wants_all = any('momentum' in reads(f) for f in ((dst.keep_score_f, dst.grow_score_f) if dst else ()))
         self.always = wants_all or dst is not None and dst.explore_pct==1.
-        self.updates = dst is not None and getattr(dst.grow_score_f, 'needs_grad', True) and dst.initial_drop_grow_pct>0
+        self.updates = dst is not None and 'gradient' in reads(dst.grow_score_f) and dst.initial_drop_grow_pct>0
         self.always = self.always or dst is not None and dst.grad_steps is None            # (a few of the last steps, strictly, do without)
     def __call__(self, step, pct):
         if step%self.look_every==1: self.now = cost(self.uses)
