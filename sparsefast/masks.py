@@ -134,10 +134,7 @@ def zero_masked_(
         for b,m in zip(pair[0].split(_piece), pair[1].split(_piece)): b.mul_(m)
     return t
 
-# %% ../nbs/01_masks.ipynb #a85ac2e9
-_lib = torch.library.Library('sparsefast', 'FRAGMENT')
-_lib.define('zero_masked_all_(Tensor(a!)[] tensors, Tensor[] masks) -> ()')
-
+# %% ../nbs/01_masks.ipynb #0fd94f70
 def _one_by_one(tensors, masks):
     "Mask a list on a CPU"
     for t,mask in zip(tensors, masks): zero_masked_(t, mask)
@@ -147,9 +144,12 @@ def _fused(tensors, masks):
     if any(t.element_size() not in _ints for t in tensors): return _one_by_one(tensors, masks)
     torch._foreach_mul_([t.view(_ints[t.element_size()]) for t in tensors], masks)
 
-_lib.impl('zero_masked_all_', _one_by_one, 'CPU')
-for _device in ('CUDA', 'MPS', 'XPU'): _lib.impl('zero_masked_all_', _fused, _device)
-_lib.impl('zero_masked_all_', lambda tensors, masks: None, 'Meta')
+if not hasattr(torch.ops.sparsefast, 'zero_masked_all_'):          # torch registers an operation once in a process
+    _lib = torch.library.Library('sparsefast', 'FRAGMENT')
+    _lib.define('zero_masked_all_(Tensor(a!)[] tensors, Tensor[] masks) -> ()')
+    _lib.impl('zero_masked_all_', _one_by_one, 'CPU')
+    _lib.impl('zero_masked_all_', lambda tensors, masks: None, 'Meta')
+    for device in ('CUDA', 'MPS', 'XPU'): _lib.impl('zero_masked_all_', _fused, device)
 
 @torch.no_grad()
 def zero_masked_all_(
