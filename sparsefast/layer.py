@@ -11,7 +11,7 @@ With a [`Time`](03e_training_time.ipynb), it is all that the engine deals in."""
 # %% auto #0
 __all__ = ['Layer', 'rewrite_', 'mask_gradients_', 'mask_weights_', 'find_layers', 'sparse_layers']
 
-# %% ../nbs/03e_layer.ipynb #d0a91e21
+# %% ../nbs/03e_layer.ipynb #7c32edd2
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from .masks import Compressed, masked_params, memory_name, nnz, zero_masked_, ze
 from .optim import StateView, call_reset
 from .ranks import check_whole, group_of
 from .scores import reads
-from .utils import as_modules, attribute, maybe_float
+from .utils import as_modules, attribute, maybe_float, show_value
 
 # %% ../nbs/03e_layer.ipynb #898c8167
 class Layer:
@@ -74,7 +74,7 @@ def forget(self:Layer,
     "Delete what a method has remembered"
     self.module._buffers.pop(memory_name(self.name, what), None)
 
-# %% ../nbs/03e_layer.ipynb #68031975
+# %% ../nbs/03e_layer.ipynb #f7e16874
 @patch
 def seen(self:Layer,
     f, # A score
@@ -96,7 +96,7 @@ def scores(self:Layer,
     "Score every weight; a tensor of another shape is a `ValueError`"
     p,opt = self.seen(f, opt)
     s = f(p, opt=opt, **kwargs)
-    if s.shape!=p.shape: raise ValueError(f"{f} must return a tensor of shape {tuple(p.shape)}, got {tuple(s.shape)}")
+    if s.shape!=p.shape: raise ValueError(f"{show_value(f)} must return a tensor of shape {tuple(p.shape)}, got {tuple(s.shape)}")
     return s
 
 @patch

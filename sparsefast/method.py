@@ -70,7 +70,7 @@ def _named(init):
 
 DSTMethod.__init__ = _named(DSTMethod.__init__)
 
-# %% ../nbs/04d_method.ipynb #f07cde0c
+# %% ../nbs/04d_method.ipynb #22f918b1
 @patch
 def in_steps(self:DSTMethod,
     total:int, # Optimizer steps in the whole training
@@ -86,7 +86,7 @@ def in_steps(self:DSTMethod,
 def interval(self:DSTMethod)->int: # 1 or more; a `ValueError` if it is not a number of steps
     "Optimizer steps between updates"
     n = self.batches_per_update
-    if isinstance(n, int): return n
+    if n is not None and n>=1: return n
     kind,more = ('a share of training', '') if n else ('once an epoch', ', per_epoch')
     raise ValueError(f"batches_per_update is {n} ({kind}): give a number of optimizer steps, "
                      f"or use `method.in_steps(total{more})`, as the fastai callback does")

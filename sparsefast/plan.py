@@ -9,7 +9,7 @@ The functions here share their first letters: `m` is the `DSTMethod`, `l` a `Lay
 # %% auto #0
 __all__ = ['scores', 'pattern_of', 'exchange', 'max_active', 'target_counts', 'Change', 'plan']
 
-# %% ../nbs/03h_plan.ipynb #1c6d5452
+# %% ../nbs/03h_plan.ipynb #6ab3bb9b
 import random, warnings
 from typing import NamedTuple
 import torch
@@ -17,7 +17,7 @@ from .masks import n_active, nnz, nonzero_flat
 from .patterns import capacity, drop_grow, transposed_pattern
 from .ranks import agree
 from .select import is_transposed
-from .utils import attribute, tolist
+from .utils import attribute, show_value, tolist
 
 # %% ../nbs/03h_plan.ipynb #55a9bfd5
 def _context(m, what, l, mask, t, **kwargs):
@@ -72,7 +72,7 @@ def exchange(
     def grow_score(kept): return l.score_pieces(m.grow_score_f, opt, **_context(m, 'grow_score_f', l, mask, t, kept=kept))
     return drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active)
 
-# %% ../nbs/03h_plan.ipynb #9a9cf887
+# %% ../nbs/03h_plan.ipynb #c9a9e041
 def max_active(
     m, # `DSTMethod`
     l, # `Layer`
@@ -89,7 +89,7 @@ def _room(m, l):
 def _checked_drops(f, n_drop, active):
     "Refuse drops that a function has shared out wrongly"
     fits = len(n_drop)==len(active) and all(0<=d<=n for d,n in zip(n_drop, active))
-    if not fits: raise ValueError(f"{f} must return drops within {active} active weights, got {n_drop}")
+    if not fits: raise ValueError(f"{show_value(f)} must return drops within {active} active weights, got {n_drop}")
     return n_drop
 
 def _prune_field(m): return 'prune_score_f' if m.prune_score_f else 'keep_score_f'
@@ -133,7 +133,7 @@ def _resized(m, layers, active, opt, t):
         masks.append(l.hold(mask))
     return masks,goal
 
-# %% ../nbs/03h_plan.ipynb #c0b0f8d9
+# %% ../nbs/03h_plan.ipynb #a919fb7e
 def _importance(m, l, mask, active, opt, t):
     "Compute the mean grow score of a layer's active weights"
     wide = torch.promote_types(l.p.dtype, torch.float32)
@@ -152,7 +152,7 @@ def _growth(m, layers, masks, active, n_drop, opt, t):
         n_grow = f(means, active, numel, n_drop)
     fits = len(n_grow)==len(numel) and all(0<=g<=n-a+d for g,n,a,d in zip(n_grow, numel, active, n_drop))
     if not fits or sum(n_grow)!=sum(n_drop):
-        raise ValueError(f"{f} must return growth of {sum(n_drop)} in all within {numel} weights, {active} active, "
+        raise ValueError(f"{show_value(f)} must return growth of {sum(n_drop)} in all within {numel} weights, {active} active, "
                          f"{n_drop} dropped, got {n_grow}")
     return n_grow
 

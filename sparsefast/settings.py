@@ -9,16 +9,17 @@ An interval so short that updates take the place of many optimizer steps gives a
 # %% auto #0
 __all__ = ['check_settings']
 
-# %% ../nbs/04c_settings.ipynb #024a6c93
+# %% ../nbs/04c_settings.ipynb #858ed697
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from numbers import Integral
 from .utils import check_fraction, show_value
 
-# %% ../nbs/04c_settings.ipynb #9041e983
+# %% ../nbs/04c_settings.ipynb #9241cd65
 def _is_whole(v):
     "True for a whole number from 1"
-    return isinstance(v, int) and not isinstance(v, bool) and v>=1
+    return isinstance(v, Integral) and not isinstance(v, bool) and v>=1
 
 def _check_functions(m):
     for f in fields(m):

@@ -13,7 +13,7 @@ __all__ = ['Time']
 import math
 from typing import NamedTuple
 
-# %% ../nbs/03e_training_time.ipynb #4181c1be
+# %% ../nbs/03e_training_time.ipynb #60dba5d5
 class Time(NamedTuple):
     "A place in training"
     step:int            # Optimizer step, counted from 1, updates included
@@ -28,9 +28,11 @@ class Time(NamedTuple):
     )->'Time': # With all three
         "Make a time from a step and either `total` or `pct`; neither, or a step below 1, is a `ValueError`"
         if isinstance(step, cls): return step
-        if not step>=1: raise ValueError(f"step must be 1 or more, got {step}: count optimizer steps from 1")
+        if step is None or not step>=1: raise ValueError(f"step must be 1 or more, got {step}: count optimizer steps from 1")
+        if total is not None and not total>=1 or total is None and pct is None:
+            raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, got {total}")
         if total is not None: return cls(step, total, min((step-1)/total, 1.))
-        if pct is None: raise ValueError("total must be the number of optimizer steps in the training, got None")
+        if not pct>=0: raise ValueError(f"pct must be a share of training, 0 or more, got {pct}")
         total = (step-1)/pct if step>1 and pct else math.inf
         near = round(total) if total<math.inf else total
         return cls(step, near if abs(near-total)<1e-6 else total, pct)

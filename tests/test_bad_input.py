@@ -75,7 +75,7 @@ def test_n_keep(n_keep): refused(top_k_mask, torch.ones(3,4), n_keep, match=f'n_
 def test_n_keep_among():
     refused(lambda: top_k_mask(torch.ones(4), 3, among=torch.tensor([1,0,1,0]).bool()), match='candidates, 2, got 3')
     refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 5), match='got -1')
-    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 1, 2), match='candidates, 1, not 2')
+    refused(lambda: drop_grow(torch.ones(4).bool(), torch.ones(4), torch.ones(4), 1, 2), match='candidates, 1, got 2')
 
 def test_n_keep_must_be_whole(): refused(lambda: top_k_mask(torch.ones(4), 2.5), error=(TypeError, ValueError), match='2.5|float')
 
@@ -415,3 +415,23 @@ for late in (False, True):
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     lines = p.stdout.splitlines()
     assert len(lines)==2 and all('is sharded over processes' in l and 'DistributedDataParallel' in l for l in lines), p.stderr
+
+# ------------------------------------------------------------ time
+@pytest.mark.parametrize('kw,match', [(dict(step=0, total=10), 'step must be 1 or more, got 0: count optimizer steps from 1'), (dict(step=None, total=10), 'step must be 1 or more, got None'),
+    (dict(step=5), 'total must be the number of optimizer steps in the training, 1 or more, got None'), (dict(step=5, total=0), 'got 0'), (dict(step=5, total=-3), 'got -3'), (dict(step=5, pct=-.1), 'pct must be a share of training, 0 or more, got -0.1')])
+def test_a_time_that_is_none(kw, match):
+    model,m = sparse_mlp(),METHOD()
+    opt = TORCH_OPTS['sgd'](model.parameters())
+    backward(model, *batches(1)[0])
+    for f in (partial(m.step, model, opt), partial(m.update, model, opt), partial(m.before_step, model, opt), m.due, m.needs_dense_grad): refused(partial(f, **kw), match=match, model=model, opt=opt)
+
+def test_intervals_from_numpy():
+    import numpy as np
+    assert DSTMethod(batches_per_update=np.int64(50)).due(50, total=1000) and DSTMethod(batches_per_update=50, grad_steps=np.int64(3)).grad_steps==3
+
+def test_a_score_is_named_without_its_address():
+    def bad(p, **kwargs): return p.sum()
+    model = sparse_mlp()
+    opt = TORCH_OPTS['sgd'](model.parameters())
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=r'^bad must return a tensor of shape'): METHOD(grow_score_f=bad).update(model, opt, 8, total=100)
