@@ -368,6 +368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sparsefast.plan._resized': ('plan.html#_resized', 'sparsefast/plan.py'),
                                  'sparsefast.plan._room': ('plan.html#_room', 'sparsefast/plan.py'),
                                  'sparsefast.plan._some_scores': ('plan.html#_some_scores', 'sparsefast/plan.py'),
+                                 'sparsefast.plan._targets': ('plan.html#_targets', 'sparsefast/plan.py'),
                                  'sparsefast.plan._warn_empty': ('plan.html#_warn_empty', 'sparsefast/plan.py'),
                                  'sparsefast.plan.exchange': ('plan.html#exchange', 'sparsefast/plan.py'),
                                  'sparsefast.plan.max_active': ('plan.html#max_active', 'sparsefast/plan.py'),

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
 from .utils import as_module, as_modules
 
-# %% ../nbs/03f_guard.ipynb #8603277b
+# %% ../nbs/03f_guard.ipynb #fcc79937
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
 
 def _version(t):
@@ -32,7 +32,7 @@ def _sample(mask):
     if not mask.is_cpu: return None
     every = mask.numel()//(1<<12)|1
     found = nonzero_flat(~mask.reshape(-1)[::every])*every
-    return found[::max(1, len(found)//_n_looks)][:_n_looks]
+    return found[::max(1, len(found)//_n_looks)][:_n_looks].clone()
 
 class MaskGuard:
     "A forward-pre-hook that masks weights before they are used"
@@ -47,13 +47,22 @@ class MaskGuard:
 
     def __reduce__(self): return type(self),(self.where, self.whole)         # a copy starts without knowledge
 
-    def _pairs(self): return [(p, mask) for *_,p,mask in masked_params(self.where)]
+    def _pairs(self):
+        "List (parameter, mask), unchecked: before a small product each step counts"
+        found = []
+        for m in self.where.modules() if isinstance(self.where, nn.Module) else self.where:
+            buffers = m._buffers
+            if not buffers: continue
+            for n,p in m._parameters.items():
+                mask = buffers.get(n+'_mask')
+                if mask is not None and p is not None: found.append((p, mask))
+        return found
 
     def __call__(self, module, *args):
         compiles = is_compiling() or torch.jit.is_tracing()
         if self.whole is not None and self.whole.runs and not compiles: return
+        if compiles: return self._mask()
         pairs = self._pairs()
-        if compiles: return self._mask(pairs)
         trains = module.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs])
         if trains: self._before_training(pairs)
         elif self.key is None or self.key!=self._state(pairs) or self._sees_nonzero(pairs): self._before_evaluation(pairs)
@@ -66,18 +75,18 @@ class MaskGuard:
     def _before_training(self, pairs):
         "Mask, unless the engine has just done so, and nothing has been written since; it is believed once"
         vouched,self.vouched,self.key = self.vouched,None,None
-        if vouched is None or vouched!=self._state(pairs) or self._sees_nonzero(pairs): self._mask(pairs)
+        if vouched is None or vouched!=self._state(pairs) or self._sees_nonzero(pairs): self._mask()
 
     def _before_evaluation(self, pairs):
         "Mask, and note the state of all weights; not while an optimizer may still step with their gradients"
-        self._mask(pairs)
+        self._mask()
         settled = self.vouched is not None or all(p.grad is None for p,_ in pairs)
         self.key = self._state(pairs) if settled else None
 
-    def _mask(self, pairs):
-        "Mask the weights"
+    def _mask(self):
+        "Mask the weights; a mask that does not fit its parameter is a `ValueError`"
         with torch.no_grad():
-            for p,mask in pairs: zero_masked_(p.data, mask)
+            for *_,p,mask in list(masked_params(self.where)): zero_masked_(p.data, mask)
 
     def _state(self, pairs):
         "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"
@@ -88,7 +97,7 @@ class MaskGuard:
         "True if one of a few masked weights is not zero; on a CPU only"
         masks = [_version(mask) for _,mask in pairs]
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
-        return any([at is not None and bool(p.detach().take(at).any()) for (p,_),at in zip(pairs, self.samples)])
+        return any([at is not None and any(p.detach().take(at).tolist()) for (p,_),at in zip(pairs, self.samples)])
 
 # %% ../nbs/03f_guard.ipynb #6b16f44c
 def guards(

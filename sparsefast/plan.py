@@ -106,6 +106,11 @@ def _pruned(m, layers, active, over, opt, t):
         free = [i for i in free if i not in drop]
     return [a-drop[i] for i,a in enumerate(active)]
 
+def _targets(layers):
+    "List the target sparsities, with one synchronisation"
+    found = [l.module._buffers.get(f'{l.name}_sparsity') for l in layers]
+    return [l.target for l in layers] if any(s is None for s in found) else tolist(found)
+
 def target_counts(
     m, # `DSTMethod`
     layers:list, # `Layer` each
@@ -114,7 +119,7 @@ def target_counts(
     t, # `Time`
 )->list: # Ints
     "Count the weights that each layer should have at this point of the schedule of sparsity"
-    pos,targets,numel = m.sparsity_pos(t),[l.target for l in layers],[l.numel for l in layers]
+    pos,targets,numel = m.sparsity_pos(t),_targets(layers),[l.numel for l in layers]
     goal = [n_active(n, m.sparsity_at(s, pos)) for n,s in zip(numel, targets)]
     rises = attribute(m.sparsity_sched_f, 'rises', False)
     if m.prune_share_f is None: return goal if rises else [min(g, a) for g,a in zip(goal, active)]
@@ -185,7 +190,7 @@ def _warn_empty(layers, active, after, step):
 def _for_pattern(m, layers, goal, active, n_drop, n_grow):
     "Count what to grow so that a pattern, which rounds, aims at the target; and the targets, where density moves"
     targets,numel = [None]*len(layers),[l.numel for l in layers]
-    if goal is None: goal = [n_active(n, l.target) for n,l in zip(numel, layers)]
+    if goal is None: goal = [n_active(n, s) for n,s in zip(numel, _targets(layers))]
     if (m.redistribute_f or m.grow_share_f) and m.sparsity_sched_f is None:
         goal = [min(max(b+g-d, 0), n) for b,g,d,n in zip(goal, n_grow, n_drop, numel)]
         targets = [1-b/n for b,n in zip(goal, numel)]

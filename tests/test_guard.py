@@ -192,7 +192,7 @@ def test_training_in_evaluation_mode(make):
 def count_masking(monkeypatch):
     "How many parameters guards mask"
     n,mask = [],MaskGuard._mask
-    monkeypatch.setattr(MaskGuard, '_mask', lambda self, pairs: n.extend(pairs) or mask(self, pairs))
+    monkeypatch.setattr(MaskGuard, '_mask', lambda self: n.extend(self._pairs()) or mask(self))
     return n
 
 def test_guards_do_nothing_where_nothing_happened(monkeypatch):
