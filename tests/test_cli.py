@@ -164,7 +164,7 @@ def test_update_every():
     assert cli.update_every(cli.RigL_presets, 10**6)==100 and cli.update_every(cli.SET_presets, 330) is None
 
 # ------------------------------------------------------------ images in folders
-TOO_SHORT = 'warning: no update falls into 1 optimizer steps at batches_per_update=10, so the masks will stay what they are: use a shorter interval\n'
+TOO_SHORT = 'warning: batches_per_update=10: no update falls into 1 optimizer steps, so the masks will stay what they are: use a shorter interval\n'
 
 def test_folder_with_a_seeded_split(command, load, here):
     folder(here.parent/'pets')
