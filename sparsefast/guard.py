@@ -69,7 +69,7 @@ class MaskGuard:
         self.runs = True
 
     def _leave(self, module, *args):
-        "End the model's forward pass; serves as a forward hook"
+        "End the model's forward pass, also one that fails; serves as a forward hook"
         if not is_compiling(): self.runs = False
 
     def _before_training(self, pairs):
@@ -116,7 +116,7 @@ def remove_guards(
     for m,k,guard in list(guards(model)):
         del m._forward_pre_hooks[k]
         for j,h in list(m._forward_hooks.items()):
-            if getattr(h, '__self__', None) is guard: del m._forward_hooks[j]
+            if getattr(h, '__self__', None) is guard: del m._forward_hooks[j],m._forward_hooks_always_called[j]
 
 def guard_places(
     model:nn.Module, # A sparse model
@@ -135,7 +135,7 @@ def add_guards(
     remove_guards(model)
     places,whole = list(guard_places(model)),MaskGuard(model)
     handles = [m.register_forward_pre_hook(whole if m is model else MaskGuard(where, whole)) for m,where in places]
-    return [*handles, model.register_forward_hook(whole._leave)] if handles else []
+    return [*handles, model.register_forward_hook(whole._leave, always_call=True)] if handles else []
 
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one

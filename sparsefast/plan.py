@@ -68,7 +68,7 @@ def exchange(
         grow = scores(m, 'grow_score_f', l, mask, opt, t, kept=mask)
         return f(mask, scores(m, keep, l, mask, opt, t), grow, n_drop, n_grow)
     if active-n_drop+n_grow==l.numel: return torch.ones_like(mask)           # every weight: there is nothing to choose
-    def keep_score(): return l.score_pieces(getattr(m, keep), opt, **_context(m, 'keep_score_f', l, mask, t))
+    def keep_score(): return l.score_pieces(getattr(m, keep), opt, **_context(m, keep, l, mask, t))
     def grow_score(kept): return l.score_pieces(m.grow_score_f, opt, **_context(m, 'grow_score_f', l, mask, t, kept=kept))
     return drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active)
 

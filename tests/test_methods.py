@@ -629,3 +629,61 @@ def test_torchs_default_device_is_not_asked(preset, storage, tmp_path, total=24)
             load_sparse(tmp_path/'a.safetensors', model, opt)
         runs.append(snapshot(model))
     assert not changed(*runs)
+
+# ------------------------------------------------------------ pruning and growth by functions of one's own
+def _one_update(method, p=.5, **kw):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    sparsify_model(model, p, **kw)
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    model(torch.randn(16, 8)).square().mean().backward()
+    before = [m.clone() for *_,m in masked_params(model)]
+    weights,grads = [p.detach().clone() for *_,p,_ in masked_params(model)],[p.grad.clone() for *_,p,_ in masked_params(model)]
+    method.update(model, opt, 2, total=100)
+    return model,before,weights,grads
+
+def test_scheduled_pruning_has_a_score_and_chance_of_its_own():
+    "`prune_score_f` says what a schedule prunes, `keep_score_f` what is exchanged, each with random numbers of its own"
+    seeds = {}
+    def prune(p, generator, **kwargs):
+        seeds.setdefault('prune', set()).add(generator.initial_seed())
+        return -p.detach().abs()                                                           # the largest go
+    def keep(p, generator, **kwargs):
+        seeds.setdefault('keep', set()).add(generator.initial_seed())
+        return p.detach().abs()
+    prune.reads = keep.reads = ('weight',)
+    sched = partial(DSTMethod, batches_per_update=2, sparsity_sched_f=lambda a, b, pos: b, sparsity_span=(0., .01), keep_score_f=keep, prune_score_f=prune)
+    model,before,weights,_ = _one_update(sched(initial_drop_grow_pct=0.), .5, initial_sparsity=0.)
+    for (*_,m),old,w in zip(masked_params(model), before, weights):
+        gone,stay = w[old & ~m].abs(),w[m].abs()
+        assert len(gone)==m.numel()//2 and gone.min()>=stay.max()
+    assert set(seeds)=={'prune'}
+    seeds.clear()
+    _one_update(sched(initial_drop_grow_pct=.3, grow_score_f=random_score), .5, initial_sparsity=0.)
+    assert len(seeds['prune'])==len(seeds['keep'])==2 and not seeds['prune'] & seeds['keep']
+
+def test_growth_is_shared_by_scores():
+    "`grow_share_f` sees the grow scores of inactive weights, and what it returns is grown"
+    seen = []
+    def share(some, total):
+        seen.append([len(s) for s in some])
+        return [0, total]
+    model,before,*_ = _one_update(DSTMethod(batches_per_update=2, initial_drop_grow_pct=.25, grow_share_f=share, grow_score_f=gradient_magnitude))
+    (a,b),(c,d) = [int(m.sum()) for m in before],[int(m.sum()) for *_,m in masked_params(model)]
+    assert seen==[[int((~m).sum()) for m in before]] and c<a and d>b and a+b==c+d
+    with pytest.raises(ValueError, match='must return growth of'): _one_update(DSTMethod(batches_per_update=2, grow_share_f=lambda some, total: [0, 0]))
+
+def test_grow_scores_and_resets_are_told_what_an_update_does():
+    "Grow scores see what is kept; a rule for optimizer state sees what is born, and the gradient where it reads it"
+    told,reset = [],[]
+    def grow(p, kept, mask, **kwargs):
+        told.append((kept.clone(), mask.clone()))
+        return p.grad.abs()
+    grow.reads = ('gradient',)
+    def rule(p, opt, where, born, grad): reset.append((where, born, grad.clone()))
+    rule.reads = ('gradient',)
+    model,before,_,grads = _one_update(DSTMethod(batches_per_update=2, grow_score_f=grow, reset_state_f=rule))
+    after = [m for *_,m in masked_params(model)]
+    for old,new,grad,(kept,mask),(where,born,seen) in zip(before, after, grads, told, reset, strict=True):
+        assert torch.equal(mask, old) and (kept & ~old).sum()==0 and kept.sum()<old.sum() and (kept & ~new).sum()==0
+        assert torch.equal(born, new & ~old) and torch.equal(where, ~(old & new)) and torch.equal(seen, grad)
