@@ -1173,6 +1173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.utils.maybe_float': ('utils.html#maybe_float', 'sparsefast/utils.py'),
                                   'sparsefast.utils.output_error': ('utils.html#output_error', 'sparsefast/utils.py'),
                                   'sparsefast.utils.show_value': ('utils.html#show_value', 'sparsefast/utils.py'),
+                                  'sparsefast.utils.submodules': ('utils.html#submodules', 'sparsefast/utils.py'),
                                   'sparsefast.utils.text_table': ('utils.html#text_table', 'sparsefast/utils.py'),
                                   'sparsefast.utils.tolist': ('utils.html#tolist', 'sparsefast/utils.py'),
                                   'sparsefast.utils.uncompiled': ('utils.html#uncompiled', 'sparsefast/utils.py')}}}
