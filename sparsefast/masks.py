@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from .utils import check_fraction, maybe_float
 
@@ -111,15 +112,26 @@ def sparse_params(
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
 
 # %% ../nbs/01_masks.ipynb #72c2f191
-_ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_piece = 1<<18                                                     # numbers at a time on a CPU
+try: from sparsefast import _kernels
+except ImportError: _kernels = None                                # the installation found no compiler
 
-def _flat_pair(t, mask):
-    "Both tensors as vectors in the order of memory; `None` where they are laid out differently"
-    if t.is_contiguous() and mask.is_contiguous(): return t.view(-1),mask.view(-1)
+_ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+def _same_layout(t, mask):
+    "True if both lie on a CPU, in the same order and without gaps"
+    if not (t.is_cpu and mask.is_cpu and mask.dtype==torch.bool and t.shape==mask.shape): return False
+    if t.is_contiguous() and mask.is_contiguous(): return True
     last = torch.channels_last
-    if t.dim()==4 and t.is_contiguous(memory_format=last) and mask.is_contiguous(memory_format=last):
-        return t.permute(0,2,3,1).view(-1),mask.permute(0,2,3,1).view(-1)
+    return t.dim()==4 and t.is_contiguous(memory_format=last) and mask.is_contiguous(memory_format=last)
+
+def _compiled(t, mask):
+    "Mask by the compiled kernel; False where it does not serve"
+    plain = type(t) in (torch.Tensor, nn.Parameter)                # others may have no memory
+    if _kernels is None or is_compiling() or not plain or not _same_layout(t, mask): return False
+    try: _kernels.zero_masked(t.data_ptr(), mask.data_ptr(), t.numel(), t.element_size())
+    except RuntimeError: return False                              # nor has one of `torch.func`
+    increment_version(t)                                           # so that autograd and guards see the write
+    return True
 
 def zero_masked_(
     t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
@@ -127,11 +139,7 @@ def zero_masked_(
 )->torch.Tensor: # `t`
     "Set `t` to zero where `mask` is `False`, whatever is there"
     if t.element_size() not in _ints or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)
-    bits = t.view(_ints[t.element_size()])
-    pair = None if is_compiling() or not t.is_cpu or t.numel()<=_piece else _flat_pair(bits, mask)
-    if pair is None: bits.mul_(mask)
-    else:
-        for b,m in zip(pair[0].split(_piece), pair[1].split(_piece)): b.mul_(m)
+    if not _compiled(t, mask): t.view(_ints[t.element_size()]).mul_(mask)
     return t
 
 # %% ../nbs/01_masks.ipynb #0fd94f70

@@ -29,10 +29,10 @@ def dirty(model): return [n for m,n,p,mask in masked_params(model) if (p[~mask]!
 # ------------------------------------------------------------ masking in pieces
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'mixed', 'transposed'])
-@pytest.mark.parametrize('how', ['one', 'all', 'fused'])
-def test_masking_in_pieces_is_masking(dtype, layout, how, monkeypatch):
-    "`fused` is what an accelerator does, and works on a CPU too"
-    monkeypatch.setattr(M, '_piece', 50)
+@pytest.mark.parametrize('how', ['one', 'all', 'fused', 'plain'])
+def test_every_way_of_masking_is_masking(dtype, layout, how, monkeypatch):
+    "`fused` is what an accelerator does, and works on a CPU too; `plain` is what is done without a compiled kernel"
+    if how=='plain': monkeypatch.setattr(M, '_kernels', None)
     t = (torch.randn(5,4,3,3)*10).to(dtype)
     if dtype.is_floating_point: t.view(-1)[::7],t.view(-1)[1::7],t.view(-1)[2::7] = math.nan,-math.inf,-0.
     mask = torch.rand(5,4,3,3)<.5
@@ -50,13 +50,43 @@ def test_masking_in_pieces_is_masking(dtype, layout, how, monkeypatch):
     assert how!='fused' or other.tolist()==[1.]*3+[0.]*4
     assert out is t and torch.equal(t.contiguous().view(bits), want.contiguous().view(bits))          # bit for bit: NaN and -0.0 stay or are +0.0
 
-def test_large_weights_are_masked_without_memory(monkeypatch):
-    "`torch.func` hands out tensors that numpy cannot see"
-    monkeypatch.setattr(M, '_piece', 50)
+def test_weights_are_masked_without_memory():
+    "`torch.func` hands out tensors that a kernel cannot see"
     t,mask = torch.randn(3, 64), torch.rand(64)<.5
     want = torch.where(mask, t, 0.)
     assert torch.equal(torch.func.vmap(lambda r: zero_masked_(r.clone(), mask))(t), want)
     assert torch.equal(torch.func.grad(lambda r: (zero_masked_(r.detach().clone(), mask)*r).sum())(t[0]), want[0])
+
+compiled = pytest.mark.skipif(M._kernels is None, reason='no compiled kernels')
+
+@compiled
+@pytest.mark.parametrize('n', [0, 1, 7, 31, 64, 1000])
+@pytest.mark.parametrize('size', [1, 2, 4, 8])
+def test_the_kernel_writes_where_it_is_told_and_nowhere_else(n, size):
+    "At any address, aligned or not"
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    for offset in (0, 1, 3):
+        t,mask = torch.randint(1, 100, (n+8,)).to(bits),torch.rand(n)<.3
+        want = t.clone()
+        want[offset:offset+n] *= mask
+        M._kernels.zero_masked(t[offset:].data_ptr(), mask.data_ptr(), n, size)
+        assert torch.equal(t, want)
+
+@compiled
+@pytest.mark.parametrize('n,size', [(-1, 4), (1, 3), (1, 0)])
+def test_the_kernel_refuses_other_sizes(n, size):
+    t = torch.ones(4)
+    with pytest.raises(ValueError, match='size must be 1, 2, 4 or 8'): M._kernels.zero_masked(t.data_ptr(), t.data_ptr(), n, size)
+
+@compiled
+def test_the_kernel_is_not_given_what_it_cannot_read(monkeypatch):
+    "Other shapes, devices and masks that are not boolean, and tensors without memory"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    t,mask = torch.ones(4, 6),torch.rand(4, 6)<.5
+    with FakeTensorMode() as mode: fake,fake_mask = mode.from_tensor(t),mode.from_tensor(mask)
+    for a,m in ((t, mask[0]), (t, mask.float()), (t.t(), mask), (t[:,::2], mask[:,::2]), (t, mask.to('meta')), (t.to('meta'), mask), (fake, fake_mask)):
+        assert not M._compiled(a, m)
+    assert M._compiled(t, mask) and torch.equal(t, mask.float())
 
 # ------------------------------------------------------------ selection by a sampled cut
 N = (1<<16)+77
