@@ -1,7 +1,7 @@
 """Save a training after each epoch, and resume it bit for bit
 
-To resume a sparse training, weights are not enough. Masks, a method's memory, the optimizer's state and the order of the batches must come back too.
-`CheckpointCallback` writes all of it before the first epoch and after each one, to a single file that is complete at any moment. The line of code that
+To resume a sparse training, weights are not enough. Masks, a method's memory, the optimizer's state, the count of optimizer steps and
+the order of the batches must come back too. `CheckpointCallback` writes all of it before the first epoch and after each one, to a single file that is complete at any moment. The line of code that
 started a training also resumes it:
 
     learn.fit_one_cycle(20, cbs=[DynamicSparseTrainingCallback(**RigL_presets), CheckpointCallback('run1')])
@@ -18,13 +18,17 @@ __all__ = ['atomic_save', 'training_state', 'restore_training', 'CheckpointCallb
 # %% ../nbs/06a_checkpoint.ipynb #8bc073cb
 import random, warnings
 from pathlib import Path
+import numpy as np
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
-from fastai.torch_core import get_model, rank_distrib, set_seed
+from fastai.torch_core import get_model, get_random_states, num_distrib, rank_distrib, set_seed
+from .storage import SparseLayer
 from .sparsify import load_sparse_state
 from .utils import atomic_write
 
@@ -44,22 +48,47 @@ def _plain(o):
     if torch.is_tensor(o): return o.detach().as_subclass(torch.Tensor)
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [_plain(x) for x in o]
+    if isinstance(o, np.ndarray): return o.tolist()
     return o.item() if hasattr(o, 'item') else o
 
-def _trackers(learn): return {cb.name: cb for cb in learn.cbs if isinstance(cb, TrackerCallback)}
+def _named(learn, kind):
+    "Name -> callback of a kind; a second of the same name has its number in it"
+    named = {}
+    for cb in learn.cbs:
+        if not kind(cb): continue
+        n = sum(other.name==cb.name for other in named.values())
+        named[f'{cb.name} {n}' if n else cb.name] = cb
+    return named
+
+def _trackers(learn): return _named(learn, lambda cb: isinstance(cb, TrackerCallback))
 
 def _tracked(cb): return {k: _plain(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)}
 
-def _stateful(learn): return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')}
+def _stateful(learn): return _named(learn, lambda cb: hasattr(type(cb), 'load_state_dict'))
 
-def _scaler(learn): return getattr(getattr(learn, 'mixed_precision', None), 'scaler', None)
+def _only(learn, kind): return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
+
+def _scaler(learn): return getattr(_only(learn, MixedPrecision), 'scaler', None)
 
 # %% ../nbs/06a_checkpoint.ipynb #6ead8644
+def _holding(learn):
+    "Name -> compressed layer that holds what a dense gradient is computed from, and whose step has not come"
+    modules = get_model(learn.model).named_modules()
+    return {n: m for n,m in modules if isinstance(m, SparseLayer) and m._held and not m._begins()}
+
 def _half_done(learn):
-    "Get the gradients of an accumulation that has not reached its step, or `None`"
-    acc = getattr(learn, 'gradient_accumulation', None)
-    if not acc or not acc.count: return None
-    return dict(count=acc.count, grads=[_plain(p.grad) for p in learn.model.parameters()])
+    "Get the gradients that wait for an optimizer step, and the accumulation's count"
+    grads = [p.grad for p in learn.model.parameters()]
+    held = {n: m._held for n,m in _holding(learn).items()}
+    return dict(count=getattr(_only(learn, GradientAccumulation), 'count', 0), held=_plain(held),
+                grads=[0 if g is not None and not g.any() else _plain(g) for g in grads])
+
+def _loaders(learn): return [dl for dl in learn.dls.loaders if hasattr(dl, 'rng')]
+
+def _random_states(learn):
+    "Get where all random numbers are"
+    states = {k: _plain(v) for k,v in get_random_states().items() if k.endswith('_state')}
+    return {**states, 'loaders': [_plain(dl.rng.getstate()) for dl in _loaders(learn)]}
 
 def _recorder_state(learn):
     "Get what the recorder has recorded, or `None` without a recorder"
@@ -81,6 +110,7 @@ def training_state(
                 trackers={n: _tracked(cb) for n,cb in _trackers(learn).items()},
                 half_done=_half_done(learn),
                 callbacks={n: _plain(cb.state_dict()) for n,cb in _stateful(learn).items()},
+                random=_random_states(learn),
                 scaler=scaler and scaler.state_dict())
 
 # %% ../nbs/06a_checkpoint.ipynb #d78ffcbc
@@ -93,14 +123,30 @@ def _restore_recorder(learn, state):
 
 def _restore_half_done(learn, state):
     if not state: return
-    learn.gradient_accumulation.count = state['count']
-    for p,g in zip(learn.model.parameters(), state['grads']): p.grad = g if g is None else g.to(p.device)
+    if acc := _only(learn, GradientAccumulation): acc.count = state['count']
+    for p,g in zip(learn.model.parameters(), state['grads']):
+        p.grad = g.to(p.device) if torch.is_tensor(g) else g if g is None else torch.zeros_like(p)
+    for n,held in state.get('held', {}).items():
+        layer = get_model(learn.model).get_submodule(n)
+        layer._held[:] = [tuple(t.to(layer.values.device) for t in pair) for pair in held]
+
+def _tuples(o): return tuple(map(_tuples, o)) if isinstance(o, list) else o
+
+def _restore_random(learn, state):
+    "Put all random numbers back; one process's are not another's"
+    if not state or num_distrib(): return
+    name,numbers,*rest = state['numpy_state']
+    random.setstate(_tuples(state['random_state']))
+    np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
+    torch.set_rng_state(state['torch_state'])
+    if len(state['torch_cuda_state'])==torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['torch_cuda_state'])
+    for dl,s in zip(_loaders(learn), state['loaders']): dl.rng.setstate(_tuples(s))
 
 def restore_training(
     learn:Learner, # The learner whose state was taken, or its like, after `before_fit`
     state:dict, # From `training_state`
 )->None:
-    "Restore model, optimizer, recorder and callbacks"
+    "Restore model, optimizer, recorder, callbacks and random numbers"
     load_sparse_state(get_model(learn.model), state['model'])
     opt = state['opt']
     if 'hypers' in opt: opt = {**opt, 'hypers': L(opt['hypers'])}
@@ -114,6 +160,7 @@ def restore_training(
         if n in saved: cb.load_state_dict(saved[n])
     if scaler and state['scaler']: scaler.load_state_dict(state['scaler'])
     _restore_half_done(learn, state['half_done'])
+    _restore_random(learn, state.get('random'))
 
 # %% ../nbs/06a_checkpoint.ipynb #b1ad436c
 class _EpochStart(Callback):
@@ -138,7 +185,7 @@ class CheckpointCallback(Callback):
         fname:str='checkpoint', # Name of the file, in the learner's `model_dir`
         every:int=1, # Epochs between checkpoints, 1 or more, else a `ValueError`; the last epoch always has one
         resume:bool=True, # True to resume from the file, if there is one; False to overwrite it
-        seed:int=42, # Seed of batch order, augmentation and dropout; `None` sets no seed, and a resumed run differs
+        seed:int=42, # Seed of batch order, augmentation and dropout; `None` sets no seed: a resumed run goes on with the file's random numbers, in one process
     ):
         if not (isinstance(every, int) and every>=1):
             raise ValueError(f"every must be a whole number of epochs, 1 or more, got {every!r}")

@@ -87,7 +87,7 @@ MAY_IMPORT = {
     'sparsify': 'distributions guard masks patterns ranks scores select',
     'attach': 'optim presets',
     'callback': 'methods presets ranks scores sparsify',
-    'checkpoint': 'sparsify',
+    'checkpoint': 'sparsify storage',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify',
     'cli.console': '',
     'cli.datasets': '',
