@@ -301,6 +301,92 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception): atomic_save(dict(a=lambda: 0), tmp_path/'f')
     assert torch.load(tmp_path/'f')==dict(a=1)
 
+# ------------------------------------------------------------ a damaged file
+def cut_off(b, n): return b[:n]
+def flipped(b, *at):
+    b = bytearray(b)
+    for i in at: b[i] ^= 0x10
+    return bytes(b)
+def blank(b, at, n=64): return b[:at]+bytes(n)+b[at+n:]
+
+def damages(b):
+    "Copies of a file, each damaged"
+    n,g = len(b),random.Random(0)
+    yield from (cut_off(b, k) for k in (0, 1, n//3, n-100, n-1))
+    yield from (flipped(b, g.randrange(n)) for _ in range(24))
+    yield from (flipped(b, *(g.randrange(n) for _ in range(4))) for _ in range(8))
+    yield from (blank(b, g.randrange(n-64)) for _ in range(8))
+    yield from (b'', b'x'*n, b[:n//2]+b[:n//2], b[n//2:])
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    "Before anything of the learner has changed; or the damage is where it does not matter"
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path, 'RigL'), PowerCut(3))
+    file = tmp_path/'models'/'run.pth'
+    whole,state,refused = file.read_bytes(),torch.load(file),0
+    same = lambda a, b: changed({k: v for k,v in a['model'].items()}, b['model'])==[] and str(a['opt'])==str(b['opt']) and a['callbacks']==b['callbacks']
+    for bad in damages(whole):
+        file.write_bytes(bad)
+        learn = fresh(tmp_path, 'RigL', seed=3)
+        before = snapshot(learn.model)
+        try: assert same(load_checkpoint(file), state)
+        except ValueError as e:
+            refused += 1
+            assert 'run.pth must be a whole checkpoint' in str(e) and 'rename run.previous.pth, which is whole and has 2 epochs, to run.pth' in str(e)
+            if refused%6==0:
+                with pytest.raises(ValueError, match='run.pth must be a whole checkpoint'): one_cycle(learn)
+                assert not changed(before, snapshot(learn.model)) and not learn.opt.state_dict()['state'][0].get('grad_avg', torch.zeros(1)).any()
+    assert refused>30
+
+def test_the_file_before_it_leads_to_the_same_end(tmp_path):
+    one_cycle(whole := fresh(tmp_path/'a'))
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path/'b'), PowerCut(3))
+    file,old = (tmp_path/'b'/'models'/f'{n}.pth' for n in ('run', 'run.previous'))
+    assert torch.load(file)['epoch']==3 and torch.load(old)['epoch']==2
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match='rename run.previous.pth'): one_cycle(fresh(tmp_path/'b'))
+    os.replace(old, file)
+    one_cycle(learn := fresh(tmp_path/'b', seed=5))
+    assert not changed(everything(whole), everything(learn))
+    file.write_bytes(b'x')
+    old.write_bytes(b'x')
+    with pytest.raises(ValueError, match='use another name, or resume=False'): one_cycle(fresh(tmp_path/'b'))
+    fresh(tmp_path/'b').fit(1, cbs=CheckpointCallback('run', resume=False))
+    assert torch.load(file)['epoch']==1 and torch.load(old)['epoch']==0                       # not one of another training
+
+def test_another_file_or_learner_is_refused_by_name(tmp_path):
+    one_cycle(learn := fresh(tmp_path, cbs=[]))
+    learn.save('other')
+    with pytest.raises(ValueError, match='other.pth must be a whole checkpoint.*did not write it'): learn.fit(1, cbs=CheckpointCallback('other'))
+    groups = fresh(tmp_path, seed=2, splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
+    torch_opt,wide = fresh(tmp_path, seed=2, opt=wrapped(TORCH_OPTS['adamw'])),fresh(tmp_path, seed=2)
+    wide.model[0] = nn.Linear(9,24)
+    for other in (groups, torch_opt, wide):
+        before = snapshot(other.model)
+        with pytest.raises(ValueError, match='run.pth does not fit this learner: use another name, or resume=False'): one_cycle(other)
+        assert not changed(before, snapshot(other.model))
+
+def test_files_of_earlier_versions_load(tmp_path):
+    "They do not tell steps, random numbers or where gradients wait, and may have no checksum"
+    one_cycle(whole := fresh(tmp_path/'a'))
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path/'b'), PowerCut(3))
+    file = tmp_path/'b'/'models'/'run.pth'
+    state = torch.load(file)
+    del state['random'], state['callbacks']
+    torch.serialization.set_crc32_options(False)
+    try: torch.save({**state, 'half_done': None}, file)
+    finally: torch.serialization.set_crc32_options(True)
+    one_cycle(learn := fresh(tmp_path/'b', seed=5))
+    assert not changed(everything(whole), everything(learn))
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    "A resumed training that fails again; then others in the same learner, which train all their epochs"
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path), PowerCut(2))
+    with pytest.raises(Stop): one_cycle(learn := fresh(tmp_path), PowerCut(3))
+    seen = []
+    for cbs in ([], [CheckpointCallback('other')]):
+        learn.fit(2, cbs=[*cbs, Watch('after_epoch', lambda l: seen.append(l.train_iter))])
+    assert seen==[N_ITER, 2*N_ITER]*2
+
 SCRIPT = '''
 import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, sys.argv[1])
