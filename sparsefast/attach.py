@@ -12,12 +12,27 @@ Lightning, the `Trainer` of Hugging Face and gradient scalers call `opt.step()` 
 __all__ = ['Attached', 'attach']
 
 # %% ../nbs/05b_attach.ipynb #4012cea4
+import sys
 import torch
 from torch import nn
 from .optim import inner_opt, opt_params
 from .presets import as_method
+from .training_time import Time
 
 # %% ../nbs/05b_attach.ipynb #2d243e96
+def _is_inner(opt):
+    "True in a step that another step of the same optimizer calls, as `super().step()` does"
+    frame,calls = sys._getframe(),0
+    while frame is not None:
+        calls += frame.f_code is type(opt).step.__code__ and frame.f_locals.get('self') is opt
+        frame = frame.f_back
+    return calls>1
+
+def _wrapped(args, kwargs, wrap):
+    "Wrap the closure among the arguments of a step; `None` if there is none"
+    if callable(f := kwargs.get('closure')): return args,{**kwargs, 'closure': wrap(f)}
+    if len(args)>1 and callable(args[1]): return (args[0], wrap(args[1]), *args[2:]),kwargs
+
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
     def __init__(self,
@@ -27,21 +42,45 @@ class Attached:
         total, # Optimizer steps of the whole training
         step=0, # How many of them are done
     ):
-        self.method,self.modules,self.opt,self.total,self.step,self._held = method,modules,opt,total,step,None
+        self.method,self.modules,self.opt,self.total,self.step = method,modules,opt,total,step
+        self._goes_on,self._held = None,[]
         self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)]
 
-    def _time(self): return dict(step=self.step, total=self.total)
+    def _time(self): return Time.of(self.step, total=self.total)
 
     def _before(self, opt, args, kwargs):
+        if _is_inner(opt): return
+        self._goes_on = None
+        wrapped = _wrapped(args, kwargs, self._closure)
+        if wrapped is None: self._begin()
+        return wrapped
+
+    def _begin(self):
+        "Do what comes before the step, once its gradients are there"
         self.step += 1
-        if self.method.before_step(self.modules, opt, **self._time()): return
-        self._held = [(p, p.grad) for p in opt_params(opt)]
-        for p,_ in self._held: p.grad = None                       # the update takes the step's place: an optimizer skips what has no gradient
+        self._goes_on = self.method.before_step(self.modules, self.opt, self._time())
+        if not self._goes_on: self._hold()
+
+    def _hold(self):
+        "Take the gradients away, as the update takes the step's place: an optimizer skips what has none"
+        self._held = [(p, p.grad) for p in opt_params(self.opt)]
+        for p,_ in self._held: p.grad = None
+
+    def _closure(self, closure):
+        "Wrap a closure, so that the method sees the gradients that it makes; some optimizers call it several times a step"
+        def run():
+            if self._goes_on: return self.method.pass_again(self.modules, self.opt, closure, self._time())
+            loss = closure()
+            if self._goes_on is None: self._begin()
+            else: self._hold()
+            return loss
+        return run
 
     def _after(self, opt, args, kwargs):
-        if self._held is None: return self.method.after_step(self.modules, opt, **self._time())
+        if _is_inner(opt): return
+        if self._goes_on: self.method.after_step(self.modules, opt, self._time())
         for p,g in self._held: p.grad = g
-        self._held = None
+        self._goes_on,self._held = None,[]
 
     def remove(self):
         "End the method's work; the masks stay"

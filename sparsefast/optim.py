@@ -19,9 +19,9 @@ from .masks import zero_masked_
 def inner_opt(
     opt, # fastai's or torch's optimizer, or a wrapper around one
 )->object: # The one that holds the state
-    "Unwrap `OptimWrapper`, `Lookahead` and accelerate's wrapper"
-    while (o := getattr(opt, 'opt', None) or getattr(opt, 'optimizer', None)) is not None: opt = o
-    return opt
+    "Unwrap `OptimWrapper`, `Lookahead`, accelerate's wrapper, and SAM, whose steps another optimizer takes"
+    inner = next((o for n in ('opt', 'optimizer', 'base_optimizer') if (o := getattr(opt, n, None)) is not None), None)
+    return opt if inner is None else inner_opt(inner)
 
 def param_lists(
     opt, # An optimizer

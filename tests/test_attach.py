@@ -135,3 +135,117 @@ def test_a_method_by_name_and_a_learner(method):
     learn = learner()
     opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
     assert attach(method, learn, opt, 1000).method==DSTMethod(**RigL_presets)
+
+# ------------------------------------------------------------ closures: gradients that are made within the step
+ALL = dict(PRESETS, RigL_avg={**RigL_avg_presets, 'batches_per_update': 8}, TopKAST={**TopKAST_presets, 'batches_per_update': 3}, SR_STE=SR_STE_presets, GMP=GMP_presets, DSR=DSR_presets)
+def any_method(name, **kw): return method_of(name, **kw) if name in PRESETS else DSTMethod(**{**ALL[name], 'batches_per_update': 5, **kw})
+def model_of(name):
+    torch.manual_seed(0)
+    model = mlp(8,24,20,4)
+    sparsify_model(model, .5, **any_method(name).sparsify_kwargs(.5))
+    return model
+
+def closure_of(model, opt, x, y):
+    def run():
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    return run
+
+def dead_state(model, opt): return [k for p,mask,_ in sparse_params(model) for k,t in opt_tensors(opt, p).items() if t[~mask].any()]
+
+@pytest.mark.parametrize('preset', ALL)
+@pytest.mark.parametrize('opt', ['momentum', 'adamw'])
+@pytest.mark.parametrize('by_name', [False, True], ids=['step(f)', 'step(closure=f)'])
+def test_a_closure_equals_the_plain_loop(preset, opt, by_name):
+    "Weights, masks and optimizer state, bit for bit; a step whose place an update takes is not taken"
+    (model,a),(twin,b) = [(m, TORCH_OPTS[opt](m.parameters())) for m in (model_of(preset), model_of(preset))]
+    attached,m = attach(any_method(preset), model, a, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        f,now = closure_of(model, a, x, y),snapshot(model, a)
+        loss = a.step(closure=f) if by_name else a.step(f)
+        backward(twin, x, y)
+        m.step(twin, b, step, total=40)
+        assert loss.requires_grad and not changed(snapshot(model, a), snapshot(twin, b)) and attached.step==step
+        if preset not in ('SNFS', 'TopKAST', 'SR_STE'): assert masked_are_zero(model) and not dead_state(model, a)
+        if preset=='RigL' and step==8: assert not [k for k in changed(now, snapshot(model, a)) if 'bias' in k]
+    assert not same_masks(masks(model), masks(model_of(preset)))
+
+class TwicePerStep(torch.optim.SGD):
+    "Sharpness-aware: the step is taken with the gradient at a place uphill of the weights, so that the closure runs twice"
+    @torch.no_grad()
+    def step(self, closure):
+        closure = torch.enable_grad()(closure)
+        loss,ps = closure(),[p for g in self.param_groups for p in g['params']]
+        old,grads = [p.clone() for p in ps],[p.grad for p in ps]
+        for p,g in zip(ps, grads):
+            if g is not None: p.add_(g, alpha=.05)
+        closure()
+        for p,o in zip(ps, old): p.copy_(o)
+        super().step()
+        return loss
+
+class SAM(torch.optim.Optimizer):
+    "As it is commonly written: it perturbs, and another optimizer steps"
+    def __init__(self, params, base, **kw):
+        super().__init__(params, kw)
+        self.base_optimizer = base(self.param_groups, **kw)
+        self.param_groups = self.base_optimizer.param_groups
+    @torch.no_grad()
+    def first_step(self):
+        for p in [p for g in self.param_groups for p in g['params'] if p.grad is not None]:
+            self.state[p]['old_p'] = p.data.clone()
+            p.add_(p.grad, alpha=.05)
+        self.zero_grad()
+    @torch.no_grad()
+    def second_step(self):
+        for p in [p for g in self.param_groups for p in g['params']]: p.data = self.state[p]['old_p']
+        self.base_optimizer.step()
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(closure)()
+        self.first_step()
+        torch.enable_grad()(closure)()
+        self.second_step()
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'RigL_avg', 'TopKAST', 'SR_STE'])
+def test_a_closure_that_runs_twice(preset):
+    "A step is counted once, every pass is masked, and an update takes the place of the whole step"
+    model,first = model_of(preset),masks(model_of(preset))
+    opt = TwicePerStep(model.parameters(), lr=.05, momentum=.9, weight_decay=1e-2)
+    attached,m = attach(any_method(preset), model, opt, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        now = snapshot(model, opt)
+        opt.step(closure_of(model, opt, x, y))
+        assert masked_are_zero(model) and (m.explore_pct or not dead_state(model, opt))
+        assert bool(changed(now, snapshot(model, opt))) and ('model.0.bias' in changed(now, snapshot(model, opt)))==(not m.replaces_step or not m.due(step, total=40))
+    assert attached.step==40 and not same_masks(first, masks(model))
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'SNFS'])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['closure', 'two halves'])
+def test_sharpness_aware_around_another_optimizer(preset, by_hand):
+    "The one inside steps and has the state: the same run as by hand"
+    model,twin = model_of(preset),model_of(preset)
+    opt,other = [SAM(m.parameters(), torch.optim.SGD, lr=.05, momentum=.9) for m in (model, twin)]
+    attached,m = attach(any_method(preset), model, opt, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        f = closure_of(model, opt, x, y)
+        if by_hand: f(); opt.first_step(); f(); opt.second_step()
+        else: opt.step(f)
+        f = closure_of(twin, other, x, y)
+        f(); other.first_step(); f()
+        for p in twin.parameters(): p.data = other.state[p]['old_p']
+        m.step(twin, other.base_optimizer, step, total=40)
+        assert masked_are_zero(model) and attached.step==step and not changed(snapshot(model, opt.base_optimizer), snapshot(twin, other.base_optimizer))
+    assert preset=='SNFS' or not dead_state(model, opt.base_optimizer)
+
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+def test_one_history_for_all_weights_is_refused(engine):
+    "LBFGS keeps no state of single weights that an update could reset"
+    model = sparse_mlp()
+    opt,before = torch.optim.LBFGS(model.parameters()),snapshot(model)
+    with pytest.raises(ValueError, match='LBFGS.*one history for all weights.*use SGD or Adam'):
+        if engine: method_of('RigL').step(model, opt, 1, total=10)
+        else: attach(method_of('RigL'), model, opt, 10)
+    assert not changed(before, snapshot(model)) and not opt._optimizer_step_pre_hooks
