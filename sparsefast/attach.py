@@ -69,12 +69,18 @@ class Attached:
     def _closure(self, closure):
         "Wrap a closure, so that the method sees the gradients that it makes; some optimizers call it several times a step"
         def run():
-            if self._goes_on: return self.method.pass_again(self.modules, self.opt, closure, self._time())
+            again = [] if self._goes_on is None else self.method._layers(self.modules, self.opt)
+            if self.method.explore_pct:
+                for l in again: l.take_out()                       # the guard would mask what is outside the mask
             loss = closure()
             if self._goes_on is None: self._begin()
+            elif self._goes_on: self._prepare([l for l in again if l.has_gradient])
             else: self._hold()
             return loss
         return run
+
+    @torch.no_grad()
+    def _prepare(self, layers): self.method._prepare(layers, self.opt, self._time())
 
     def _after(self, opt, args, kwargs):
         if _is_inner(opt): return

@@ -180,21 +180,6 @@ def before_step(self:DSTMethod,
     return True
 
 @patch
-def pass_again(self:DSTMethod,
-    modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer
-    closure, # Computes the loss and the gradients
-    t:Time, # Time of the step
-)->object: # What the closure returns
-    "Run one more backward pass between `before_step` and the end of the step, for optimizers that take several"
-    layers = self._layers(modules, opt)
-    if self.explore_pct:
-        for l in layers: l.take_out()
-    loss = closure()
-    with torch.no_grad(): self._prepare([l for l in layers if l.has_gradient], opt, t)
-    return loss
-
-@patch
 @torch.no_grad()
 def after_step(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules

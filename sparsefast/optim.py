@@ -8,7 +8,7 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 
 # %% auto #0
 __all__ = ['inner_opt', 'param_lists', 'opt_params', 'opt_state', 'slow_weights', 'state_tensors', 'keeps_momentum', 'momentum',
-           'reset_state', 'call_reset', 'StateView', 'replace_param']
+           'reset_state', 'call_reset', 'refusal', 'StateView', 'replace_param']
 
 # %% ../nbs/01d_optim.ipynb #483eb92c
 import inspect
@@ -37,12 +37,17 @@ def opt_params(
     return [p for ps in param_lists(opt) for p in ps]
 
 # %% ../nbs/01d_optim.ipynb #40ffda3b
+def _holder(opt):
+    "Get what holds the state: in `ZeroRedundancyOptimizer` the optimizer of this process's own parameters"
+    opt = inner_opt(opt)
+    return getattr(opt, 'optim', opt)
+
 def opt_state(
     opt, # An optimizer
     p:torch.Tensor, # A parameter
 )->dict: # The state itself, not a copy; empty before the first step
     "Get what the optimizer remembers of `p`"
-    return inner_opt(opt).state.get(p, {})
+    return _holder(opt).state.get(p, {})
 
 def slow_weights(
     opt, # An optimizer
@@ -114,6 +119,36 @@ def call_reset(
     "Reset optimizer state by a method's own rule"
     f(p, opt, where, **{k: v for k,v in kwargs.items() if _takes(f, k)})
 
+# %% ../nbs/01d_optim.ipynb #0c7d51aa
+_low_precision = ('8bit', '4bit', 'fp8')                           # as bitsandbytes and torchao name their optimizers
+
+def _is_coded(v):
+    "True if the numbers of a state are codes, whose zero need not mean zero"
+    return not v.is_floating_point() or not (type(v) in (torch.Tensor, torch.nn.Parameter) or hasattr(v, 'device_mesh'))
+
+def _keeps_codes(opt):
+    "True if an optimizer keeps, or will keep, its state in a few bits"
+    bits = getattr(getattr(opt, 'args', None), 'optim_bits', 32)
+    if bits<32 or any(low in type(opt).__name__.lower() for low in _low_precision): return True
+    return any(_is_coded(v) for p in opt_params(opt) for v in state_tensors(opt, p) if v.dim())
+
+def refusal(
+    opt, # An optimizer
+    reads_momentum:bool=False, # True if a method scores weights by their momentum
+)->tuple: # (what is wrong, what to do about it); empty if nothing is
+    "Say why an optimizer cannot serve sparse weights"
+    opt = inner_opt(opt)
+    name = type(opt).__name__.lower()
+    if 'lbfgs' in name: return 'it keeps one history for all weights, and a weight must start without one','use SGD or Adam'
+    if _keeps_codes(opt):
+        return 'it keeps its state in a few bits, of which single weights cannot be reset','use one in full precision'
+    if 'offload' in name or getattr(opt, '_overlap_with_ddp', False):
+        return 'it works during the backward pass, before gradients can be masked','use one that works after it'
+    if reads_momentum and _holder(opt) is not opt:
+        what = 'a process has the momentum of its own parameters only, and this method grows by momentum'
+        return what,'use a method that does not, such as RigL, or an optimizer that is not sharded'
+    return ()
+
 # %% ../nbs/01d_optim.ipynb #adbdcd9a
 class StateView:
     "An optimizer as a score sees it where another tensor stands for a parameter; nothing is copied until `state` is read"
@@ -122,7 +157,7 @@ class StateView:
         p, # The parameter it knows
         seen, # The tensor that the score is given
         convert=None, # `convert(t)` brings state of the shape of `p` to that of `seen`; by default it has it
-    ): self._opt,self._p,self._seen,self._convert = inner_opt(opt),p,seen,convert
+    ): self._opt,self._p,self._seen,self._convert = _holder(opt),p,seen,convert
 
     def __getattr__(self, name): return getattr(self._opt, name)
 
@@ -141,6 +176,9 @@ def replace_param(
     convert, # `convert(t)` brings state of the shape of `old` to that of `new`
 )->None:
     "Give an optimizer one parameter for another, with its state"
+    if _holder(opt) is not inner_opt(opt):
+        raise ValueError(f"opt must hold its parameters itself, got {type(inner_opt(opt)).__name__}: "
+                         "convert the model first, and make the optimizer then")
     for ps in param_lists(opt):
         for i,p in enumerate(ps):
             if p is old: ps[i] = new

@@ -249,3 +249,45 @@ def test_one_history_for_all_weights_is_refused(engine):
         if engine: method_of('RigL').step(model, opt, 1, total=10)
         else: attach(method_of('RigL'), model, opt, 10)
     assert not changed(before, snapshot(model)) and not opt._optimizer_step_pre_hooks
+
+# ------------------------------------------------------------ optimizers that cannot serve, and gradients that are no tensors of the weight's shape
+def named(name, **attrs): return type(name, (torch.optim.Adam,), attrs)
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+@pytest.mark.parametrize('make,why', [(named('AdamW8bit'), 'AdamW8bit: it keeps its state in a few bits.*full precision'), (named('Adam4bit'), 'few bits'), (named('AdamWFp8'), 'few bits'), (named('Adam', args=type('A', (), dict(optim_bits=8))), 'few bits'),
+                                      (named('CPUOffloadOptimizer'), 'works during the backward pass')], ids=['8bit', '4bit', 'fp8', 'bits', 'offload'])
+def test_an_optimizer_that_cannot_serve_is_refused(make, why, engine):
+    model = sparse_mlp()
+    opt,before = make(model.parameters(), lr=.1),snapshot(model)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=why):
+        if engine: method_of('RigL').step(model, opt, 1, total=10)
+        else: attach(method_of('RigL'), model, opt, 10)
+    assert not changed(before, snapshot(model)) and not opt.state and not opt._optimizer_step_pre_hooks
+
+@pytest.mark.parametrize('code', [lambda p: torch.zeros(p.shape, dtype=torch.uint8), lambda p: torch.zeros(p.shape).as_subclass(type('Code', (torch.Tensor,), {}))], ids=['integers', 'subclass'])
+def test_state_that_is_codes_is_refused_when_training_goes_on(code):
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    opt.state[model[0].weight] = dict(step=torch.tensor(1), state1=code(model[0].weight))
+    with pytest.raises(ValueError, match='SGD: it keeps its state in a few bits'): attach(method_of('RigL'), model, opt, 10, step=3)
+
+@pytest.mark.parametrize('kind', ['Adam8bit', 'AdamW8bit', 'AdamW4bit', 'AdamFp8'])
+def test_torchao(kind):
+    model = sparse_mlp()
+    opt = getattr(pytest.importorskip('torchao.optim'), kind)(model.parameters())
+    with pytest.raises(ValueError, match=f'{kind}: it keeps its state in a few bits'): attach(method_of('RigL'), model, opt, 10)
+
+@pytest.mark.parametrize('functional', [False, True])
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+def test_sparse_gradients_are_refused(engine, functional):
+    "A layer's own setting before the first step, a function's when it has made one, and nothing is changed"
+    class Lookup(nn.Embedding):
+        def forward(self, x): return F.embedding(x, self.weight, sparse=True)
+    model = nn.Sequential(Lookup(50, 16) if functional else nn.Embedding(50, 16, sparse=True), nn.Flatten(), nn.Linear(64, 3))
+    sparsify_model(model, .8, additional_types=[nn.Embedding])
+    opt,before = torch.optim.SGD(model.parameters(), lr=.1),snapshot(model)
+    if functional or engine: model(torch.randint(50, (8, 4))).sum().backward()
+    with pytest.raises(ValueError, match='`weight` of .*is a sparse tensor, and masks need a dense one: make the layer with `sparse=False`'):
+        if engine: method_of('SET').step(model, opt, 1, total=10)
+        else: attach(method_of('SET'), model, opt, 10); assert functional; opt.step()
+    assert not changed(before, snapshot(model))
