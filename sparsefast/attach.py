@@ -15,7 +15,7 @@ __all__ = ['Attached', 'attach']
 import sys
 import torch
 from torch import nn
-from .optim import inner_opt, opt_params
+from .optim import attached_to, inner_opt, opt_params, unscale
 from .presets import as_method
 from .training_time import Time
 
@@ -43,8 +43,9 @@ class Attached:
         step=0, # How many of them are done
     ):
         self.method,self.modules,self.opt,self.total,self.step = method,modules,opt,total,step
-        self._goes_on,self._held = None,[]
-        self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)]
+        self._goes_on,self._held,self._loaded = None,[],False
+        self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after),
+                       opt.register_state_dict_post_hook(self._save), opt.register_load_state_dict_pre_hook(self._load)]
 
     def _time(self): return Time.of(self.step, total=self.total)
 
@@ -55,9 +56,15 @@ class Attached:
         if wrapped is None: self._begin()
         return wrapped
 
+    def _save(self, opt, state): state['sparsefast'] = {'step': self.step}
+
+    def _load(self, opt, state): self.step,self._loaded = state.get('sparsefast', vars(self))['step'],True
+
     def _begin(self):
         "Do what comes before the step, once its gradients are there"
-        self.step += 1
+        if not unscale(self.opt): return                           # a gradient overflowed, and there will be no step
+        if self._loaded: self.method.enforce(self.modules, self.opt)
+        self.step,self._loaded = self.step+1,False
         self._goes_on = self.method.before_step(self.modules, self.opt, self._time())
         if not self._goes_on: self._hold()
 
@@ -108,7 +115,11 @@ def attach(
         raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
     if not (isinstance(total, int) and total>=1):
         raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, got {total!r}")
+    if attached_to(opt):
+        raise ValueError(f"opt must have one method, and {attached_to(opt)} is attached already: call its `remove()` first")
     method = as_method(method).in_steps(total)
+    if any(isinstance(getattr(cb, 'method', None), type(method)) for cb in getattr(modules, 'cbs', [])):
+        raise ValueError("a Learner must have one method, and has a callback with one already: remove the callback, or do not attach")
     method.check(modules, opt, total)
     method.enforce(modules, opt)
     return Attached(method, modules, opt, total, step)

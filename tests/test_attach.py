@@ -1,10 +1,11 @@
 "Loops that own the call of the optimizer's step"
-import json, re
+import io, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from sparsefast.all import *
 from sparsefast.methods import DSTMethod
+from sparsefast.optim import attached_to
 from helpers import *
 
 def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
@@ -291,3 +292,93 @@ def test_sparse_gradients_are_refused(engine, functional):
         if engine: method_of('SET').step(model, opt, 1, total=10)
         else: attach(method_of('SET'), model, opt, 10); assert functional; opt.step()
     assert not changed(before, snapshot(model))
+
+# ------------------------------------------------------------ resume: the count travels with the optimizer
+def saved(*objects):
+    file = io.BytesIO()
+    torch.save([o.state_dict() for o in objects], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+@pytest.mark.parametrize('preset', ALL)
+@pytest.mark.parametrize('cut', [17, 24, 30])
+@pytest.mark.parametrize('opt_first', [False, True], ids=['model first', 'optimizer first'])
+def test_resumed_from_state_dicts(preset, cut, opt_first):
+    "Averages that had begun, explored weights and shared counts included, bit for bit, without a word about the step"
+    def made():
+        model = model_of(preset)
+        opt = TORCH_OPTS['adamw'](model.parameters())
+        return model, opt, attach(any_method(preset), model, opt, 40)
+    def go(model, opt, data):
+        for x,y in data: backward(model, x, y); opt.step()
+    data,(model,opt,attached) = batches(40),made()
+    go(model, opt, data[:cut])
+    states = saved(model, opt)
+    go(model, opt, data[cut:])
+    twin,other,resumed = made()
+    go(twin, other, data[:3])                                                                 # which is forgotten
+    for o,s in sorted(zip((twin, other), states), key=lambda i: isinstance(i[0], nn.Module)==opt_first): o.load_state_dict(s)
+    assert resumed.step==cut
+    go(twin, other, data[cut:])
+    assert resumed.step==40 and not changed(snapshot(model, opt), snapshot(twin, other))
+
+def test_a_state_without_the_count_still_loads():
+    "An older file: the count stays as `attach` was told; what the optimizer knows of masked weights is forgotten"
+    dense = mlp(8, 24, 20, 3)
+    other = torch.optim.SGD(dense.parameters(), lr=.05, momentum=.9)
+    plain_loop(dense, other, None, 5)
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+    attached = attach(method_of('RigL'), model, opt, 40, step=3)
+    opt.load_state_dict(other.state_dict())
+    backward(model, *batches(1)[0])
+    opt.step()
+    assert attached.step==4 and masked_are_zero(model) and not dead_state(model, opt)
+    attached.remove()
+    assert 'sparsefast' not in opt.state_dict()
+
+# ------------------------------------------------------------ twice
+def test_twice_is_refused():
+    "A notebook's cell run again; after `remove` all is well"
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    attached,n = attach(method_of('SNFS', grow_score_f=random_score), model, opt, 40),len(opt._optimizer_step_pre_hooks)
+    with pytest.raises(ValueError, match='opt must have one method.*step 0 of 40.*remove'): attach(method_of('SET'), model, opt, 40)
+    assert len(opt._optimizer_step_pre_hooks)==n and attached_to(opt) is attached
+    attached.remove()
+    assert attached_to(opt) is None and attached_to(attach(method_of('SET'), model, opt, 40).opt)
+
+def test_attached_and_stepped_by_hand_is_refused():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    attached,before = attach(method_of('SET'), model, opt, 40),snapshot(model)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match='attached'): method_of('SET').step(model, opt, 1, total=40)
+    assert attached.step==0 and not changed(before, snapshot(model))
+
+# ------------------------------------------------------------ a scaler and a fused optimizer
+@pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['', 'unscaled by hand'])
+def test_a_scaler_changes_nothing(preset, fused, by_hand):
+    "Averages and penalties read gradients as they are; an overflow is no step, and is not counted"
+    model,twin = model_of(preset),model_of(preset)
+    opt,other = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9, fused=fused) for m in (model, twin))
+    attached,scaler,m = attach(any_method(preset), model, opt, 40),torch.amp.GradScaler('cpu', init_scale=2.**12, growth_interval=7),any_method(preset)
+    for i,(x,y) in enumerate(batches(40)):
+        opt.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y)*(float('inf') if i in (9, 20) else 1.)).backward()
+        if by_hand: scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        if i in (9, 20): continue
+        backward(twin, x, y)
+        m.step(twin, other, attached.step, total=40)
+        assert not changed(snapshot(model, opt), snapshot(twin, other))
+    assert attached.step==38 and scaler.get_scale()!=2.**12
+
+def test_beside_the_callback_is_refused():
+    learn = learner(cbs=DynamicSparseTrainingCallback(**SET_presets))
+    opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
+    with pytest.raises(ValueError, match='has a callback with one already'): attach('set', learn, opt, 1000)
+    assert attached_to(opt) is None
