@@ -10,7 +10,7 @@ of the model, so saving, loading and copying need no help from it."""
 __all__ = ['DynamicSparseTrainingCallback']
 
 # %% ../nbs/06_callback.ipynb #edb0c633
-import math
+import math, warnings
 from dataclasses import fields, replace
 from torch import nn
 from fastcore.basics import patch
@@ -20,7 +20,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import get_model, get_random_states, set_random_states
+from .masks import masked_params
 from .methods import DSTMethod
+from .optim import attached_to
 from .presets import as_method
 from .ranks import sync_masks
 from .scores import gradient_magnitude, weight_magnitude
@@ -71,7 +73,17 @@ def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', 
 def _modules(self:DynamicSparseTrainingCallback): return self.learn.model if self.sparse_modules is None else self.sparse_modules
 
 @patch
+def _check_alone(self:DynamicSparseTrainingCallback):
+    "Refuse a second method in the learner"
+    n,other = sum(isinstance(cb, DynamicSparseTrainingCallback) for cb in self.learn.cbs),attached_to(self.learn.opt)
+    if n>1:
+        raise ValueError(f"a Learner must have one DynamicSparseTrainingCallback, got {n}: "
+                         "give it to `Learner(cbs=...)` or to `fit(cbs=...)`, not to both, or remove one by `learn.remove_cb`")
+    if other: raise ValueError(f"a Learner must have one method, got this callback and {other}: call `remove()` of what `attach` returned")
+
+@patch
 def before_fit(self:DynamicSparseTrainingCallback):
+    self._check_alone()
     self.n_step = self.timed = None
     self.stepping,self.chance = False,_chance(self.dls) if hasattr(self.learn, 'lr_finder') else None
     for p in self.learn.model.parameters():
@@ -129,6 +141,24 @@ def after_fit(self:DynamicSparseTrainingCallback):
     set_random_states(**self.chance[0])
     if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])
     self.chance = None
+
+# %% ../nbs/06_callback.ipynb #3e8b6d51
+def _rewires(cb): return isinstance(vars(cb).get('method'), DSTMethod)
+
+def _note_static(learn):
+    "Warn once of masks that nothing rewires"
+    if 'noted_static' in vars(learn) or hasattr(learn, 'lr_finder') or not any(masked_params(learn.model)): return
+    if any(map(_rewires, learn.cbs)) or attached_to(learn.opt): return
+    learn.noted_static = True
+    warnings.warn("the model has masks, and this training has no DynamicSparseTrainingCallback: the masks stay as they are "
+                  "(if that is meant, add `DynamicSparseTrainingCallback('static')`, which also keeps masked weights at zero)", stacklevel=5)
+
+_do_fit = Learner._do_fit
+
+@patch
+def _do_fit(self:Learner, fit=_do_fit):
+    _note_static(self)
+    fit(self)
 
 # %% ../nbs/06_callback.ipynb #da4a8aad
 @patch

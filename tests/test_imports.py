@@ -86,7 +86,7 @@ MAY_IMPORT = {
     'presets': 'allocation methods patterns schedules scores',
     'sparsify': 'distributions guard masks patterns ranks scores select',
     'attach': 'optim presets',
-    'callback': 'methods presets ranks scores sparsify',
+    'callback': 'masks methods optim presets ranks scores sparsify',
     'checkpoint': 'sparsify storage',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify',
     'cli.console': '',
