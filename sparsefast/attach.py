@@ -12,12 +12,27 @@ Lightning, the `Trainer` of Hugging Face and gradient scalers call `opt.step()` 
 __all__ = ['Attached', 'attach']
 
 # %% ../nbs/05b_attach.ipynb #4012cea4
+import sys
 import torch
 from torch import nn
-from .optim import inner_opt, opt_params
+from .optim import attached_to, inner_opt, opt_params, unscale
 from .presets import as_method
+from .training_time import Time
 
 # %% ../nbs/05b_attach.ipynb #2d243e96
+def _is_inner(opt):
+    "True in a step that another step of the same optimizer calls, as `super().step()` does"
+    frame,calls = sys._getframe(),0
+    while frame is not None:
+        calls += frame.f_code is type(opt).step.__code__ and frame.f_locals.get('self') is opt
+        frame = frame.f_back
+    return calls>1
+
+def _wrapped(args, kwargs, wrap):
+    "Wrap the closure among the arguments of a step; `None` if there is none"
+    if callable(f := kwargs.get('closure')): return args,{**kwargs, 'closure': wrap(f)}
+    if len(args)>1 and callable(args[1]): return (args[0], wrap(args[1]), *args[2:]),kwargs
+
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
     def __init__(self,
@@ -27,21 +42,58 @@ class Attached:
         total, # Optimizer steps of the whole training
         step=0, # How many of them are done
     ):
-        self.method,self.modules,self.opt,self.total,self.step,self._held = method,modules,opt,total,step,None
-        self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)]
+        self.method,self.modules,self.opt,self.total,self.step = method,modules,opt,total,step
+        self._goes_on,self._held,self._loaded = None,[],False
+        self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after),
+                       opt.register_state_dict_post_hook(self._save), opt.register_load_state_dict_pre_hook(self._load)]
 
-    def _time(self): return dict(step=self.step, total=self.total)
+    def _time(self): return Time.of(self.step, total=self.total)
 
     def _before(self, opt, args, kwargs):
-        self.step += 1
-        if self.method.before_step(self.modules, opt, **self._time()): return
-        self._held = [(p, p.grad) for p in opt_params(opt)]
-        for p,_ in self._held: p.grad = None                       # the update takes the step's place: an optimizer skips what has no gradient
+        if _is_inner(opt): return
+        self._goes_on = None
+        wrapped = _wrapped(args, kwargs, self._closure)
+        if wrapped is None: self._begin()
+        return wrapped
+
+    def _save(self, opt, state): state['sparsefast'] = {'step': self.step}
+
+    def _load(self, opt, state): self.step,self._loaded = state.get('sparsefast', vars(self))['step'],True
+
+    def _begin(self):
+        "Do what comes before the step, once its gradients are there"
+        if not unscale(self.opt): return                           # a gradient overflowed, and there will be no step
+        if self._loaded: self.method.enforce(self.modules, self.opt)
+        self.step,self._loaded = self.step+1,False
+        self._goes_on = self.method.before_step(self.modules, self.opt, self._time())
+        if not self._goes_on: self._hold()
+
+    def _hold(self):
+        "Take the gradients away, as the update takes the step's place: an optimizer skips what has none"
+        self._held = [(p, p.grad) for p in opt_params(self.opt)]
+        for p,_ in self._held: p.grad = None
+
+    def _closure(self, closure):
+        "Wrap a closure, so that the method sees the gradients that it makes; some optimizers call it several times a step"
+        def run():
+            again = [] if self._goes_on is None else self.method._layers(self.modules, self.opt)
+            if self.method.explore_pct:
+                for l in again: l.take_out()                       # the guard would mask what is outside the mask
+            loss = closure()
+            if self._goes_on is None: self._begin()
+            elif self._goes_on: self._prepare([l for l in again if l.has_gradient])
+            else: self._hold()
+            return loss
+        return run
+
+    @torch.no_grad()
+    def _prepare(self, layers): self.method._prepare(layers, self.opt, self._time())
 
     def _after(self, opt, args, kwargs):
-        if self._held is None: return self.method.after_step(self.modules, opt, **self._time())
+        if _is_inner(opt): return
+        if self._goes_on: self.method.after_step(self.modules, opt, self._time())
         for p,g in self._held: p.grad = g
-        self._held = None
+        self._goes_on,self._held = None,[]
 
     def remove(self):
         "End the method's work; the masks stay"
@@ -63,7 +115,11 @@ def attach(
         raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
     if not (isinstance(total, int) and total>=1):
         raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, got {total!r}")
+    if attached_to(opt):
+        raise ValueError(f"opt must have one method, and {attached_to(opt)} is attached already: call its `remove()` first")
     method = as_method(method).in_steps(total)
+    if any(isinstance(getattr(cb, 'method', None), type(method)) for cb in getattr(modules, 'cbs', [])):
+        raise ValueError("a Learner must have one method, and has a callback with one already: remove the callback, or do not attach")
     method.check(modules, opt, total)
     method.enforce(modules, opt)
     return Attached(method, modules, opt, total, step)

@@ -8,8 +8,8 @@ Before a training, `method.check` runs the checks of this room and raises the fi
 
 # %% auto #0
 __all__ = ['method_checks', 'Finding', 'Case', 'raise_findings', 'check_orphans', 'is_rounded', 'check_targets', 'check_momentum',
-           'check_optimizer', 'check_storage', 'check_pattern', 'check_store', 'check_start', 'check_interval',
-           'run_checks']
+           'check_served', 'check_optimizer', 'check_storage', 'check_pattern', 'check_store', 'check_start',
+           'check_interval', 'run_checks']
 
 # %% ../nbs/04b_checks.ipynb #5e3e83f4
 import warnings
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 import torch
 from .masks import n_active, nnz
-from .optim import inner_opt, keeps_momentum, opt_params
+from .optim import inner_opt, keeps_momentum, opt_params, refusal
 from .patterns import drop_grow, fits_pattern
 from .plan import pattern_of
 from .select import Weight
@@ -117,6 +117,17 @@ def check_momentum(
     yield Finding('fault', 'no momentum', type(inner_opt(case.opt)).__name__,
                   'this method grows by momentum, and the optimizer keeps none', todo)
 
+def check_served(
+    case:Case, # What to look at
+)->Iterator: # Yields `Finding`
+    "Find what no method serves: an optimizer whose state cannot be reset, and gradients that are sparse tensors"
+    why = refusal(case.opt, case.method.reads_momentum) if case.opt is not None and case.method else ()
+    if why: yield Finding('fault', 'optimizer', type(inner_opt(case.opt)).__name__, *why)
+    for l in case.layers:
+        if getattr(l.module, 'sparse', False) is True or l.p.grad is not None and l.p.grad.is_sparse:
+            what = f'the gradient of {l.module} is a sparse tensor, and masks need a dense one'
+            yield Finding('fault', 'sparse gradient', case.name(l), what, 'make the layer with `sparse=False`')
+
 def check_optimizer(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -199,7 +210,7 @@ def check_interval(
 
 # %% ../nbs/04b_checks.ipynb #86d09016
 # Checks that `method.check` goes through, in this order
-method_checks = (check_orphans, check_momentum, check_storage, check_optimizer,
+method_checks = (check_orphans, check_momentum, check_served, check_storage, check_optimizer,
                  check_targets, check_pattern, check_store, check_interval)
 
 def run_checks(

@@ -20,7 +20,7 @@ from .exploration import ExploringLayer
 from .guard import vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
 from .method import DSTMethod
-from .optim import momentum
+from .optim import attached_to, momentum
 from .plan import target_counts
 from .rewire import rewire
 from .training_time import Time
@@ -206,6 +206,7 @@ def step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->None:
     "Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place"
+    if attached_to(opt): raise ValueError(f"{attached_to(opt)} is attached, and acts by itself: call `opt.step()`")
     t = Time.of(step, pct, total)
     if self.before_step(modules, opt, t):
         opt.step()

@@ -86,6 +86,34 @@ def whole(dtype=torch.float64, accumulate=1):
     train(model, method_of('RigL'), accumulate=accumulate, dtype=dtype, look=lambda s: log.append([m.clone() for m in masks(model)]))
     return log
 
+def zero(rank):
+    "Each rank steps a part of the parameters and has their state: the run of an optimizer that is whole on both; and what is refused"
+    from torch.distributed.optim import ZeroRedundancyOptimizer as Zero
+    def run(opt_f, preset='RigL', attached=False):
+        model = net()
+        ddp,opt = DDP(sync_masks(model)),opt_f(model.parameters())
+        if attached: attach(method_of(preset), ddp, opt, 24)
+        for step in range(1, 25):
+            (x,y), = data(1, 8, seed=step)
+            f = lambda: (opt.zero_grad(), F.cross_entropy(ddp(half(x, rank)), half(y, rank)))[1].backward()
+            if attached: opt.step(f)
+            else: f(); method_of(preset).step(ddp, opt, step, total=24)
+        return model,opt
+    adam,own,out = partial(torch.optim.Adam, lr=1e-2),0,{}
+    for preset in ('RigL', 'SET'):
+        whole,o = run(adam, preset)
+        for attached in (False, True):
+            part,z = run(lambda ps: Zero(ps, torch.optim.Adam, lr=1e-2), preset, attached)
+            assert not changed(snapshot(whole), snapshot(part)) and masked_are_zero(part)
+            for (k,p),q in zip(part.named_parameters(), whole.parameters()):
+                own += bool(s := z.optim.state.get(p))
+                assert all(torch.equal(t, o.state[q][n]) for n,t in (s or {}).items())
+    for what,f in dict(momentum=lambda: run(lambda ps: Zero(ps, torch.optim.Adam, lr=1e-2), 'SNFS'), overlap=lambda: run(lambda ps: Zero(ps, torch.optim.Adam, overlap_with_ddp=True, lr=1e-2)),
+                       convert=lambda: to_sparse_layers(part, z, least=0.)).items():
+        try: f(); out[what] = 'nothing was said'
+        except ValueError as e: out[what] = str(e)
+    return dict(own=own, **out)
+
 def in_fastai(rank, folder):
     "distrib_ctx, with the one place patched where stock fastai needs CUDA"
     from fastai import distributed as fd
@@ -105,7 +133,7 @@ def in_fastai(rank, folder):
 
 adamw = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=.1)
 CASES = {f'{p}{"" if a==1 else "_accumulated"}': (lambda r, p=p, a=a: plain(r, p, accumulate=a)) for p in PRESETS for a in (1, 2)}
-CASES |= dict(doctor=doctor, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
+CASES |= dict(doctor=doctor, zero=zero, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
               float64_accumulated=lambda r: plain(r, 'RigL', dtype=torch.float64, accumulate=2), messages=messages, other_layers=other_layers, local=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score),
               averaged=lambda r: plain(r, 'RigL', grad_steps=3, replaces_step=False))
 

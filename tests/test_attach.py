@@ -1,10 +1,11 @@
 "Loops that own the call of the optimizer's step"
-import json, re
+import io, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from sparsefast.all import *
 from sparsefast.methods import DSTMethod
+from sparsefast.optim import attached_to
 from helpers import *
 
 def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 8, **kw})
@@ -135,3 +136,249 @@ def test_a_method_by_name_and_a_learner(method):
     learn = learner()
     opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
     assert attach(method, learn, opt, 1000).method==DSTMethod(**RigL_presets)
+
+# ------------------------------------------------------------ closures: gradients that are made within the step
+ALL = dict(PRESETS, RigL_avg={**RigL_avg_presets, 'batches_per_update': 8}, TopKAST={**TopKAST_presets, 'batches_per_update': 3}, SR_STE=SR_STE_presets, GMP=GMP_presets, DSR=DSR_presets)
+def any_method(name, **kw): return method_of(name, **kw) if name in PRESETS else DSTMethod(**{**ALL[name], 'batches_per_update': 5, **kw})
+def model_of(name):
+    torch.manual_seed(0)
+    model = mlp(8,24,20,4)
+    sparsify_model(model, .5, **any_method(name).sparsify_kwargs(.5))
+    return model
+
+def closure_of(model, opt, x, y):
+    def run():
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    return run
+
+def dead_state(model, opt): return [k for p,mask,_ in sparse_params(model) for k,t in opt_tensors(opt, p).items() if t[~mask].any()]
+
+@pytest.mark.parametrize('preset', ALL)
+@pytest.mark.parametrize('opt', ['momentum', 'adamw'])
+@pytest.mark.parametrize('by_name', [False, True], ids=['step(f)', 'step(closure=f)'])
+def test_a_closure_equals_the_plain_loop(preset, opt, by_name):
+    "Weights, masks and optimizer state, bit for bit; a step whose place an update takes is not taken"
+    (model,a),(twin,b) = [(m, TORCH_OPTS[opt](m.parameters())) for m in (model_of(preset), model_of(preset))]
+    attached,m = attach(any_method(preset), model, a, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        f,now = closure_of(model, a, x, y),snapshot(model, a)
+        loss = a.step(closure=f) if by_name else a.step(f)
+        backward(twin, x, y)
+        m.step(twin, b, step, total=40)
+        assert loss.requires_grad and not changed(snapshot(model, a), snapshot(twin, b)) and attached.step==step
+        if preset not in ('SNFS', 'TopKAST', 'SR_STE'): assert masked_are_zero(model) and not dead_state(model, a)
+        if preset=='RigL' and step==8: assert not [k for k in changed(now, snapshot(model, a)) if 'bias' in k]
+    assert not same_masks(masks(model), masks(model_of(preset)))
+
+class TwicePerStep(torch.optim.SGD):
+    "Sharpness-aware: the step is taken with the gradient at a place uphill of the weights, so that the closure runs twice"
+    @torch.no_grad()
+    def step(self, closure):
+        closure = torch.enable_grad()(closure)
+        loss,ps = closure(),[p for g in self.param_groups for p in g['params']]
+        old,grads = [p.clone() for p in ps],[p.grad for p in ps]
+        for p,g in zip(ps, grads):
+            if g is not None: p.add_(g, alpha=.05)
+        closure()
+        for p,o in zip(ps, old): p.copy_(o)
+        super().step()
+        return loss
+
+class SAM(torch.optim.Optimizer):
+    "As it is commonly written: it perturbs, and another optimizer steps"
+    def __init__(self, params, base, **kw):
+        super().__init__(params, kw)
+        self.base_optimizer = base(self.param_groups, **kw)
+        self.param_groups = self.base_optimizer.param_groups
+    @torch.no_grad()
+    def first_step(self):
+        for p in [p for g in self.param_groups for p in g['params'] if p.grad is not None]:
+            self.state[p]['old_p'] = p.data.clone()
+            p.add_(p.grad, alpha=.05)
+        self.zero_grad()
+    @torch.no_grad()
+    def second_step(self):
+        for p in [p for g in self.param_groups for p in g['params']]: p.data = self.state[p]['old_p']
+        self.base_optimizer.step()
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(closure)()
+        self.first_step()
+        torch.enable_grad()(closure)()
+        self.second_step()
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'RigL_avg', 'TopKAST', 'SR_STE'])
+def test_a_closure_that_runs_twice(preset):
+    "A step is counted once, every pass is masked, and an update takes the place of the whole step"
+    model,first = model_of(preset),masks(model_of(preset))
+    opt = TwicePerStep(model.parameters(), lr=.05, momentum=.9, weight_decay=1e-2)
+    attached,m = attach(any_method(preset), model, opt, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        now = snapshot(model, opt)
+        opt.step(closure_of(model, opt, x, y))
+        assert masked_are_zero(model) and (m.explore_pct or not dead_state(model, opt))
+        assert bool(changed(now, snapshot(model, opt))) and ('model.0.bias' in changed(now, snapshot(model, opt)))==(not m.replaces_step or not m.due(step, total=40))
+    assert attached.step==40 and not same_masks(first, masks(model))
+
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'SNFS'])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['closure', 'two halves'])
+def test_sharpness_aware_around_another_optimizer(preset, by_hand):
+    "The one inside steps and has the state: the same run as by hand"
+    model,twin = model_of(preset),model_of(preset)
+    opt,other = [SAM(m.parameters(), torch.optim.SGD, lr=.05, momentum=.9) for m in (model, twin)]
+    attached,m = attach(any_method(preset), model, opt, 40),any_method(preset)
+    for step,(x,y) in enumerate(batches(40), 1):
+        f = closure_of(model, opt, x, y)
+        if by_hand: f(); opt.first_step(); f(); opt.second_step()
+        else: opt.step(f)
+        f = closure_of(twin, other, x, y)
+        f(); other.first_step(); f()
+        for p in twin.parameters(): p.data = other.state[p]['old_p']
+        m.step(twin, other.base_optimizer, step, total=40)
+        assert masked_are_zero(model) and attached.step==step and not changed(snapshot(model, opt.base_optimizer), snapshot(twin, other.base_optimizer))
+    assert preset=='SNFS' or not dead_state(model, opt.base_optimizer)
+
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+def test_one_history_for_all_weights_is_refused(engine):
+    "LBFGS keeps no state of single weights that an update could reset"
+    model = sparse_mlp()
+    opt,before = torch.optim.LBFGS(model.parameters()),snapshot(model)
+    with pytest.raises(ValueError, match='LBFGS.*one history for all weights.*use SGD or Adam'):
+        if engine: method_of('RigL').step(model, opt, 1, total=10)
+        else: attach(method_of('RigL'), model, opt, 10)
+    assert not changed(before, snapshot(model)) and not opt._optimizer_step_pre_hooks
+
+# ------------------------------------------------------------ optimizers that cannot serve, and gradients that are no tensors of the weight's shape
+def named(name, **attrs): return type(name, (torch.optim.Adam,), attrs)
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+@pytest.mark.parametrize('make,why', [(named('AdamW8bit'), 'AdamW8bit: it keeps its state in a few bits.*full precision'), (named('Adam4bit'), 'few bits'), (named('AdamWFp8'), 'few bits'), (named('Adam', args=type('A', (), dict(optim_bits=8))), 'few bits'),
+                                      (named('CPUOffloadOptimizer'), 'works during the backward pass')], ids=['8bit', '4bit', 'fp8', 'bits', 'offload'])
+def test_an_optimizer_that_cannot_serve_is_refused(make, why, engine):
+    model = sparse_mlp()
+    opt,before = make(model.parameters(), lr=.1),snapshot(model)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=why):
+        if engine: method_of('RigL').step(model, opt, 1, total=10)
+        else: attach(method_of('RigL'), model, opt, 10)
+    assert not changed(before, snapshot(model)) and not opt.state and not opt._optimizer_step_pre_hooks
+
+@pytest.mark.parametrize('code', [lambda p: torch.zeros(p.shape, dtype=torch.uint8), lambda p: torch.zeros(p.shape).as_subclass(type('Code', (torch.Tensor,), {}))], ids=['integers', 'subclass'])
+def test_state_that_is_codes_is_refused_when_training_goes_on(code):
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    opt.state[model[0].weight] = dict(step=torch.tensor(1), state1=code(model[0].weight))
+    with pytest.raises(ValueError, match='SGD: it keeps its state in a few bits'): attach(method_of('RigL'), model, opt, 10, step=3)
+
+@pytest.mark.parametrize('kind', ['Adam8bit', 'AdamW8bit', 'AdamW4bit', 'AdamFp8'])
+def test_torchao(kind):
+    model = sparse_mlp()
+    opt = getattr(pytest.importorskip('torchao.optim'), kind)(model.parameters())
+    with pytest.raises(ValueError, match=f'{kind}: it keeps its state in a few bits'): attach(method_of('RigL'), model, opt, 10)
+
+@pytest.mark.parametrize('functional', [False, True])
+@pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
+def test_sparse_gradients_are_refused(engine, functional):
+    "A layer's own setting before the first step, a function's when it has made one, and nothing is changed"
+    class Lookup(nn.Embedding):
+        def forward(self, x): return F.embedding(x, self.weight, sparse=True)
+    model = nn.Sequential(Lookup(50, 16) if functional else nn.Embedding(50, 16, sparse=True), nn.Flatten(), nn.Linear(64, 3))
+    sparsify_model(model, .8, additional_types=[nn.Embedding])
+    opt,before = torch.optim.SGD(model.parameters(), lr=.1),snapshot(model)
+    if functional or engine: model(torch.randint(50, (8, 4))).sum().backward()
+    with pytest.raises(ValueError, match='`weight` of .*is a sparse tensor, and masks need a dense one: make the layer with `sparse=False`'):
+        if engine: method_of('SET').step(model, opt, 1, total=10)
+        else: attach(method_of('SET'), model, opt, 10); assert functional; opt.step()
+    assert not changed(before, snapshot(model))
+
+# ------------------------------------------------------------ resume: the count travels with the optimizer
+def saved(*objects):
+    file = io.BytesIO()
+    torch.save([o.state_dict() for o in objects], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+@pytest.mark.parametrize('preset', ALL)
+@pytest.mark.parametrize('cut', [17, 24, 30])
+@pytest.mark.parametrize('opt_first', [False, True], ids=['model first', 'optimizer first'])
+def test_resumed_from_state_dicts(preset, cut, opt_first):
+    "Averages that had begun, explored weights and shared counts included, bit for bit, without a word about the step"
+    def made():
+        model = model_of(preset)
+        opt = TORCH_OPTS['adamw'](model.parameters())
+        return model, opt, attach(any_method(preset), model, opt, 40)
+    def go(model, opt, data):
+        for x,y in data: backward(model, x, y); opt.step()
+    data,(model,opt,attached) = batches(40),made()
+    go(model, opt, data[:cut])
+    states = saved(model, opt)
+    go(model, opt, data[cut:])
+    twin,other,resumed = made()
+    go(twin, other, data[:3])                                                                 # which is forgotten
+    for o,s in sorted(zip((twin, other), states), key=lambda i: isinstance(i[0], nn.Module)==opt_first): o.load_state_dict(s)
+    assert resumed.step==cut
+    go(twin, other, data[cut:])
+    assert resumed.step==40 and not changed(snapshot(model, opt), snapshot(twin, other))
+
+def test_a_state_without_the_count_still_loads():
+    "An older file: the count stays as `attach` was told; what the optimizer knows of masked weights is forgotten"
+    dense = mlp(8, 24, 20, 3)
+    other = torch.optim.SGD(dense.parameters(), lr=.05, momentum=.9)
+    plain_loop(dense, other, None, 5)
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+    attached = attach(method_of('RigL'), model, opt, 40, step=3)
+    opt.load_state_dict(other.state_dict())
+    backward(model, *batches(1)[0])
+    opt.step()
+    assert attached.step==4 and masked_are_zero(model) and not dead_state(model, opt)
+    attached.remove()
+    assert 'sparsefast' not in opt.state_dict()
+
+# ------------------------------------------------------------ twice
+def test_twice_is_refused():
+    "A notebook's cell run again; after `remove` all is well"
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    attached,n = attach(method_of('SNFS', grow_score_f=random_score), model, opt, 40),len(opt._optimizer_step_pre_hooks)
+    with pytest.raises(ValueError, match='opt must have one method.*step 0 of 40.*remove'): attach(method_of('SET'), model, opt, 40)
+    assert len(opt._optimizer_step_pre_hooks)==n and attached_to(opt) is attached
+    attached.remove()
+    assert attached_to(opt) is None and attached_to(attach(method_of('SET'), model, opt, 40).opt)
+
+def test_attached_and_stepped_by_hand_is_refused():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    attached,before = attach(method_of('SET'), model, opt, 40),snapshot(model)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match='attached'): method_of('SET').step(model, opt, 1, total=40)
+    assert attached.step==0 and not changed(before, snapshot(model))
+
+# ------------------------------------------------------------ a scaler and a fused optimizer
+@pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['', 'unscaled by hand'])
+def test_a_scaler_changes_nothing(preset, fused, by_hand):
+    "Averages and penalties read gradients as they are; an overflow is no step, and is not counted"
+    model,twin = model_of(preset),model_of(preset)
+    opt,other = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9, fused=fused) for m in (model, twin))
+    attached,scaler,m = attach(any_method(preset), model, opt, 40),torch.amp.GradScaler('cpu', init_scale=2.**12, growth_interval=7),any_method(preset)
+    for i,(x,y) in enumerate(batches(40)):
+        opt.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y)*(float('inf') if i in (9, 20) else 1.)).backward()
+        if by_hand: scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        if i in (9, 20): continue
+        backward(twin, x, y)
+        m.step(twin, other, attached.step, total=40)
+        assert not changed(snapshot(model, opt), snapshot(twin, other))
+    assert attached.step==38 and scaler.get_scale()!=2.**12
+
+def test_beside_the_callback_is_refused():
+    learn = learner(cbs=DynamicSparseTrainingCallback(**SET_presets))
+    opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
+    with pytest.raises(ValueError, match='has a callback with one already'): attach('set', learn, opt, 1000)
+    assert attached_to(opt) is None

@@ -9,6 +9,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, load_learner
 from helpers import *
+from sparsefast.attach import attach
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.masks import masked_params, sparse_params
 from sparsefast.methods import DSTMethod
@@ -489,3 +490,72 @@ def test_sparsify_takes_a_method_by_name():
     for m in ('gmp', presets.GMP_presets, presets.GMP()):
         learn = learner(mlp(8,24,20,3)).sparsify(.5, preset=m)
         assert all(mask.all() for _,mask,_ in sparse_params(learn.model))
+
+# ------------------------------------------------------------ one method in a learner
+def both(learn, **kw): learn.fit(1, cbs=dst(**kw))
+TWICE = dict(together    = lambda: learner(cbs=[dst(), dst('SNFS')]).fit(1),
+             apart       = lambda: learner(cbs=dst()).fit(1, cbs=dst()),
+             same        = lambda: learner(cbs=(cb := dst())).fit(1, cbs=cb),
+             in_fit      = lambda: learner().fit(1, cbs=[dst(), dst()]),
+             fine_tune   = lambda: learner(cbs=dst()).fine_tune(1, cbs=dst('SET')),
+             with_others = lambda: learner(n_iter=12, cbs=[dst(), fp16.MixedPrecision()]).fit_one_cycle(1, cbs=dst('SET')))
+@pytest.mark.parametrize('fit', TWICE.values(), ids=TWICE)
+def test_the_callback_twice_is_refused_by_name(fit, monkeypatch):
+    models,was = [],DST._check_alone
+    def check(self):
+        models.append((self.learn.model, snapshot(self.learn.model)))
+        was(self)
+    monkeypatch.setattr(DST, '_check_alone', check)
+    with pytest.raises(ValueError, match='a Learner must have one DynamicSparseTrainingCallback, got 2: give it to'): fit()
+    (model,before), = models
+    assert not changed(before, snapshot(model)) and all(p.grad is None for p in model.parameters())
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_the_callback_beside_attach_is_refused_by_name(preset):
+    learn = learner(opt_func=wrapped(TORCH_OPTS['momentum']))
+    learn.create_opt()
+    attached = attach(presets.RigL(update_every=5), learn, learn.opt, 40)
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match=r'a Learner must have one method, got this callback and Attached.*call `remove\(\)`'): learn.fit(1, cbs=dst(preset))
+    assert not changed(before, snapshot(learn.model)) and attached.step==0
+    attached.remove()
+    learn.fit(1, cbs=dst(preset))
+    assert changed(before, snapshot(learn.model))
+
+def test_after_a_refusal_the_learner_trains():
+    learn = learner(cbs=dst())
+    with pytest.raises(ValueError, match='got 2'): both(learn, preset='SET')
+    learn.fit(2)
+    assert masked_are_zero(learn.model) and learn.cbs[-1].n_step==20
+
+# ------------------------------------------------------------ masks that nothing rewires
+def notes(*fits):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        for f in fits: f()
+    return [w for w in seen if 'no DynamicSparseTrainingCallback' in str(w.message)]
+
+def test_static_masks_are_noted_once():
+    learn = learner()
+    found = notes(lambda: learn.lr_find(show_plot=False, num_it=5), lambda: learn.fit(1), lambda: learn.fit_one_cycle(1), lambda: learn.fine_tune(1), learn.validate)
+    assert len(found)==1 and "add `DynamicSparseTrainingCallback('static')`" in str(found[0].message)
+    learn = learner(mlp(8,24,20,3))
+    assert len(notes(lambda: learn.fit(1), lambda: learn.sparsify(.5), lambda: learn.fit(1), lambda: learn.fit(1)))==1
+
+def test_what_was_meant_is_not_noted():
+    def attached():
+        learn = learner(opt_func=wrapped(TORCH_OPTS['momentum']))
+        learn.create_opt()
+        attach(presets.RigL(update_every=5), learn, learn.opt, 40)
+        learn.fit(1)
+    def other():
+        "A callback of the user's own that runs a method"
+        class Own(Callback):
+            def __init__(self): self.method = presets.RigL(update_every=5)
+        learner(cbs=Own()).fit(1)
+    def lent():
+        learn = learner(mlp(8,24,20,3))
+        learn.sparsify(.5).unsparsify().fit(1)
+    fits = [lambda: learner(cbs=DST('static')).fit(1), lambda: learner(cbs=DST(**Static_presets)).fit(1), lambda: learner(cbs=dst()).fine_tune(1),
+            lambda: learner().fit(1, cbs=dst('SET')), lambda: learner(mlp(8,24,20,3)).fit(1), lambda: learner().validate(), lambda: learner().get_preds(), attached, other, lent]
+    assert not notes(*fits)

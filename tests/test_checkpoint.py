@@ -1,18 +1,21 @@
 "A training that is stopped goes on as if nothing had happened: bit for bit, for each preset, whatever runs beside it"
-import os, signal, subprocess, sys, warnings
+import os, random, signal, subprocess, sys, warnings
+from dataclasses import replace
 from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from fastai import optimizer as fo
 from fastai.callback import fp16, schedule, training
-from fastai.callback.core import Callback
+from fastai.callback.core import CancelBatchException, Callback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.torch_core import set_seed
 from helpers import *
 from sparsefast import presets
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.checkpoint import *
 from sparsefast.methods import DSTMethod
 from sparsefast.patterns import nm_pattern
+from sparsefast.storage import to_sparse_layers
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 EPOCHS,N_ITER = 5,6
@@ -109,20 +112,96 @@ def test_beside_trackers(epoch, comp, tmp_path, capsys):
     for n in ('save_model', 'early_stopping', 'reduce_lr_on_plateau'): assert getattr(whole, n).best==getattr(learn, n).best
     assert learn.early_stopping.wait==whole.early_stopping.wait and (comp is np.less or whole.early_stopping.wait>=3) and all(cb.run for cb in learn.cbs)
 
-@pytest.mark.parametrize('bs', [8, 10])
-def test_half_an_accumulation(bs, tmp_path):
-    "Six batches an epoch, a step at each fourth: one is half done when the epoch ends"
-    make = partial(fresh, cbs=[training.GradientAccumulation(4*8)], bs=bs)
+@pytest.mark.parametrize('bs,n', [(8,32), (10,32), (10,20), (10,26)])
+def test_half_an_accumulation(bs, n, tmp_path):
+    "One accumulation is half done when the epoch ends, and with batches of 10 the last is smaller, so that batches do not tell how many steps were taken"
+    make = partial(fresh, cbs=[training.GradientAccumulation(n)], bs=bs)
     one_cycle(whole := make(tmp_path/'a'))
-    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(1))
-    assert not changed(everything(whole), everything(learn))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(3))
+    assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn)
 
-def test_mixed_precision(cpu_amp, tmp_path):
-    make = lambda tmp, seed=0: fresh(tmp, seed=seed).to_fp16(init_scale=2.**14, growth_interval=5)
-    scales = []
-    one_cycle(whole := make(tmp_path/'a'), Watch('after_batch', lambda l: scales.append(l.scaler.get_scale())))
-    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(2))
-    assert not changed(everything(whole), everything(learn)) and len(set(scales))>2
+def steps(learn): return learn.dynamic_sparse_training.n_step
+
+class LeaveOut(Callback):
+    "Leaves batches out at an event, as a guard against outliers does"
+    def __init__(self, event='after_loss'): setattr(self, event, self.leave)
+    def leave(self):
+        if self.training and (3*self.epoch+self.iter)%5<2: raise CancelBatchException('left out')
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', CATALOGUE)
+def test_batches_left_out(name, tmp_path):
+    "Each preset, when fewer steps than batches were taken before the cut"
+    make = lambda tmp, seed=0: fresh(tmp, name, seed=seed, cbs=[LeaveOut()])
+    one_cycle(whole := make(tmp_path/'a'))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(3))
+    assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn)==EPOCHS*N_ITER-12
+
+@pytest.mark.parametrize('opt', [None, wrapped(TORCH_OPTS['adamw'])], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('acc', [[], [20]], ids=['each', 'accumulated'])
+@pytest.mark.parametrize('event', ['after_loss', 'before_backward', 'after_backward'])
+def test_batches_left_out_at_an_event(event, acc, opt, tmp_path):
+    "A batch left out after its backward pass leaves its gradient to the next, also over the end of an epoch"
+    make = lambda tmp, seed=0: fresh(tmp, 'RigL', seed=seed, opt=opt, bs=10, cbs=[LeaveOut(event), *map(training.GradientAccumulation, acc)])
+    one_cycle(whole := make(tmp_path/'a'))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(3))
+    assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('acc', [None, 20])
+@pytest.mark.parametrize('scale', [2.**14, 2.**22])
+@pytest.mark.parametrize('name', ['SET', 'RigL', 'RigL_avg', 'SNFS', 'TopKAST', 'GraNet'])
+def test_mixed_precision(name, scale, acc, cpu_amp, tmp_path):
+    "The scale grows each five steps; from 2**22 it falls first, and steps are left out"
+    def make(tmp, seed=0):
+        cbs = [training.GradientAccumulation(acc)] if acc else []
+        return fresh(tmp, name, seed=seed, bs=10 if acc else 8, cbs=cbs).to_fp16(init_scale=scale, growth_interval=5)
+    scales,left_out = [],[]
+    one_cycle(whole := make(tmp_path/'a'), Watch('after_batch', lambda l: scales.append(l.scaler.get_scale())), Watch('after_cancel_step', lambda l: left_out.append(l.mixed_precision.skipped)))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(3))
+    assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn) and len(set(scales))>2
+    assert scale<2**20 or left_out.count(True)>3
+
+@pytest.mark.parametrize('acc', [None, 20])
+@pytest.mark.parametrize('name', ['SET', 'RigL', 'RigL_avg'])
+def test_compressed_layers(name, acc, tmp_path):
+    "An update needs what all the batches of its accumulation have multiplied, those before the cut too"
+    def make(tmp, seed=0):
+        learn = fresh(tmp, name, seed=seed, bs=10, cbs=[LeaveOut(), *([training.GradientAccumulation(acc)] if acc else [])])
+        to_sparse_layers(learn, least=0.)
+        learn.dynamic_sparse_training.method = replace(learn.dynamic_sparse_training.method, batches_per_update=2)
+        return learn
+    one_cycle(whole := make(tmp_path/'a'))
+    for epoch in (2, 3, 4):
+        learn = stopped(make, one_cycle, tmp_path/f'b{epoch}', PowerCut(epoch))
+        assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn)
+
+@pytest.mark.parametrize('seed', [42, None])
+def test_chance_is_in_the_file(seed, tmp_path):
+    "Without a seed a resumed run takes chance up where it was; and what is drawn after a training is the same too"
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
+    fit = lambda learn, *cbs: learn.fit(4, .05, cbs=[CheckpointCallback('run', seed=seed), *cbs])
+    def make(tmp, seed=0):
+        set_seed(seed)
+        return fresh(tmp, seed=seed)
+    fit(whole := make(tmp_path/'a'))
+    drawn = draw()
+    learn = stopped(make, fit, tmp_path/'b', PowerCut(2))
+    assert not changed(everything(whole), everything(learn)) and draw()==drawn
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        fit(learn := make(tmp_path/'b', seed=9))                                              # it is finished
+    assert not changed(everything(whole), everything(learn)) and draw()==drawn
+
+class OwnAccumulation(training.GradientAccumulation): pass
+def test_subclasses_and_two_of_a_kind(tmp_path):
+    "fastai's callbacks are found by what they are, not by their name, which two trackers may share"
+    def make(tmp, seed=0):
+        return fresh(tmp, seed=seed, bs=10, cbs=[OwnAccumulation(20), EarlyStoppingCallback(patience=9), EarlyStoppingCallback(monitor='train_loss', patience=9)])
+    one_cycle(whole := make(tmp_path/'a'))
+    learn = stopped(make, one_cycle, tmp_path/'b', PowerCut(3))
+    trackers = lambda l: [(cb.best, cb.wait) for cb in l.cbs if isinstance(cb, EarlyStoppingCallback)]
+    assert not changed(everything(whole), everything(learn)) and steps(whole)==steps(learn) and len(trackers(whole))==2 and trackers(whole)==trackers(learn)
 
 def test_finished(tmp_path):
     one_cycle(whole := fresh(tmp_path))
@@ -221,6 +300,92 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     atomic_save(dict(a=1), tmp_path/'f')
     with pytest.raises(Exception): atomic_save(dict(a=lambda: 0), tmp_path/'f')
     assert torch.load(tmp_path/'f')==dict(a=1)
+
+# ------------------------------------------------------------ a damaged file
+def cut_off(b, n): return b[:n]
+def flipped(b, *at):
+    b = bytearray(b)
+    for i in at: b[i] ^= 0x10
+    return bytes(b)
+def blank(b, at, n=64): return b[:at]+bytes(n)+b[at+n:]
+
+def damages(b):
+    "Copies of a file, each damaged"
+    n,g = len(b),random.Random(0)
+    yield from (cut_off(b, k) for k in (0, 1, n//3, n-100, n-1))
+    yield from (flipped(b, g.randrange(n)) for _ in range(24))
+    yield from (flipped(b, *(g.randrange(n) for _ in range(4))) for _ in range(8))
+    yield from (blank(b, g.randrange(n-64)) for _ in range(8))
+    yield from (b'', b'x'*n, b[:n//2]+b[:n//2], b[n//2:])
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    "Before anything of the learner has changed; or the damage is where it does not matter"
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path, 'RigL'), PowerCut(3))
+    file = tmp_path/'models'/'run.pth'
+    whole,state,refused = file.read_bytes(),torch.load(file),0
+    same = lambda a, b: changed({k: v for k,v in a['model'].items()}, b['model'])==[] and str(a['opt'])==str(b['opt']) and a['callbacks']==b['callbacks']
+    for bad in damages(whole):
+        file.write_bytes(bad)
+        learn = fresh(tmp_path, 'RigL', seed=3)
+        before = snapshot(learn.model)
+        try: assert same(load_checkpoint(file), state)
+        except ValueError as e:
+            refused += 1
+            assert 'run.pth must be a whole checkpoint' in str(e) and 'rename run.previous.pth, which is whole and has 2 epochs, to run.pth' in str(e)
+            if refused%6==0:
+                with pytest.raises(ValueError, match='run.pth must be a whole checkpoint'): one_cycle(learn)
+                assert not changed(before, snapshot(learn.model)) and not learn.opt.state_dict()['state'][0].get('grad_avg', torch.zeros(1)).any()
+    assert refused>30
+
+def test_the_file_before_it_leads_to_the_same_end(tmp_path):
+    one_cycle(whole := fresh(tmp_path/'a'))
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path/'b'), PowerCut(3))
+    file,old = (tmp_path/'b'/'models'/f'{n}.pth' for n in ('run', 'run.previous'))
+    assert torch.load(file)['epoch']==3 and torch.load(old)['epoch']==2
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match='rename run.previous.pth'): one_cycle(fresh(tmp_path/'b'))
+    os.replace(old, file)
+    one_cycle(learn := fresh(tmp_path/'b', seed=5))
+    assert not changed(everything(whole), everything(learn))
+    file.write_bytes(b'x')
+    old.write_bytes(b'x')
+    with pytest.raises(ValueError, match='use another name, or resume=False'): one_cycle(fresh(tmp_path/'b'))
+    fresh(tmp_path/'b').fit(1, cbs=CheckpointCallback('run', resume=False))
+    assert torch.load(file)['epoch']==1 and torch.load(old)['epoch']==0                       # not one of another training
+
+def test_another_file_or_learner_is_refused_by_name(tmp_path):
+    one_cycle(learn := fresh(tmp_path, cbs=[]))
+    learn.save('other')
+    with pytest.raises(ValueError, match='other.pth must be a whole checkpoint.*did not write it'): learn.fit(1, cbs=CheckpointCallback('other'))
+    groups = fresh(tmp_path, seed=2, splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
+    torch_opt,wide = fresh(tmp_path, seed=2, opt=wrapped(TORCH_OPTS['adamw'])),fresh(tmp_path, seed=2)
+    wide.model[0] = nn.Linear(9,24)
+    for other in (groups, torch_opt, wide):
+        before = snapshot(other.model)
+        with pytest.raises(ValueError, match='run.pth does not fit this learner: use another name, or resume=False'): one_cycle(other)
+        assert not changed(before, snapshot(other.model))
+
+def test_files_of_earlier_versions_load(tmp_path):
+    "They do not tell steps, random numbers or where gradients wait, and may have no checksum"
+    one_cycle(whole := fresh(tmp_path/'a'))
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path/'b'), PowerCut(3))
+    file = tmp_path/'b'/'models'/'run.pth'
+    state = torch.load(file)
+    del state['random'], state['callbacks']
+    torch.serialization.set_crc32_options(False)
+    try: torch.save({**state, 'half_done': None}, file)
+    finally: torch.serialization.set_crc32_options(True)
+    one_cycle(learn := fresh(tmp_path/'b', seed=5))
+    assert not changed(everything(whole), everything(learn))
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    "A resumed training that fails again; then others in the same learner, which train all their epochs"
+    with pytest.raises(Stop): one_cycle(fresh(tmp_path), PowerCut(2))
+    with pytest.raises(Stop): one_cycle(learn := fresh(tmp_path), PowerCut(3))
+    seen = []
+    for cbs in ([], [CheckpointCallback('other')]):
+        learn.fit(2, cbs=[*cbs, Watch('after_epoch', lambda l: seen.append(l.train_iter))])
+    assert seen==[N_ITER, 2*N_ITER]*2
 
 SCRIPT = '''
 import sys, warnings; warnings.filterwarnings('ignore')

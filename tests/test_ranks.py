@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     launch(folder, *worker.CASES)
     return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(2)]
 
-EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers', 'doctor')]
+EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers', 'doctor', 'zero')]
 @pytest.mark.parametrize('name', EQUAL)
 def test_equal_on_both(name, results):
     a,b = results(name)
@@ -41,6 +41,13 @@ def test_no_message_beyond_what_an_update_needs(results):
 
 def test_other_layers_are_refused(results):
     for r in results('other_layers'): assert 'rank 1 has masks for 4 buffers where rank 0 has 6' in r['error']
+
+def test_zero_redundancy(results):
+    "The case compares with a whole optimizer; here that each rank had a part, and what is refused"
+    found = results('zero')
+    assert all(r['own']>0 for r in found) and sum(r['own'] for r in found)==4*6
+    for r in found:
+        assert 'ZeroRedundancyOptimizer: a process has the momentum of its own parameters only' in r['momentum'] and 'works during the backward pass' in r['overlap'] and 'convert the model first' in r['convert']
 
 def test_the_doctor_compares(results):
     for r in results('doctor'):
