@@ -6,6 +6,7 @@ Modules:
 - `sparsefast.all`: Every public name of the rooms that scripts use, in one import
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
+- `sparsefast.average`: The masks of a model for an average of its weights, or for its target network
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.checkpoint`: Save a training after each epoch, and resume it bit for bit
 - `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
@@ -14,6 +15,7 @@ Modules:
 - `sparsefast.cli.datasets`: Small image data sets by name, and images from folders
 - `sparsefast.cli.models`: Two small networks, and every model of torchvision and timm
 - `sparsefast.cli.train`: `sparsefast_train`: train a sparse model and its dense twin from the shell
+- `sparsefast.copies`: Whose copy a model is, and whether it has become an average with masks of the past
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE

@@ -13,6 +13,7 @@ __all__ = []
 from .core import *
 from .allocation import *
 from .attach import *
+from .average import *
 from .callback import *
 from .checkpoint import *
 from .distributions import *

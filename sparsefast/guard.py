@@ -12,20 +12,18 @@ A guard on the model itself goes first, for all layers at once. It also covers p
 __all__ = ['MaskGuard', 'guards', 'remove_guards', 'guard_places', 'add_guards', 'enforce_masks', 'vouch']
 
 # %% ../nbs/03f_guard.ipynb #9a9fccdb
+import copy
 from collections.abc import Iterator
 import torch
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from .copies import Origin, mask_pairs, tensor_version
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
+from .ranks import check_sharded
 from .utils import as_module, as_modules, submodules
 
 # %% ../nbs/03f_guard.ipynb #fcc79937
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
-
-def _version(t):
-    "Get what changes when a tensor is written to or gets other memory; `None` where torch cannot tell"
-    try: return t.data_ptr(),t._version,t.stride()
-    except RuntimeError: return None                               # in `torch.func`, and for tensors made in inference mode
 
 def _sample(mask):
     "Pick a few masked positions, spread over the layer; `None` where looking would wait for a device"
@@ -34,31 +32,40 @@ def _sample(mask):
     found = nonzero_flat(~mask.reshape(-1)[::every])*every
     return found[::max(1, len(found)//_n_looks)][:_n_looks].clone()
 
+def _is_here(m):
+    "True unless the weights of a module are offloaded: on the meta device, with masks that are elsewhere"
+    return not any([p is not None and p.is_meta and not m._buffers.get(n+'_mask', p).is_meta for n,p in m._parameters.items()])
+
 class MaskGuard:
-    "A forward-pre-hook that masks weights before they are used"
+    "A forward-pre-hook that masks weights before they are used; it is a forward hook too, which ends the model's pass"
     def __init__(self,
         where, # A model, all of whose masked weights it covers, or a list of modules
         whole=None, # The guard of the whole model; while the model runs, its guard has done this one's work
     ):
         self.where,self.whole = where,whole
         self.runs = False
-        self.key = self.vouched = self.seen = None
+        self.key = self.vouched = self.seen = self.origin = None
         self.samples = []
 
     def __reduce__(self): return type(self),(self.where, self.whole)         # a copy starts without knowledge
 
-    def _pairs(self):
-        "List (parameter, mask), unchecked: before a small product each step counts"
-        found = []
-        for m in submodules(self.where) if isinstance(self.where, nn.Module) else self.where:
-            buffers = m._buffers
-            if not buffers: continue
-            for n,p in m._parameters.items():
-                mask = buffers.get(n+'_mask')
-                if mask is not None and p is not None: found.append((p, mask))
-        return found
+    def __deepcopy__(self, memo):
+        "Copy without knowledge, but for whose copy it is; the guard of the whole is left out where the whole is not copied"
+        whole = self.whole if self.whole is not None and id(self.whole.where) in memo else None
+        new = type(self)(copy.deepcopy(self.where, memo), copy.deepcopy(whole, memo))
+        new.origin = Origin(self._modules())
+        return new
+
+    @property
+    def __name__(self): raise RuntimeError("torch.jit.script cannot compile the guards of a sparse model: script `bake(model)`")
+
+    def _modules(self): return submodules(self.where) if isinstance(self.where, nn.Module) else self.where
+
+    def _pairs(self): return mask_pairs(self._modules())
 
     def __call__(self, module, *args):
+        if is_exporting(): return                                  # an exported model has the weights as they are
+        if len(args)==2: return self._leave()
         compiles = is_compiling() or torch.jit.is_tracing()
         if self.whole is not None and self.whole.runs and not compiles: return
         if compiles: return self._mask()
@@ -68,8 +75,8 @@ class MaskGuard:
         elif self.key is None or self.key!=self._state(pairs) or self._sees_nonzero(pairs): self._before_evaluation(pairs)
         self.runs = True
 
-    def _leave(self, module, *args):
-        "End the model's forward pass, also one that fails; serves as a forward hook"
+    def _leave(self):
+        "End the model's forward pass, also one that fails"
         if not is_compiling(): self.runs = False
 
     def _before_training(self, pairs):
@@ -78,26 +85,30 @@ class MaskGuard:
         if vouched is None or vouched!=self._state(pairs) or self._sees_nonzero(pairs): self._mask()
 
     def _before_evaluation(self, pairs):
-        "Mask, and note the state of all weights; not while an optimizer may still step with their gradients"
-        self._mask()
+        "Note the state of all weights, and mask; not while an optimizer may still step with their gradients"
         settled = self.vouched is not None or all(p.grad is None for p,_ in pairs)
-        self.key = self._state(pairs) if settled else None
+        key = self._state(pairs) if settled else None              # before masking: another thread may write meanwhile
+        self._mask()
+        self.key = key
 
     def _mask(self):
         "Mask the weights; a mask that does not fit its parameter is a `ValueError`"
+        modules = self._modules()
+        check_sharded(modules)
+        if self.origin is not None and not is_compiling(): self.origin.check(self._pairs())
         with torch.no_grad():
-            for *_,p,mask in list(masked_params(self.where)): zero_masked_(p.data, mask)
+            for *_,p,mask in list(masked_params(filter(_is_here, modules))): zero_masked_(p.data, mask)
 
     def _state(self, pairs):
         "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"
-        versions = [_version(t) for pair in pairs for t in pair]
+        versions = [tensor_version(t) for pair in pairs for t in pair]
         return None if None in versions else versions
 
     def _sees_nonzero(self, pairs):
         "True if one of a few masked weights is not zero; on a CPU only"
-        masks = [_version(mask) for _,mask in pairs]
+        masks = [tensor_version(mask) for _,mask in pairs]
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
-        return any([at is not None and any(p.detach().take(at).tolist()) for (p,_),at in zip(pairs, self.samples)])
+        return any([at is not None and not p.is_meta and any(p.detach().take(at).tolist()) for (p,_),at in zip(pairs, self.samples)])
 
 # %% ../nbs/03f_guard.ipynb #6b16f44c
 def guards(
@@ -116,7 +127,7 @@ def remove_guards(
     for m,k,guard in list(guards(model)):
         del m._forward_pre_hooks[k]
         for j,h in list(m._forward_hooks.items()):
-            if getattr(h, '__self__', None) is guard: del m._forward_hooks[j],m._forward_hooks_always_called[j]
+            if h is guard: del m._forward_hooks[j],m._forward_hooks_always_called[j]
 
 def guard_places(
     model:nn.Module, # A sparse model
@@ -135,7 +146,7 @@ def add_guards(
     remove_guards(model)
     places,whole = list(guard_places(model)),MaskGuard(model)
     handles = [m.register_forward_pre_hook(whole if m is model else MaskGuard(where, whole)) for m,where in places]
-    return [*handles, model.register_forward_hook(whole._leave, always_call=True)] if handles else []
+    return [*handles, model.register_forward_hook(whole, always_call=True)] if handles else []
 
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one
@@ -152,4 +163,5 @@ def vouch(
 )->None:
     "Tell the guards of models that their weights are masked now; each believes it for one training forward"
     for *_,guard in guards(modules):
+        guard.origin = None                                        # what the engine trains is a model of its own
         if guard.whole is None: guard.vouched = guard._state(guard._pairs())

@@ -17,7 +17,7 @@ from torch import nn
 from fastcore.basics import patch
 from .masks import Compressed, masked_params, memory_name, nnz, zero_masked_, zero_masked_all_
 from .optim import StateView, call_reset
-from .ranks import check_whole, group_of
+from .ranks import check_sharded, group_of
 from .scores import reads
 from .utils import as_modules, attribute, maybe_float, show_value, submodules
 
@@ -225,6 +225,7 @@ def find_layers(
     for top in as_modules(modules):
         for m in submodules(top):
             if not m._buffers: continue                            # masks and indices are buffers, and most modules have none
+            check_sharded([m])
             if isinstance(m, Compressed): found.setdefault(id(m.values), (m.as_layer, {}))
             for _,n,p,_ in masked_params([m]): found.setdefault(id(p), (Layer, dict(module=m, name=n)))
     group = group_of(as_modules(modules))
@@ -238,6 +239,4 @@ def sparse_layers(
     if not layers:
         raise ValueError("model must have a mask to train with, got none: call `sparsify_model(model, sparsity)` first, "
                          "with a sparsity above 0 (at 0 no layer gets a mask: train without a method)")
-    for l in layers:
-        if hasattr(l.p, 'device_mesh'): check_whole(l.p, f'`{l.name}` of {l.module}')
     return layers

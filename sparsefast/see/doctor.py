@@ -8,7 +8,7 @@ A check is a function of a `Case` that yields findings, as in the room [`checks`
 
 # %% auto #0
 __all__ = ['checks', 'Findings', 'check_weights', 'check_frozen', 'check_foreign', 'check_state', 'check_hooks', 'check_method',
-           'sparse_doctor']
+           'check_copies', 'sparse_doctor']
 
 # %% ../../nbs/see/05_doctor.ipynb #2f992d1e
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from ..callback import DynamicSparseTrainingCallback
 from ..checks import Case, Finding, run_checks
+from ..copies import todo_copy
 from ..guard import guard_places, guards
 from ..masks import masked_params
 from ..methods import DSTMethod
@@ -151,9 +152,19 @@ def check_method(
     "Run the checks that a method makes before a training"
     yield from run_checks(case._replace(layers=list(filter(has_target, case.layers))))
 
+def check_copies(
+    case:Case, # What to look at
+)->Iterator: # Yields `Finding`
+    "Find an average of a model, or a target network, whose masks are not those of the model; where that is alive"
+    for m,_,guard in guards(case.model):
+        if guard.whole is not None or guard.origin is None: continue
+        cut,what = guard.origin.problem(guard._pairs()) or (False, '')
+        if what: yield Finding('fault' if cut else 'warning', 'average', case.names.get(m) or type(m).__name__, what, todo_copy)
+
+
 # %% ../../nbs/see/05_doctor.ipynb #26c44ed0
 # The checks that `sparse_doctor` runs, each a function of a `Case` that yields findings
-checks = (*mask_checks, check_weights, check_frozen, check_method, check_foreign, check_state, check_hooks)
+checks = (*mask_checks, check_weights, check_frozen, check_method, check_foreign, check_state, check_hooks, check_copies)
 
 def _as_method(m):
     "Get a `DSTMethod` of a preset"

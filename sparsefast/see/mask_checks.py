@@ -196,7 +196,7 @@ def check_counts(
         if _is_on_its_way(m, d): continue
         n,severity = int(l.nnz),'fault'
         todo = 'was the mask changed by hand? Load a good state by `load_sparse_state`, or sparsify again'
-        if d>0 and m is None: severity,todo = 'note',todo+'. If a method is pruning it, pass it as `method=`'
+        if d>0 and m is None: severity,todo = 'note',todo+'. If a method is pruning it, pass it as `method=`; if it is an average, see `follow_masks`'
         what = f'{n:,} weights are active where the target, {l.target:.4g}, says {n-d:,}'
         yield Finding(severity, 'count', case.name(l), what, todo)
 
