@@ -11,7 +11,8 @@ __all__ = ['maybe_float', 'check_fraction', 'did_you_mean', 'attribute', 'show_v
            'submodules', 'tolist', 'output_error', 'atomic_write', 'text_table', 'html_table']
 
 # %% ../nbs/01e_utils.ipynb #77be285c
-import difflib, os
+import difflib, os, platform
+from glob import escape as escape_glob
 from html import escape
 from pathlib import Path
 import torch
@@ -118,17 +119,31 @@ def output_error(
     return worst
 
 # %% ../nbs/01e_utils.ipynb #b7f77fa5
+def _clear(folder, begin):
+    "Remove temporary files of processes that were killed; a process that is there still writes its own"
+    if os.name!='posix': return
+    for part in folder.glob(f'{escape_glob(begin)}.*.part'):
+        try: os.kill(int(part.name.split('.')[-3]), 0)                       # signal 0 asks, and does nothing
+        except ProcessLookupError: part.unlink(missing_ok=True)
+        except (OSError, ValueError): pass
+
 def atomic_write(
     fname, # Path of the file
     write, # `write(path)` writes it
 )->Path: # `fname`
-    "Write to a temporary file, then rename it, so that an interruption leaves the old file whole"
+    "Write to a temporary file that nobody else has, then rename it: readers see the old file or the new one, never less"
     path = Path(fname)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.part')
-    write(tmp)
-    with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-    os.replace(tmp, path)
+    begin = f'.{path.name[:99]}.{platform.node()}'
+    _clear(path.parent, begin)
+    tmp = path.with_name(f'{begin}.{os.getpid()}.{os.urandom(4).hex()}.part')
+    with open(tmp, 'xb') as f: mode = os.fstat(f.fileno()).st_mode           # new, so no link is followed, and with the usual mode
+    try:
+        write(tmp)
+        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        tmp.chmod(mode)                                                      # some libraries put a file of their own there
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/01e_utils.ipynb #da2c5015

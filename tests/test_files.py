@@ -1,5 +1,6 @@
 "Compact checkpoints: what comes back is what was saved, and what is wrong is refused before anything changes"
-import json, math, random
+import json, math, os, platform, random
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as FastaiSGD
 from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
+from sparsefast.checkpoint import atomic_save
 from sparsefast.ship import codes, files
 from sparsefast.ship.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
 from sparsefast.storage import SparseConv2d, SparseLinear
@@ -16,6 +18,7 @@ from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets
 from sparsefast.sparsify import sparsify_model, unsparsify_model
+from sparsefast.utils import atomic_write
 
 def same_state(a, b): return a.keys()==b.keys() and all(a[k].dtype==b[k].dtype and a[k].shape==b[k].shape and torch.equal(a[k], b[k]) for k in a)
 
@@ -388,3 +391,42 @@ def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
 
 def test_an_optimizer_alone(saved):
     with pytest.raises(ValueError, match='together with its model'): load_sparse(saved[2], opt=saved[1])
+
+# ------------------------------------------------------------ many processes, one name
+def together(*fs):
+    "Run functions in threads at the same time; what each returned, or raised"
+    with ThreadPoolExecutor(len(fs)) as pool: return [f.exception() or f.result() for f in [pool.submit(f) for f in fs]]
+
+def test_several_savers_and_readers_of_one_name(tmp_path):
+    path,models = tmp_path/'m', [sparse_mlp(0.5, seed=i) for i in range(3)]
+    states = [m.state_dict() for m in models]
+    save_sparse(models[0], path)
+    def saver(m): return lambda: [save_sparse(m, path) for _ in range(40)]
+    def reader(): return [any(same_state(read, s) for s in states) for read in (load_sparse(path) for _ in range(60))]
+    done = together(*map(saver, models), reader, reader)
+    assert not [e for e in done if isinstance(e, Exception)] and all(sum(done[3:], []))
+    assert [p.name for p in tmp_path.iterdir()]==['m']
+
+@pytest.mark.skipif(os.name!='posix', reason='files have no mode')
+@pytest.mark.parametrize('mask, mode', [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_usual_mode(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try: paths = save_sparse(sparse_mlp(), tmp_path/'m'),atomic_save(dict(a=1), tmp_path/'c')
+    finally: os.umask(before)
+    assert [p.stat().st_mode&0o777 for p in paths]==[mode, mode]
+
+@pytest.mark.parametrize('write', [lambda path: path.write_text('new'), lambda path: torch.save(dict(a=1), path)])
+def test_a_planted_link_is_not_followed(write, tmp_path, monkeypatch):
+    "Neither one under a name that can be told beforehand, nor one under the name that is drawn"
+    (tmp_path/'precious').write_text('old')
+    drawn = f'.m.{platform.node()}.{os.getpid()}.00.part'
+    for name in ('.m.part', drawn): (tmp_path/name).symlink_to(tmp_path/'precious')
+    atomic_write(tmp_path/'m', write)
+    monkeypatch.setattr(os, 'urandom', lambda n: b'\0')
+    with pytest.raises(FileExistsError): atomic_write(tmp_path/'m', write)
+    assert (tmp_path/'precious').read_text()=='old' and (tmp_path/drawn).is_symlink() and (tmp_path/'m').stat().st_size
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fails(path): path.write_text('half'); raise RuntimeError('disk')
+    with pytest.raises(RuntimeError, match='disk'): atomic_write(tmp_path/'m', fails)
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from ..utils import as_module, check_fraction, text_table
+from ..utils import as_module, atomic_write, check_fraction, text_table
 
 # %% ../../nbs/cli/04_train.ipynb #33b1828b
 from ..see.analysis import add_rows, layer_rows
@@ -228,7 +228,7 @@ def compare(
         twin_acc = fit(get_learner(dls, twin), epochs, lr, seed=seed)
         print(f'\n{layer_table(model)}')
         result = f' sparse ({method}), {twin_acc:.2%} dense'
-    learn.export(out)
+    atomic_write(out, learn.export)
     name = str(out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out)
     print(f'\naccuracy: {acc:.2%}{result}\nsaved: {name}')
     print(f'to load: from fastai.learner import load_learner; learn = load_learner({name!r})')

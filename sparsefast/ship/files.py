@@ -18,8 +18,8 @@ import hashlib, json
 from pathlib import Path
 import torch
 from torch import nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from ..storage import SparseLayer
 from ..masks import memory_name
 from .codes import *
@@ -92,12 +92,13 @@ def save_sparse(
 # %% ../../nbs/ship/01_files.ipynb #acf339c9
 def _open(path):
     "(name -> tensor as stored, description) of a file; a `ValueError` if it is damaged or was not written by `save_sparse`"
-    with safe_open(path, 'pt') as f:
-        written = (f.metadata() or {}).get('sparsefast') or ''
-        digest,_,desc = written.partition(' ')
-        if not desc:
-            raise ValueError("`save_sparse` did not write it")
-        data = {n: f.get_tensor(n) for n in f.keys()}                        # mapped, not read
+    whole = Path(path).read_bytes()                                          # opened once: the name may get another file
+    data = load(whole)
+    end = 8+int.from_bytes(whole[:8], 'little')
+    written = json.loads(whole[8:end]).get('__metadata__', {}).get('sparsefast', '')
+    digest,_,desc = written.partition(' ')
+    if not desc:
+        raise ValueError("`save_sparse` did not write it")
     saved = json.loads(desc)
     version = saved.get('version') if isinstance(saved, dict) else None
     if version!=1:
