@@ -38,11 +38,11 @@ def opt_params(
 
 # %% ../nbs/01d_optim.ipynb #40ffda3b
 def opt_state(
-    opt, # An optimizer
+    opt, # An optimizer, or `None`
     p:torch.Tensor, # A parameter
 )->dict: # The state itself, not a copy; empty before the first step
     "Get what the optimizer remembers of `p`"
-    return inner_opt(opt).state.get(p, {})
+    return getattr(inner_opt(opt), 'state', {}).get(p, {})
 
 def slow_weights(
     opt, # An optimizer
