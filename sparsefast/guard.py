@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
-from .utils import as_module, as_modules
+from .utils import as_module, as_modules, submodules
 
 # %% ../nbs/03f_guard.ipynb #fcc79937
 _n_looks = 16                                                      # masked weights of a layer that an evaluation looks at
@@ -50,7 +50,7 @@ class MaskGuard:
     def _pairs(self):
         "List (parameter, mask), unchecked: before a small product each step counts"
         found = []
-        for m in self.where.modules() if isinstance(self.where, nn.Module) else self.where:
+        for m in submodules(self.where) if isinstance(self.where, nn.Module) else self.where:
             buffers = m._buffers
             if not buffers: continue
             for n,p in m._parameters.items():
@@ -105,7 +105,7 @@ def guards(
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
     "Find every guard of a model"
     for top in as_modules(modules):
-        for m in top.modules():
+        for m in submodules(top):
             for k,h in m._forward_pre_hooks.items():
                 if isinstance(h, MaskGuard): yield m,k,h
 

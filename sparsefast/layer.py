@@ -19,7 +19,7 @@ from .masks import Compressed, masked_params, memory_name, nnz, zero_masked_, ze
 from .optim import StateView, call_reset
 from .ranks import check_whole, group_of
 from .scores import reads
-from .utils import as_modules, attribute, maybe_float, show_value
+from .utils import as_modules, attribute, maybe_float, show_value, submodules
 
 # %% ../nbs/03e_layer.ipynb #898c8167
 class Layer:
@@ -223,10 +223,10 @@ def find_layers(
     "Find every sparse weight, masked or compressed"
     found = {}
     for top in as_modules(modules):
-        for m in top.modules():
+        for m in submodules(top):
             if not m._buffers: continue                            # masks and indices are buffers, and most modules have none
-            if isinstance(m, Compressed): found.setdefault(m.values, (m.as_layer, {}))
-            for _,n,p,_ in masked_params([m]): found.setdefault(p, (Layer, dict(module=m, name=n)))
+            if isinstance(m, Compressed): found.setdefault(id(m.values), (m.as_layer, {}))
+            for _,n,p,_ in masked_params([m]): found.setdefault(id(p), (Layer, dict(module=m, name=n)))
     group = group_of(as_modules(modules))
     return [make(**kw, i=i, is_last=i+1==len(found), group=group) for i,(make,kw) in enumerate(found.values())]
 

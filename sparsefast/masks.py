@@ -97,11 +97,11 @@ def masked_params(
     for m in module.modules() if isinstance(module, nn.Module) else module:
         for n,p in m._parameters.items() if m._buffers else ():
             mask = m._buffers.get(f'{n}_mask')
-            if p is None or mask is None or p in seen: continue
+            if p is None or mask is None or id(p) in seen: continue
             if mask.dtype!=torch.bool or mask.shape!=p.shape: check_mask(mask, p, f'`{n}_mask` of {m}')
             if mask.device!=p.device:
                 raise ValueError(f"`{n}_mask` of {m} must be on {p.device} like its parameter, got {mask.device}: move the whole model, `model.to({str(p.device)!r})`")
-            seen.add(p)
+            seen.add(id(p))
             yield m,n,p,mask
 
 def sparse_params(
@@ -140,9 +140,12 @@ def _one_by_one(tensors, masks):
     for t,mask in zip(tensors, masks): zero_masked_(t, mask)
 
 def _fused(tensors, masks):
-    "Mask a list on an accelerator, with one product for all"
+    "Mask a list on an accelerator, in a few kernels"
     if any(t.element_size() not in _ints for t in tensors): return _one_by_one(tensors, masks)
-    torch._foreach_mul_([t.view(_ints[t.element_size()]) for t in tensors], masks)
+    bits = [t.view(_ints[t.element_size()]) for t in tensors]
+    wide = [torch.empty_like(b) for b in bits]                     # both operations are fused where all of a list have one type
+    torch._foreach_copy_(wide, masks)
+    torch._foreach_mul_(bits, wide)
 
 if not hasattr(torch.ops.sparsefast, 'zero_masked_all_'):          # torch registers an operation once in a process
     _lib = torch.library.Library('sparsefast', 'FRAGMENT')

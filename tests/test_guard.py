@@ -29,8 +29,9 @@ def dirty(model): return [n for m,n,p,mask in masked_params(model) if (p[~mask]!
 # ------------------------------------------------------------ masking in pieces
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'mixed', 'transposed'])
-@pytest.mark.parametrize('all_', [False, True], ids=['one', 'all'])
-def test_masking_in_pieces_is_masking(dtype, layout, all_, monkeypatch):
+@pytest.mark.parametrize('how', ['one', 'all', 'fused'])
+def test_masking_in_pieces_is_masking(dtype, layout, how, monkeypatch):
+    "`fused` is what an accelerator does, and works on a CPU too"
     monkeypatch.setattr(M, '_piece', 50)
     t = (torch.randn(5,4,3,3)*10).to(dtype)
     if dtype.is_floating_point: t.view(-1)[::7],t.view(-1)[1::7],t.view(-1)[2::7] = math.nan,-math.inf,-0.
@@ -39,12 +40,14 @@ def test_masking_in_pieces_is_masking(dtype, layout, all_, monkeypatch):
     if layout=='channels_last': mask = mask.to(memory_format=torch.channels_last)
     want = torch.where(mask, t, torch.zeros((), dtype=dtype))
     out = t
-    if all_: zero_masked_all_([t], [mask])
+    if how=='all': zero_masked_all_([t], [mask])
+    elif how=='fused': M._fused([t, other := torch.ones(7)], [mask, torch.arange(7)<3])
     else:
         version = t._version
         out = zero_masked_(t, mask)
         assert t._version>version                                            # autograd counts the write
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    assert how!='fused' or other.tolist()==[1.]*3+[0.]*4
     assert out is t and torch.equal(t.contiguous().view(bits), want.contiguous().view(bits))          # bit for bit: NaN and -0.0 stay or are +0.0
 
 def test_large_weights_are_masked_without_memory(monkeypatch):
