@@ -314,7 +314,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparsefast.methods.DSTMethod.enforce': ('methods.html#dstmethod.enforce', 'sparsefast/methods.py'),
                                     'sparsefast.methods.DSTMethod.step': ('methods.html#dstmethod.step', 'sparsefast/methods.py'),
                                     'sparsefast.methods.DSTMethod.update': ('methods.html#dstmethod.update', 'sparsefast/methods.py'),
-                                    'sparsefast.methods._warn_not_finite': ('methods.html#_warn_not_finite', 'sparsefast/methods.py'),
+                                    'sparsefast.methods._may_update': ('methods.html#_may_update', 'sparsefast/methods.py'),
+                                    'sparsefast.methods._put_back': ('methods.html#_put_back', 'sparsefast/methods.py'),
+                                    'sparsefast.methods._set_aside': ('methods.html#_set_aside', 'sparsefast/methods.py'),
                                     'sparsefast.methods.is_finite': ('methods.html#is_finite', 'sparsefast/methods.py')},
             'sparsefast.optim': { 'sparsefast.optim.StateView': ('optim.html#stateview', 'sparsefast/optim.py'),
                                   'sparsefast.optim.StateView.__getattr__': ('optim.html#stateview.__getattr__', 'sparsefast/optim.py'),
@@ -1180,6 +1182,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.utils.maybe_float': ('utils.html#maybe_float', 'sparsefast/utils.py'),
                                   'sparsefast.utils.output_error': ('utils.html#output_error', 'sparsefast/utils.py'),
                                   'sparsefast.utils.show_value': ('utils.html#show_value', 'sparsefast/utils.py'),
+                                  'sparsefast.utils.submodules': ('utils.html#submodules', 'sparsefast/utils.py'),
                                   'sparsefast.utils.text_table': ('utils.html#text_table', 'sparsefast/utils.py'),
                                   'sparsefast.utils.tolist': ('utils.html#tolist', 'sparsefast/utils.py'),
                                   'sparsefast.utils.uncompiled': ('utils.html#uncompiled', 'sparsefast/utils.py')}}}
