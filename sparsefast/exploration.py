@@ -85,6 +85,12 @@ class ExploringLayer(Layer):
         born = None if old is None else trains & ~old
         call_reset(reset_state_f, self.p, opt, ~trains, born=born, grad=self.p.grad)
 
+    def saved(self, new, opt):
+        "Remember what `write` changes: all numbers, those in the store included"
+        store,put_back = self.recall('store'),super().saved(torch.ones_like(new), opt)
+        had = store.clone()
+        return lambda: (store.copy_(had), put_back())
+
     def reset_masked(self, opt, reset_state_f):
         "Reset the optimizer's state of all weights that do not train"
         trains = self.recall('trains')

@@ -43,7 +43,6 @@ def _sum_gradients(self:DSTMethod, layers, t):
 @patch
 def _average_gradients(self:DSTMethod, layers):
     "Turn the sums into averages, this step's gradient included"
-    if self.grad_steps==1: return
     for l in layers:
         total = l.recall('grad')
         if total is not None: l.remember('grad', (total+l.dense_gradient())/(self.grad_steps or self.interval))
@@ -57,8 +56,9 @@ def is_finite(
     if all(tolist([g.sum().isfinite() for g in grads])): return True
     return all(tolist([g.isfinite().all() for g in grads]))        # a sum can overflow
 
-def _warn_not_finite(t):
-    "Warn of a gradient that is not finite"
+def _may_update(layers, t):
+    "True if all gradients are finite; warns if not"
+    if is_finite(layers): return True
     what = f"a gradient is not finite at optimizer step {t.step}"
     warnings.warn(f"{what}: neither this update nor this step is taken", stacklevel=5)
 
@@ -74,11 +74,9 @@ def _update(self:DSTMethod, layers, opt, t):
     "Rewire the layers that train, unless something stands against it; True if a step may be taken"
     live = [l for l in layers if l.has_gradient]
     if not live: return True
-    if not is_finite(live):
-        _warn_not_finite(t)
-        return not self.replaces_step
+    if not _may_update(live, t): return not self.replaces_step
     if self.reads_momentum and any(momentum(l.p, opt) is None for l in live): return True
-    self._average_gradients(live)
+    if self.replaces_step: self._average_gradients(live)
     try: rewire(self, live, opt, t)
     finally:
         for l in live: l.forget('grad')
@@ -130,12 +128,26 @@ def enforce(self:DSTMethod,
         if opt is not None and not self.reads_momentum: l.reset_masked(opt, self.reset_state_f)
 
 # %% ../nbs/05_methods.ipynb #9f7b627b
+def _set_aside(layers):
+    "Copy the gradients of all weights, for an update after the step; the step itself sees those of active weights"
+    for l in layers:
+        for g,_ in l.pairs(gradient=True): l.remember('dense', g.clone())
+
+def _put_back(layers):
+    "Restore the gradients of all weights"
+    for l in layers:
+        dense = l.recall('dense')
+        if dense is not None and l.has_gradient: l.p.grad.copy_(dense)
+        l.forget('dense')
+
 @patch
 def _prepare(self:DSTMethod, layers, opt, t):
     "Make gradients (and weights, where more train than are used) as the optimizer should see them"
     if self.explore_pct:
         for l in layers: l.bring_in(self.penalty_f, opt=opt, step=t.step, pct=t.pct)
-    elif not (self.reads_momentum or self.due(t) and self.needs_dense_grad(t)): mask_gradients_(layers)
+    elif not self.reads_momentum:
+        if self.due(t) and self.needs_dense_grad(t): _set_aside(layers)
+        mask_gradients_(layers)
 
 @patch
 def _check_end(self:DSTMethod, layers, opt, t):
@@ -172,9 +184,9 @@ def before_step(self:DSTMethod,
     live = [l for l in layers if l.has_gradient]
     self._sum_gradients(live, t)
     if self.due(t) and self.replaces_step and not self._update(layers, opt, t): return False
-    if self.due(t) and not self.replaces_step and live and not is_finite(live):
-        _warn_not_finite(t)
-        return False
+    if self.due(t) and not self.replaces_step and live:
+        if not _may_update(live, t): return False
+        self._average_gradients(live)
     self._check_end(live, opt, t)
     self._prepare(live, opt, t)
     return True
@@ -194,7 +206,9 @@ def after_step(self:DSTMethod,
         for l in layers:
             if l.has_gradient: l.take_out()
     mask_weights_(layers)
-    if not self.replaces_step and self.due(t): self._update(layers, opt, t)
+    if not self.replaces_step and self.due(t):
+        _put_back(layers)
+        self._update(layers, opt, t)
     vouch(modules)
 
 @patch

@@ -51,11 +51,11 @@ def _holder(opt):
     return getattr(opt, 'optim', opt)
 
 def opt_state(
-    opt, # An optimizer
+    opt, # An optimizer, or `None`
     p:torch.Tensor, # A parameter
 )->dict: # The state itself, not a copy; empty before the first step
     "Get what the optimizer remembers of `p`"
-    return _holder(opt).state.get(p, {})
+    return getattr(_holder(opt), 'state', {}).get(p, {})
 
 def slow_weights(
     opt, # An optimizer

@@ -1,10 +1,11 @@
 "Methods: drop, grow, reset, redistribute, and when"
-import copy, math, warnings
+import copy, math, signal, threading, warnings
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 import pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from fastai import optimizer as fo
 import reference
 from helpers import *
@@ -283,9 +284,10 @@ def test_gradients_on_ordinary_steps(name):
     for p,g in zip(model.parameters(), dense):
         assert torch.equal(p.grad, g if name in NEEDS_MOMENTUM or id(p) not in masks_ else g*masks_[id(p)])
 
-@pytest.mark.parametrize('name,steps,dense', [('SET',True,False), ('SNFS',True,True), ('RigL',False,True), ('step_then_gradient',True,True),
+@pytest.mark.parametrize('name,steps,dense', [('SET',True,False), ('SNFS',True,True), ('RigL',False,True), ('step_then_gradient',True,False),
                                               ('momentum_replaces_step',False,True)])
 def test_gradients_on_updates(name, steps, dense):
+    "A step sees the gradients of active weights; what an update after it grows by is set aside meanwhile"
     model,m = sparse_mlp(.6),METHODS[name]
     opt = TORCH_OPTS['momentum'](model.parameters())
     plain_loop(model, opt, m, total=3)
@@ -299,6 +301,7 @@ def test_gradients_on_updates(name, steps, dense):
     if steps:
         opt.step(); m.after_step(model, opt, 8, .1)
         assert not same_masks(masks(model), old)
+        assert name!='step_then_gradient' or all(torch.equal(p.grad, g) for p,g in zip(model.parameters(), grads))
 
 def test_growth_by_gradient_uses_inactive_weights():
     model = nn.Linear(6, 1, bias=False)
@@ -494,12 +497,15 @@ def test_attributes_are_seen_through_partial():
     assert all((p.grad[~mask]==0).all() for *_,p,mask in masked_params(model))           # random growth needs no gradient
 
 def test_a_score_that_says_nothing_gets_dense_gradients():
-    m = method('SET', grow_score_f=lambda p, **kw: p.grad.abs())
+    seen = []
+    m = method('SET', grow_score_f=lambda p, **kw: (seen.append(p.grad.clone()), p.grad.abs())[1])
     model = sparse_mlp(.6)
     opt = TORCH_OPTS['sgd'](model.parameters())
     backward(model, *batches(1)[0])
-    m.before_step(model, opt, 8, .1)
-    assert any(p.grad[~mask].count_nonzero()>0 for *_,p,mask in masked_params(model))
+    dense = [p.grad.clone() for *_,p,_ in masked_params(model)]
+    assert any(g[~mask].count_nonzero()>0 for g,mask in zip(dense, masks(model)))
+    m.step(model, opt, 8, .1)
+    assert same_masks(seen, dense)
 
 @pytest.mark.parametrize('as_list', [lambda m: [m], lambda m: [m[0], m[2], m[4]], lambda m: [m[0], m]], ids=['[model]','layers','layer twice'])
 def test_modules_may_be_a_list(as_list):
@@ -687,3 +693,78 @@ def test_grow_scores_and_resets_are_told_what_an_update_does():
     for old,new,grad,(kept,mask),(where,born,seen) in zip(before, after, grads, told, reset, strict=True):
         assert torch.equal(mask, old) and (kept & ~old).sum()==0 and kept.sum()<old.sum() and (kept & ~new).sum()==0
         assert torch.equal(born, new & ~old) and torch.equal(where, ~(old & new)) and torch.equal(seen, grad)
+
+# ------------------------------------------------------------ an update is written as a whole or not at all
+class Fails(TorchDispatchMode):
+    "Raises at the `n`-th operation"
+    def __init__(self, n): super().__init__(); self.left = n
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.left -= 1
+        if not self.left: raise KeyboardInterrupt
+        return f(*args, **(kwargs or {}))
+
+def everything(model, opt):
+    "What an update may change, compressed layers included"
+    state = {f'{n}.{k}': v for n,p in model.named_parameters() for k,v in opt.state.get(p, {}).items()}
+    return {k: v.clone() for k,v in {**model.state_dict(), **state, **{f'{n}.grad': p.grad for n,p in model.named_parameters()}}.items()}
+
+WHOLE = dict(masked=method(), momentum=method('SNFS'), steps_first=method(replaces_step=False), prunes=DSTMethod(**{**presets.GraNet_presets, 'batches_per_update': 8}),
+             remembers=DSTMethod(**{**presets.DSR_presets, 'batches_per_update': 8}), explores=DSTMethod(**{**presets.TopKAST_presets, 'batches_per_update': 8}), compressed=method(), compressed_prunes=DSTMethod(**{**presets.GraNet_presets, 'batches_per_update': 8}))
+@pytest.mark.parametrize('name', WHOLE)
+def test_an_update_that_fails_anywhere_changes_nothing(name):
+    "After each of its operations: masks, weights, targets, optimizer state and what methods remember; and the update can be made again"
+    m,model,data = WHOLE[name],nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)),batches(9)
+    sparsify_model(model, .5, **m.sparsify_kwargs(.5))
+    if 'compressed' in name: to_sparse_layers(model, least=0.)
+    opt = TORCH_OPTS['adamw'](model.parameters())
+    m.enforce(model, opt)
+    for step in range(1, 8):
+        backward(model, *data[step-1])
+        m.step(model, opt, step, total=40)
+    first = model,opt
+    def started():
+        model,opt = copy.deepcopy(first)
+        backward(model, *data[7])
+        return model,opt
+    def run(model, opt):
+        if m.before_step(model, opt, 8, total=40): opt.step(), m.after_step(model, opt, 8, total=40)
+    done = started()
+    run(*done)
+    after,n = everything(*done),0
+    while True:
+        model,opt = started()
+        before,n = everything(model, opt),n+1
+        try:
+            with Fails(n) as mode, torch.no_grad(): m.update(model, opt, 8, total=40)
+            break
+        except KeyboardInterrupt: assert not changed(before, everything(model, opt)), n
+        if n%7: continue
+        run(model, opt)
+        assert not changed(after, everything(model, opt)), n
+        backward(model, *data[8])
+        m.step(model, opt, 9, total=40)
+    assert n>30
+
+def test_ctrl_c_waits_for_the_end_of_an_update():
+    "Also where it is pressed twice; from a reset rule, in the middle of writing"
+    seen = []
+    def rule(p, opt, where):
+        if len(seen)<4: seen.append(signal.raise_signal(signal.SIGINT))
+        reset_state(p, opt, where)
+    a,b = sparse_mlp(.6),sparse_mlp(.6)
+    for model,f in ((a, reset_state), (b, rule)):
+        opt = TORCH_OPTS['momentum'](model.parameters())
+        backward(model, *batches(1)[0])
+        seen.clear()
+        if f is rule:
+            with pytest.raises(KeyboardInterrupt): method(reset_state_f=f).update(model, opt, 8, .1)
+        else: method().update(model, opt, 8, .1)
+    assert len(seen)==3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler and not changed(snapshot(a), snapshot(b))
+
+def test_an_update_in_another_thread_leaves_signals_alone():
+    model = sparse_mlp(.6)
+    backward(model, *batches(1)[0])
+    before,opt = masks(model),TORCH_OPTS['momentum'](model.parameters())
+    thread = threading.Thread(target=lambda: method().update(model, opt, 8, .1))
+    thread.start(), thread.join()
+    assert not same_masks(before, masks(model))

@@ -4,6 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from fastai import optimizer as fo
 from sparsefast.all import *
 from sparsefast import presets
 from sparsefast.storage import update
@@ -793,3 +794,23 @@ def test_the_short_way_is_left_where_more_is_to_be_done(n, bias):
         sparse.to(torch.float64)
         assert sparse(x.double()).dtype==torch.float64
     assert sparse(x.double()).requires_grad
+
+NORMS = dict(lamb=lambda ps: fo.Lamb(list(ps), lr=.01, wd=.01), larc=lambda ps: fo.Larc(list(ps), lr=.01, mom=.9, wd=.01), clipped=TORCH_OPTS['adamw'])
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'GraNet', 'GraNet_half', 'RigL_ITOP', 'RigL_avg', 'ACDC'])
+@pytest.mark.parametrize('norm', NORMS)
+def test_same_training_where_norms_count(norm, preset):
+    "Of a layer, or of all gradients: at every step they are those of active weights, also where an update follows the step"
+    settings = {**SUPPORTED[preset], **EVERY}
+    if settings.get('grad_steps') is not None: settings['grad_steps'] = min(settings.get('grad_steps', 1), 3)
+    method = DSTMethod(**settings)
+    both = pair(method, .75)
+    opts = [NORMS[norm](m.parameters()) for m in both]
+    for m,o in zip(both, opts): method.check(m, o), method.enforce(m, o)
+    for step,(x,y) in enumerate(batches(45, dtype=torch.float64), 1):
+        for m,o in zip(both, opts):
+            backward(m, x, y)
+            if not method.before_step(m, o, step, total=50): continue
+            if norm=='clipped': nn.utils.clip_grad_norm_(m.parameters(), .05)
+            o.step(), method.after_step(m, o, step, total=50)
+        assert_same(*both, opts)
+    assert not any('_dst_' in n for n,_ in both[0].named_buffers())

@@ -185,6 +185,16 @@ def _entries(state, n):
 
 # %% ../../nbs/storage/01b_update.ipynb #6041dfb3
 @patch
+def saved(self:CompressedLayer, new, opt):
+    m,state = self.module,opt_state(opt, self.p)
+    data,grad,held,buffers,had = self.p.data,self.p.grad,list(m._held),dict(m._buffers),dict(state)
+    def put_back():
+        m._set_values(data, grad)
+        m._held[:],m._cached = held,None
+        for now,before in ((m._buffers, buffers), (state, had)): now.clear(), now.update(before)
+    return put_back
+
+@patch
 def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_state=False):
     "Change the active weights, and what the optimizer remembers of them; the parameter stays the same object"
     m,p,old = self.module,self.p,self.module.positions()
@@ -200,7 +210,7 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_stat
     dense = self.dense_gradient().reshape(-1)[new] if reads_grad else None
     data,grad = moved(p.data),None if p.grad is None else moved(p.grad)
     if values is not None: data[~stays] = values.to(data.dtype)
-    state = {} if opt is None else opt_state(opt, p)
+    state = opt_state(opt, p)
     state_moved = {k: moved(state[k]) for k in _entries(state, len(p))}
     index = index_at(new, m._matrix_shape)
     m._held.clear()
