@@ -89,7 +89,8 @@ def updates():
         opt,ps = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9), [p for *_,p,_ in masked_params(model)]
         for p in model.parameters(): p.grad = torch.randn_like(p)
         opt.step()
-        for preset,settings in dict(RigL=RigL_presets, SET=SET_presets, SNFS=SNFS_presets).items():
+        presets = {'RigL': RigL_presets, 'SET': SET_presets, 'SET, drawn on the GPU': {**SET_presets, 'grow_score_f': partial(random_score, on_device=True)}, 'SNFS': SNFS_presets}
+        for preset,settings in presets.items():
             method,times,peaks = DSTMethod(**{**settings, 'batches_per_update': 100}),[],[]
             nnz = [int(mask.sum()) for *_,mask in masked_params(model)]
             for i in range(8):

@@ -40,9 +40,13 @@ def reads(
 def random_score(
     p:torch.Tensor, # A parameter
     generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
+    on_device:bool=False, # True to draw on the device of `p`: fast on a GPU, and masks then depend on the device
     **kwargs
 )->torch.Tensor: # float32 in [0,1), with the shape and device of `p`
     "Score at random: the growth of [SET](https://arxiv.org/abs/1707.04780), Section 3"
+    if on_device:
+        there = None if generator is None else torch.Generator(p.device).manual_seed(generator.initial_seed())
+        return torch.rand(p.shape, generator=there, device=p.device)
     score = torch.rand(p.shape, generator=generator, device='cpu', pin_memory=p.is_cuda)
     return score.to(p.device, non_blocking=True)
 

@@ -96,6 +96,12 @@ def test_random_score():
     assert torch.equal(before, torch.get_rng_state())                                    # the global generator is left alone
     assert a.shape==p.shape and 0<=a.min() and a.max()<1 and abs(a.mean()-.5)<.03 and a.unique().numel()>1990
 
+def test_random_score_on_the_device():
+    p,gen = torch.zeros(4, 5),lambda seed: torch.Generator().manual_seed(seed)
+    a,before = random_score(p, generator=gen(1), on_device=True),torch.get_rng_state()
+    assert torch.equal(a, random_score(p, generator=gen(1), on_device=True)) and not torch.equal(a, random_score(p, generator=gen(2), on_device=True))
+    assert torch.equal(torch.get_rng_state(), before) and random_score(p.to('meta'), generator=None, on_device=True).is_meta
+
 def test_what_scores_need():
     assert {f.__name__: reads(f) for f in (random_score, weight_magnitude, magnitude_no_empty_rows, gradient_magnitude, weight_and_gradient, gradient_momentum)} == dict(
         random_score=(), weight_magnitude=('weight',), magnitude_no_empty_rows=('weight',), gradient_magnitude=('gradient',), weight_and_gradient=('weight','gradient'), gradient_momentum=('momentum',))
