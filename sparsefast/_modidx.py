@@ -1228,7 +1228,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sparsefast.topk._first': ('topk.html#_first', 'sparsefast/topk.py'),
                                  'sparsefast.topk._greater': ('topk.html#_greater', 'sparsefast/topk.py'),
                                  'sparsefast.topk._guess': ('topk.html#_guess', 'sparsefast/topk.py'),
-                                 'sparsefast.topk._keyed': ('topk.html#_keyed', 'sparsefast/topk.py'),
                                  'sparsefast.topk._kth': ('topk.html#_kth', 'sparsefast/topk.py'),
                                  'sparsefast.topk._of_pieces': ('topk.html#_of_pieces', 'sparsefast/topk.py'),
                                  'sparsefast.topk._reduce': ('topk.html#_reduce', 'sparsefast/topk.py'),

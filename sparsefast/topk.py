@@ -115,16 +115,6 @@ def _sorted(t, k, among):
     order = order[rank[order].sort(descending=True, stable=True).indices]
     return torch.zeros_like(nan).index_fill_(0, order[:k], True)
 
-_by_key = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-def _keyed(t, k, among):
-    "Select `k` of 1-d `t`, all of whose numbers float32 can hold, by unique 64-bit keys: above the score's bits in rising order, below the place"
-    bits = (t.float()+0).view(torch.int32)                          # + 0 makes -0.0 equal 0.0
-    bits = torch.where(bits<0, bits^0x7fffffff, bits).masked_fill_(t.isnan(), 1-(1<<31))
-    key = (bits.long()<<32)+torch.arange(len(t)-1, -1, -1, device=t.device)
-    if among is not None: key.masked_fill_(~among, -1<<63)           # below NaN
-    return torch.zeros_like(t, dtype=torch.bool).index_fill_(0, key.topk(k, sorted=False).indices, True)
-
 # %% ../nbs/01c_topk.ipynb #f8797f78
 def _reduce(scores, at, k):
     "Reduce the candidates to the top `k`; clears the input lists to save memory"
@@ -166,7 +156,7 @@ def top_k_mask(
     cand = None if among is None else among.reshape(-1)
     if not whole: return _of_pieces(t if n_keep else (), n_keep, cand, n_among).view(among.shape)
     shape,flat = t.shape,t.detach().reshape(-1)
-    if not flat.is_cpu: return (_keyed if flat.dtype in _by_key else _sorted)(flat, n_keep, cand).view(shape)
+    if not flat.is_cpu: return _sorted(flat, n_keep, cand).view(shape)
     if len(flat)>1<<16 and 0<n_keep<0.5*n_among and flat.dtype!=torch.bool:
         mask = _sampled(flat, n_keep, cand, n_among)
         if mask is not None: return mask.view(shape)
