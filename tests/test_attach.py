@@ -103,33 +103,79 @@ def recipe(title, **names):
 
 @pytest.mark.filterwarnings('ignore')
 def test_hugging_face_trainer(tmp_path):
+    "After every step as many weights as at the start; and a training that is cut off and resumed by the `Trainer` ends with the same bits"
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('accelerate')
     class Net(nn.Module):
         def __init__(self): super().__init__(); torch.manual_seed(0); self.net = mlp(8, 24, 20, 3)
         def forward(self, x, labels): out = self.net(x); return dict(loss=F.cross_entropy(out, labels), logits=out)
-    class Look(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kw): seen.append((sum(nnz(model)), masked_are_zero(model), masks(model)))
-    ds,model,seen = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)],Net(),[]
-    args = lambda _, max_steps: transformers.TrainingArguments(str(tmp_path), max_steps=max_steps//25, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', gradient_accumulation_steps=2)
-    trainer = lambda *a, **kw: transformers.Trainer(*a, callbacks=[Look()], **kw)
-    attached = recipe('Hugging Face', TrainingArguments=args, Trainer=trainer, model=model, ds=ds)['attached']
+    ds = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)]
+    def run(resume=None):
+        model,seen = Net(),[]
+        class Look(transformers.TrainerCallback):
+            def on_step_end(self, *args, **kw): seen.append((sum(nnz(model)), masked_are_zero(model), masks(model)))
+        class Resumed(transformers.Trainer):
+            def __init__(self, *args, **kw): super().__init__(*args, callbacks=[Look()], **kw)
+            def train(self): return super().train(resume_from_checkpoint=resume)
+        args = lambda _, max_steps: transformers.TrainingArguments(str(tmp_path), max_steps=max_steps//25, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=20, gradient_accumulation_steps=2)
+        found = recipe('Hugging Face', TrainingArguments=args, Trainer=Resumed, model=model, ds=ds)
+        return model,found['opt'],found['attached'],seen
+    model,opt,attached,seen = run()
     n = round(.1*n_params(model))
-    assert attached.step==attached.total==len(seen)==40 and all(abs(k-n)<=1 and ok for k,ok,_ in seen) and not any(torch.equal(a, b) for a,b in zip(seen[0][2], masks(model)) if a.sum()>12)
+    assert attached.step==attached.total==len(seen)==40 and all(abs(k-n)<=1 and ok for k,ok,_ in seen) and not any(torch.equal(a, b) for a,b in zip(seen[0][2], masks(model)) if a.sum()>12) and not dead_state(model, opt)
+    again,other,resumed,seen = run(str(tmp_path/'checkpoint-20'))
+    assert resumed.step==40 and len(seen)==20 and not changed(snapshot(model, opt), snapshot(again, other))
 
 @pytest.mark.filterwarnings('ignore')
-def test_lightning(tmp_path):
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_lightning(tmp_path, accumulate):
+    "Its automatic optimisation is the plain loop, bit for bit after every step; and so is a training that it resumes"
     L = pytest.importorskip('lightning')
     class Classifier(recipe('Lightning', L=L)['Classifier']):
-        def __init__(self): super().__init__(); self.model = sparse_mlp()
+        def __init__(self): super().__init__(); self.model,self.seen = sparse_mlp(),[]
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
-        def on_before_zero_grad(self, opt): assert masked_are_zero(self.model) and nnz(self.model)==before
-    module = Classifier()
-    before,first = nnz(module.model),masks(module.model)
-    x,y = map(torch.cat, zip(*batches(10)))
-    trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
-    trainer.fit(module, torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8))
-    assert module.attached.total==module.attached.step==30 and nnz(module.model)==before and masked_are_zero(module.model) and not any(torch.equal(a, b) for a,b in zip(first, masks(module.model)))
+        def on_train_batch_end(self, *args): self.seen.append(snapshot(self.model, self.optimizers().optimizer)); assert masked_are_zero(self.model) and not dead_state(self.model, self.optimizers().optimizer)
+    data = batches(10)
+    x,y = map(torch.cat, zip(*data))
+    def fit(resume=None):
+        keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path, '{epoch}', save_top_k=-1)
+        trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, callbacks=keep, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accumulate_grad_batches=accumulate)
+        trainer.fit(module := Classifier(), torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8), ckpt_path=resume, weights_only=False)
+        return module
+    module,twin,n = fit(),sparse_mlp(),30//accumulate
+    assert module.attached.total==module.attached.step==n and nnz(module.model)==nnz(twin) and not same_masks(masks(twin), masks(module.model))
+    opt = torch.optim.AdamW(twin.parameters(), lr=5e-4)
+    for i,(a,b) in enumerate(data*3, 1):
+        (F.cross_entropy(twin(a), b)/accumulate).backward()
+        if i%accumulate: continue
+        method_of('RigL').step(twin, opt, i//accumulate, total=n)
+        assert not changed(module.seen[i-1], snapshot(twin, opt))
+        opt.zero_grad()
+    again = fit(str(tmp_path/'epoch=1.ckpt'))
+    assert again.attached.step==n and len(again.seen)==10 and not changed(module.seen[-1], again.seen[-1])
+
+@pytest.mark.filterwarnings('ignore')
+def test_accelerate(tmp_path):
+    "Its wrapper around the optimizer, and its `save_state` and `load_state`"
+    accelerate = pytest.importorskip('accelerate')
+    def made():
+        acc,model = accelerate.Accelerator(cpu=True),sparse_mlp()
+        model,opt = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        return acc, model, opt, attach(method_of('RigL'), model, opt, 40)
+    def go(acc, model, opt, data):
+        for x,y in data:
+            opt.zero_grad()
+            acc.backward(F.cross_entropy(model(x), y))
+            opt.step()
+    acc,model,opt,attached = made()
+    go(acc, model, opt, batches(40)[:20])
+    acc.save_state(str(tmp_path))
+    go(acc, model, opt, batches(40)[20:])
+    other = made()
+    other[0].load_state(str(tmp_path))
+    assert other[-1].step==20
+    go(*other[:3], batches(40)[20:])
+    assert other[-1].step==attached.step==40 and not changed(snapshot(model, opt), snapshot(other[1], other[2])) and not dead_state(model, opt)
 
 @pytest.mark.parametrize('method', ['rigl', RigL_presets], ids=['name', 'dict'])
 def test_a_method_by_name_and_a_learner(method):
