@@ -49,6 +49,7 @@ class Attached:
 
     def _time(self): return Time.of(self.step, total=self.total)
 
+    @torch._disable_dynamo
     def _before(self, opt, args, kwargs):
         if _is_inner(opt): return
         self._goes_on = None
@@ -89,6 +90,7 @@ class Attached:
     @torch.no_grad()
     def _prepare(self, layers): self.method._prepare(layers, self.opt, self._time())
 
+    @torch._disable_dynamo
     def _after(self, opt, args, kwargs):
         if _is_inner(opt): return
         if self._goes_on: self.method.after_step(self.modules, opt, self._time())

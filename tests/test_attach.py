@@ -103,33 +103,79 @@ def recipe(title, **names):
 
 @pytest.mark.filterwarnings('ignore')
 def test_hugging_face_trainer(tmp_path):
+    "After every step as many weights as at the start; and a training that is cut off and resumed by the `Trainer` ends with the same bits"
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('accelerate')
     class Net(nn.Module):
         def __init__(self): super().__init__(); torch.manual_seed(0); self.net = mlp(8, 24, 20, 3)
         def forward(self, x, labels): out = self.net(x); return dict(loss=F.cross_entropy(out, labels), logits=out)
-    class Look(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kw): seen.append((sum(nnz(model)), masked_are_zero(model), masks(model)))
-    ds,model,seen = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)],Net(),[]
-    args = lambda _, max_steps: transformers.TrainingArguments(str(tmp_path), max_steps=max_steps//25, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', gradient_accumulation_steps=2)
-    trainer = lambda *a, **kw: transformers.Trainer(*a, callbacks=[Look()], **kw)
-    attached = recipe('Hugging Face', TrainingArguments=args, Trainer=trainer, model=model, ds=ds)['attached']
+    ds = [dict(x=x, labels=y) for xs,ys in batches(10) for x,y in zip(xs, ys)]
+    def run(resume=None):
+        model,seen = Net(),[]
+        class Look(transformers.TrainerCallback):
+            def on_step_end(self, *args, **kw): seen.append((sum(nnz(model)), masked_are_zero(model), masks(model)))
+        class Resumed(transformers.Trainer):
+            def __init__(self, *args, **kw): super().__init__(*args, callbacks=[Look()], **kw)
+            def train(self): return super().train(resume_from_checkpoint=resume)
+        args = lambda _, max_steps: transformers.TrainingArguments(str(tmp_path), max_steps=max_steps//25, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=20, gradient_accumulation_steps=2)
+        found = recipe('Hugging Face', TrainingArguments=args, Trainer=Resumed, model=model, ds=ds)
+        return model,found['opt'],found['attached'],seen
+    model,opt,attached,seen = run()
     n = round(.1*n_params(model))
-    assert attached.step==attached.total==len(seen)==40 and all(abs(k-n)<=1 and ok for k,ok,_ in seen) and not any(torch.equal(a, b) for a,b in zip(seen[0][2], masks(model)) if a.sum()>12)
+    assert attached.step==attached.total==len(seen)==40 and all(abs(k-n)<=1 and ok for k,ok,_ in seen) and not any(torch.equal(a, b) for a,b in zip(seen[0][2], masks(model)) if a.sum()>12) and not dead_state(model, opt)
+    again,other,resumed,seen = run(str(tmp_path/'checkpoint-20'))
+    assert resumed.step==40 and len(seen)==20 and not changed(snapshot(model, opt), snapshot(again, other))
 
 @pytest.mark.filterwarnings('ignore')
-def test_lightning(tmp_path):
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_lightning(tmp_path, accumulate):
+    "Its automatic optimisation is the plain loop, bit for bit after every step; and so is a training that it resumes"
     L = pytest.importorskip('lightning')
     class Classifier(recipe('Lightning', L=L)['Classifier']):
-        def __init__(self): super().__init__(); self.model = sparse_mlp()
+        def __init__(self): super().__init__(); self.model,self.seen = sparse_mlp(),[]
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
-        def on_before_zero_grad(self, opt): assert masked_are_zero(self.model) and nnz(self.model)==before
-    module = Classifier()
-    before,first = nnz(module.model),masks(module.model)
-    x,y = map(torch.cat, zip(*batches(10)))
-    trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
-    trainer.fit(module, torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8))
-    assert module.attached.total==module.attached.step==30 and nnz(module.model)==before and masked_are_zero(module.model) and not any(torch.equal(a, b) for a,b in zip(first, masks(module.model)))
+        def on_train_batch_end(self, *args): self.seen.append(snapshot(self.model, self.optimizers().optimizer)); assert masked_are_zero(self.model) and not dead_state(self.model, self.optimizers().optimizer)
+    data = batches(10)
+    x,y = map(torch.cat, zip(*data))
+    def fit(resume=None):
+        keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path, '{epoch}', save_top_k=-1)
+        trainer = L.Trainer(max_epochs=3, accelerator='cpu', logger=False, callbacks=keep, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accumulate_grad_batches=accumulate)
+        trainer.fit(module := Classifier(), torch.utils.data.DataLoader(TensorDataset(x, y), batch_size=8), ckpt_path=resume, weights_only=False)
+        return module
+    module,twin,n = fit(),sparse_mlp(),30//accumulate
+    assert module.attached.total==module.attached.step==n and nnz(module.model)==nnz(twin) and not same_masks(masks(twin), masks(module.model))
+    opt = torch.optim.AdamW(twin.parameters(), lr=5e-4)
+    for i,(a,b) in enumerate(data*3, 1):
+        (F.cross_entropy(twin(a), b)/accumulate).backward()
+        if i%accumulate: continue
+        method_of('RigL').step(twin, opt, i//accumulate, total=n)
+        assert not changed(module.seen[i-1], snapshot(twin, opt))
+        opt.zero_grad()
+    again = fit(str(tmp_path/'epoch=1.ckpt'))
+    assert again.attached.step==n and len(again.seen)==10 and not changed(module.seen[-1], again.seen[-1])
+
+@pytest.mark.filterwarnings('ignore')
+def test_accelerate(tmp_path):
+    "Its wrapper around the optimizer, and its `save_state` and `load_state`"
+    accelerate = pytest.importorskip('accelerate')
+    def made():
+        acc,model = accelerate.Accelerator(cpu=True),sparse_mlp()
+        model,opt = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        return acc, model, opt, attach(method_of('RigL'), model, opt, 40)
+    def go(acc, model, opt, data):
+        for x,y in data:
+            opt.zero_grad()
+            acc.backward(F.cross_entropy(model(x), y))
+            opt.step()
+    acc,model,opt,attached = made()
+    go(acc, model, opt, batches(40)[:20])
+    acc.save_state(str(tmp_path))
+    go(acc, model, opt, batches(40)[20:])
+    other = made()
+    other[0].load_state(str(tmp_path))
+    assert other[-1].step==20
+    go(*other[:3], batches(40)[20:])
+    assert other[-1].step==attached.step==40 and not changed(snapshot(model, opt), snapshot(other[1], other[2])) and not dead_state(model, opt)
 
 @pytest.mark.parametrize('method', ['rigl', RigL_presets], ids=['name', 'dict'])
 def test_a_method_by_name_and_a_learner(method):
@@ -179,11 +225,10 @@ class TwicePerStep(torch.optim.SGD):
     def step(self, closure):
         closure = torch.enable_grad()(closure)
         loss,ps = closure(),[p for g in self.param_groups for p in g['params']]
-        old,grads = [p.clone() for p in ps],[p.grad for p in ps]
-        for p,g in zip(ps, grads):
-            if g is not None: p.add_(g, alpha=.05)
+        uphill = [(p, .05*p.grad) for p in ps if p.grad is not None]
+        for p,e in uphill: p.add_(e)
         closure()
-        for p,o in zip(ps, old): p.copy_(o)
+        for p,e in uphill: p.sub_(e)
         super().step()
         return loss
 
@@ -212,8 +257,11 @@ class SAM(torch.optim.Optimizer):
 
 @pytest.mark.parametrize('preset', ['RigL', 'SET', 'RigL_avg', 'TopKAST', 'SR_STE'])
 def test_a_closure_that_runs_twice(preset):
-    "A step is counted once, every pass is masked, and an update takes the place of the whole step"
+    "A step is counted once, every pass is masked, and an update takes the place of the whole step; weights that train outside the mask are not lost"
+    torch.optim.SGD([torch.zeros(1)])                                                         # from here on its own step has hooks, which `super().step()` calls
     model,first = model_of(preset),masks(model_of(preset))
+    outside = lambda: sum(b.abs().sum() for n,b in model.named_buffers() if n.endswith('store'))
+    size = outside()
     opt = TwicePerStep(model.parameters(), lr=.05, momentum=.9, weight_decay=1e-2)
     attached,m = attach(any_method(preset), model, opt, 40),any_method(preset)
     for step,(x,y) in enumerate(batches(40), 1):
@@ -221,7 +269,7 @@ def test_a_closure_that_runs_twice(preset):
         opt.step(closure_of(model, opt, x, y))
         assert masked_are_zero(model) and (m.explore_pct or not dead_state(model, opt))
         assert bool(changed(now, snapshot(model, opt))) and ('model.0.bias' in changed(now, snapshot(model, opt)))==(not m.replaces_step or not m.due(step, total=40))
-    assert attached.step==40 and not same_masks(first, masks(model))
+    assert attached.step==40 and not same_masks(first, masks(model)) and (not m.explore_pct or outside()>.6*size>1)
 
 @pytest.mark.parametrize('preset', ['RigL', 'SET', 'SNFS'])
 @pytest.mark.parametrize('by_hand', [False, True], ids=['closure', 'two halves'])
@@ -382,3 +430,27 @@ def test_beside_the_callback_is_refused():
     opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
     with pytest.raises(ValueError, match='has a callback with one already'): attach('set', learn, opt, 1000)
     assert attached_to(opt) is None
+
+# ------------------------------------------------------------ torch.compile of the step
+@pytest.mark.parametrize('preset', ['RigL', 'SET'])
+def test_a_compiled_step(preset):
+    "The optimizer's graphs alone (without momentum, with it, without gradients): the method works beside them, and nothing is compiled anew when masks change"
+    import torch._dynamo as dynamo
+    dynamo.reset(); dynamo.utils.counters.clear()
+    model,twin = sparse_mlp(),sparse_mlp()
+    opt,other = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9) for m in (model, twin))
+    attached,m,step = attach(method_of(preset), model, opt, 40),method_of(preset),torch.compile(lambda: opt.step(), backend='eager')
+    for i,(x,y) in enumerate(batches(40), 1):
+        for net in (model, twin): backward(net, x, y)
+        step()
+        m.step(twin, other, i, total=40)
+        assert not changed(snapshot(model, opt), snapshot(twin, other))
+    assert attached.step==40 and 1<=dynamo.utils.counters['stats']['unique_graphs']<=3
+
+def test_a_step_compiled_as_one_graph_is_refused():
+    model = sparse_mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+    attached,before = attach(method_of('RigL'), model, opt, 40),snapshot(model, opt)
+    backward(model, *batches(1)[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match='Attached._before'): torch.compile(lambda: opt.step(), backend='eager', fullgraph=True)()
+    assert attached.step==0 and not changed(before, snapshot(model, opt))
