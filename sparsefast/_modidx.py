@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sparsefast.callback.DynamicSparseTrainingCallback.state_dict': ( 'callback.html#dynamicsparsetrainingcallback.state_dict',
                                                                                                        'sparsefast/callback.py'),
                                      'sparsefast.callback.Learner._do_fit': ('callback.html#learner._do_fit', 'sparsefast/callback.py'),
+                                     'sparsefast.callback.Learner.load': ('callback.html#learner.load', 'sparsefast/callback.py'),
                                      'sparsefast.callback.Learner.sparsify': ('callback.html#learner.sparsify', 'sparsefast/callback.py'),
                                      'sparsefast.callback.Learner.unsparsify': ( 'callback.html#learner.unsparsify',
                                                                                  'sparsefast/callback.py'),
