@@ -10,7 +10,7 @@ of the model, so saving, loading and copying need no help from it."""
 __all__ = ['DynamicSparseTrainingCallback']
 
 # %% ../nbs/06_callback.ipynb #edb0c633
-import math, warnings
+import math, re, warnings
 from dataclasses import fields, replace
 from torch import nn
 from fastcore.basics import patch
@@ -178,3 +178,29 @@ def unsparsify(self:Learner)->Learner: # The learner itself
     "Make the learner's model dense again"
     unsparsify_model(self)
     return self
+
+# %% ../nbs/06_callback.ipynb #7c1d5e21
+# What torch's list of keys means where it has such a name in it, and the way out
+_misfits = {
+    r'Unexpected key.*\.crow"': "has compressed layers that are not compressed here: call `to_sparse_layers(learn)` first",
+    r'Missing key.*\.crow"': "has no compressed layers, and there are some here: call `to_masked_layers(learn)` first",
+    r'Unexpected key.*_sparsity"': "has masks for layers that are dense here: call `learn.sparsify` as for the saved model first; "
+                                   "the masks come from the file",
+    r'Missing key.*_sparsity"': "has no masks for layers that are sparse here: load it before `learn.sparsify`, "
+                                "or add `strict=False` to keep the masks"}
+
+_load_any = Learner.load
+
+@patch
+@delegates(_load_any)
+def load(self:Learner,
+    file, # Name of a file in the learner's `model_dir`, or its path
+    device=None, # Device to load to; by default that of the data
+    **kwargs
+)->Learner: # The learner itself
+    "Load model and optimizer state from a file of `learn.save`; masks that do not fit are a `RuntimeError` in one sentence"
+    try: return _load_any(self, file, device=device, **kwargs)
+    except RuntimeError as e:
+        why = next((why for key,why in _misfits.items() if re.search(key, str(e))), None)
+        if why is None: raise
+        raise RuntimeError(f"{file} {why}") from None

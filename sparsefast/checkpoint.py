@@ -16,10 +16,10 @@ for bit, as a run that was never interrupted (on the same machine, with determin
 __all__ = ['atomic_save', 'load_checkpoint', 'training_state', 'restore_training', 'CheckpointCallback']
 
 # %% ../nbs/06a_checkpoint.ipynb #8bc073cb
-import os, random, shutil, warnings
+import hashlib, os, random, shutil, warnings
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from zipfile import ZipFile
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -35,23 +35,41 @@ from .sparsify import load_sparse_state
 from .utils import atomic_write
 
 # %% ../nbs/06a_checkpoint.ipynb #de5f1853
+_mark = b'sparsefast sha256 '
+
+def _sign(path):
+    "Put a checksum of a zip archive into its comment"
+    with open(path, 'rb+') as f:
+        f.seek(-2, os.SEEK_END)
+        f.write((len(_mark)+64).to_bytes(2, 'little')+_mark)
+        f.seek(0)
+        f.write(hashlib.file_digest(f, 'sha256').hexdigest().encode())
+
 def atomic_save(
     obj, # What `torch.save` can save
     fname, # Path of the file
 )->Path: # `fname`
-    "Save with `torch.save` through `atomic_write`"
-    return atomic_write(fname, lambda path: torch.save(obj, path))
+    "Save with `torch.save` through `atomic_write`, with a checksum"
+    def write(path):
+        torch.save(obj, path)
+        _sign(path)
+    return atomic_write(fname, write)
 
 # %% ../nbs/06a_checkpoint.ipynb #5d0a7c32
 _entries = ('epoch', 'n_epoch', 'n_fit', 'train_iter', 'model', 'opt', 'recorder', 'trackers', 'half_done', 'scaler')
 
+def _check_sum(data):
+    "Check the bytes of a file"
+    end,sum = data[-64-len(_mark):-64],data[-64:]
+    if end==_mark and hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()!=sum: raise ValueError("its checksum is wrong")
+    if end!=_mark and (data[-22:-18]!=b'PK\5\6' or any(data[-2:])): raise ValueError("it is not whole")
+
 def _read(file):
     "Load a checkpoint; a `ValueError` if it is damaged or something else"
     try:
-        with ZipFile(file) as z:
-            sums,bad = any(i.CRC for i in z.infolist()),z.testzip()          # torch can be told to write zeros
-        if sums and bad: raise ValueError(f"the checksum of {bad} is wrong")
-        saved = torch.load(file, map_location='cpu', weights_only=True)
+        data = file.read_bytes()
+        _check_sum(data)
+        saved = torch.load(BytesIO(data), map_location='cpu', weights_only=True)
     except UnpicklingError: saved = None
     except Exception as e: raise ValueError(str(e).partition('\n')[0] or type(e).__name__) from None
     if not isinstance(saved, dict) or not saved.keys()>={*_entries}: raise ValueError("`CheckpointCallback` did not write it")

@@ -17,6 +17,7 @@ from sparsefast import presets
 from sparsefast.presets import Static_presets
 from sparsefast.optim import *
 from sparsefast.scores import *
+from sparsefast.storage import to_sparse_layers
 
 DST = DynamicSparseTrainingCallback
 def dst(preset='RigL', **kwargs): return DST(**{**PRESETS[preset], 'batches_per_update': 8, **kwargs})
@@ -559,3 +560,49 @@ def test_what_was_meant_is_not_noted():
     fits = [lambda: learner(cbs=DST('static')).fit(1), lambda: learner(cbs=DST(**Static_presets)).fit(1), lambda: learner(cbs=dst()).fine_tune(1),
             lambda: learner().fit(1, cbs=dst('SET')), lambda: learner(mlp(8,24,20,3)).fit(1), lambda: learner().validate(), lambda: learner().get_preds(), attached, other, lent]
     assert not notes(*fits)
+
+# ------------------------------------------------------------ a file of a model of another form
+def in_form(form):
+    learn = learner(sparse_mlp() if form!='dense' else mlp(8,24,20,3), opt_func=FASTAI_OPTS['adam'])
+    if form=='other layers':
+        learn.unsparsify()
+        learn.sparsify(.6, exclude=0)
+    if form=='compressed': to_sparse_layers(learn, least=0.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(1)
+    return learn
+
+WAYS = {('masked', 'dense'): 'has masks for layers that are dense here: call `learn.sparsify`', ('dense', 'masked'): 'has no masks for layers that are sparse here: load it before',
+        ('masked', 'other layers'): 'has masks for layers that are dense here', ('other layers', 'masked'): 'has no masks for layers that are sparse here',
+        ('compressed', 'masked'): 'call `to_sparse_layers', ('compressed', 'dense'): 'call `to_sparse_layers', ('masked', 'compressed'): 'call `to_masked_layers', ('dense', 'compressed'): 'call `to_masked_layers'}
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('ours,theirs', WAYS, ids=str)
+def test_load_of_another_form_is_one_sentence(ours, theirs, tmp_path):
+    in_form(ours).save(tmp_path/'file')
+    with pytest.raises(RuntimeError) as e: in_form(theirs).load(tmp_path/'file')
+    assert WAYS[ours,theirs] in str(e.value) and 'file' in str(e.value) and 'key(s)' not in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_ways_out_of_another_form(tmp_path):
+    sparse,dense = in_form('masked'),in_form('dense')
+    sparse.save(tmp_path/'sparse')
+    dense.save(tmp_path/'dense')
+    learn = in_form('dense')
+    learn.sparsify(.3)
+    assert not changed(snapshot(sparse.model), snapshot(learn.load(tmp_path/'sparse').model))
+    before = masks(sparse.model)
+    sparse.load(tmp_path/'dense', strict=False)
+    sparse.validate()
+    assert same_masks(before, masks(sparse.model)) and masked_are_zero(sparse.model)
+    packed = in_form('compressed')
+    packed.save(tmp_path/'packed')
+    again = in_form('masked')
+    to_sparse_layers(again, least=0.)
+    again.load(tmp_path/'packed')
+    assert not changed(snapshot(packed.model), snapshot(again.model))
+
+def test_load_of_another_model_is_as_ever(tmp_path):
+    learner(mlp(8,5,3)).save(tmp_path/'file', with_opt=False)
+    with pytest.raises(RuntimeError, match='size mismatch for 0.weight'): learner(mlp(8,6,3)).load(tmp_path/'file', with_opt=False)
+    with pytest.raises(FileNotFoundError): learner().load(tmp_path/'nothing')

@@ -6,7 +6,9 @@ from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLo
 from fastai.text.all import AWD_LSTM, TextDataLoaders, language_model_learner, text_classifier_learner
 from fastai.callback.core import Callback
 from fastai.vision.all import ImageDataLoaders, PILImage, PILMask, Resize, SegmentationDataLoaders, accuracy, get_image_files, resnet18, unet_learner, vision_learner, xresnet18
-from helpers import masks, masked_are_zero, nnz, n_params
+from fastai.learner import load_learner
+from helpers import masks, masked_are_zero, nnz, n_params, same_masks
+from sparsefast.masks import masked_params
 from sparsefast.all import *
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -72,3 +74,24 @@ class StepsExact(Callback):
     order = 70
     def __init__(self, n): self.n = n
     def after_step(self): assert sum(nnz(self.learn.model))==self.n and masked_are_zero(self.learn.model)
+
+@pytest.mark.parametrize('name', ['xresnet', 'classifier', 'tabular', 'collab'])
+def test_export_and_load(name, images, tmp_path):
+    "What `learn.export` writes is the same model, with masks and hooks; it predicts alike, and trains on"
+    torch.manual_seed(0)
+    learn = LEARNERS[name](images)
+    learn.sparsify(.8)
+    learn.add_cb(DynamicSparseTrainingCallback(RigL(update_every=2)))
+    learn.fit(1, 1e-3, cbs=[SparseRecorderCallback(), CheckpointCallback(str(tmp_path/'run'))])
+    before = learn.get_preds()[0]
+    learn.export(tmp_path/'model.pkl')
+    loaded = load_learner(tmp_path/'model.pkl')
+    assert same_masks(masks(loaded.model), masks(learn.model)) and loaded.dynamic_sparse_training.method==learn.dynamic_sparse_training.method
+    with torch.no_grad():
+        for _,_,p,mask in masked_params(loaded.model): p[~mask] = 9.                           # hooks mask before the next use
+    assert torch.equal(loaded.get_preds(dl=learn.dls.valid)[0], before) and masked_are_zero(loaded.model)
+    was = masks(learn.model)
+    for l in (learn, loaded):
+        l.dls = LEARNERS[name](images).dls
+        l.fit(2, 1e-3)
+        assert masked_are_zero(l.model) and not same_masks(was, masks(l.model))
