@@ -51,7 +51,8 @@ class MaskFollower:
         for name,(m,n,p,mask) in _masked(average).items():
             source,k,_,new = theirs.get(name, (m, n, p, mask))
             m._buffers[f'{n}_mask'] = new.to(p.device)
-            if f'{k}_sparsity' in source._buffers: m._buffers[f'{n}_sparsity'] = source._buffers[f'{k}_sparsity'].to(p.device, copy=True)
+            target = source._buffers.get(f'{k}_sparsity')
+            if target is not None: m._buffers[f'{n}_sparsity'] = target.to(p.device, copy=True)
 
     def whole(self, average, *args):
         "Mask the weights too; before a state is saved"
@@ -68,13 +69,18 @@ def _check(average, model, masked):
     "Refuse what cannot follow"
     if average is model: raise ValueError("average must be a copy of the model, got the model itself")
     if any(isinstance(m, Compressed) for top in (average, model) for m in top.modules()):
-        raise ValueError("average and model must have masked layers, got compressed ones, whose values change places: call `to_masked_layers(model)` before copying")
-    if not masked: raise ValueError(f"model must be sparse, got a {type(model).__name__} without masks: call `sparsify_model` first")
+        raise ValueError("average and model must have masked layers, got compressed ones, whose values change places: "
+                         "call `to_masked_layers(model)` before copying")
+    if not masked:
+        raise ValueError(f"model must be sparse, got a {type(model).__name__} without masks: call `sparsify_model` first")
     params = dict(average.named_parameters(remove_duplicate=False))
     for name,(*_,p,_) in masked.items():
-        if name not in params or params[name].shape!=p.shape: raise ValueError(f"average must be a copy of the model, got one without its {name!r}, or of another shape")
+        if name not in params or params[name].shape!=p.shape:
+            raise ValueError(f"average must be a copy of the model, got one without its {name!r}, or of another shape")
     more = sorted(_masked(average).keys()-masked.keys())
-    if more: raise ValueError(f"average must have masks where the model has, got one of {more[0]!r}: call `unsparsify_model(average)` first")
+    if more:
+        raise ValueError(f"average must have masks where the model has, got one of {more[0]!r}: "
+                         "call `unsparsify_model(average)` first")
 
 def _unfollow(average):
     "Remove the hooks of an earlier call"
@@ -84,16 +90,17 @@ def _unfollow(average):
             if isinstance(getattr(h, '__self__', h), MaskFollower): del hooks[k]
 
 def follow_masks(
-    average, # A copy of the model, also one made before `sparsify_model`, in any wrapper that has it as `.module`
+    average, # A copy of the model, also one made before `sparsify_model`; it may be wrapped, as `.module`
     model, # The sparse model, or a `Learner`; not kept alive
 )->nn.Module: # `average`
-    "Keep the masks of an average, or of a target network, those of the model; what does not fit is a `ValueError` and changes nothing"
+    "Keep the masks of an average, or of a target network, those of the model; `ValueError` if they do not fit together"
     ours,theirs = _inner(average),_inner(model)
     masked = _masked(theirs)
     _check(ours, theirs, masked)
     _unfollow(ours)
     names = {n: m for n,m in ours.named_modules()}
-    for name,(m,n,_,mask) in masked.items(): add_mask(names[name.rpartition('.')[0]], n, mask, m._buffers.get(f'{n}_sparsity'))
+    for name,(m,n,_,mask) in masked.items():
+        add_mask(names[name.rpartition('.')[0]], n, mask, m._buffers.get(f'{n}_sparsity'))
     add_guards(ours)
     follower = MaskFollower(theirs)
     ours.register_forward_pre_hook(follower, prepend=True)

@@ -75,14 +75,17 @@ class Origin:
 
     def problem(self,
         pairs, # (parameter, mask) of the copy, in the model's order
-    )->tuple|None: # (True if masking would cut off weights, what is wrong); `None` for a snapshot, or a model of its own
+    )->tuple|None: # (True if weights would be cut off, what is wrong); `None` for a snapshot, or a model of its own
         "Say what is wrong with the masks of a copy, if it is an average"
         found = self.differing(pairs)
         if not found: return
-        if is_cut(found): return True,"this copy of a sparse model has weights that its own masks would cut off: they are of the past, and the model's masks have moved"
+        if is_cut(found):
+            return True,("this copy of a sparse model has weights that its own masks would cut off: "
+                         "they are of the past, and the model's masks have moved")
         n,now = (self._count([f[i] for f in found]) for i in (1, 2))
         if n>now and self._count([mask for _,mask in pairs])>self.n_active:
-            return False,f"the masks of this copy of a sparse model have {n:,} active weights where the model has {now:,}, as if they were averaged like numbers"
+            return False,(f"the masks of this copy of a sparse model have {n:,} active weights where the model has {now:,}, "
+                          "as if they were averaged like numbers")
 
     def check(self,
         pairs, # (parameter, mask) of the copy, in the model's order

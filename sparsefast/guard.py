@@ -57,7 +57,7 @@ class MaskGuard:
         return new
 
     @property
-    def __name__(self): raise RuntimeError("torch.jit.script cannot compile the guards of a sparse model: script `bake(model)`")
+    def __name__(self): raise RuntimeError("torch.jit.script cannot compile the guards of a sparse model: script `bake(model)`, or export by `to_onnx`")
 
     def _modules(self): return submodules(self.where) if isinstance(self.where, nn.Module) else self.where
 

@@ -84,13 +84,13 @@ def group_of(
 
 # %% ../nbs/03d_ranks.ipynb #174ffdd4
 def is_sharded(
-    p, # A parameter, or the module that it is gone from
+    p, # A parameter, or the module that has lost it
 )->bool: # By `fully_shard`, or by `FullyShardedDataParallel`, which may take parameters away
     "True if each rank has only a part of a parameter"
     return any([hasattr(p, mark) for mark in ('device_mesh', '_fsdp_flattened', '_is_fsdp_managed_module')])
 
 def check_whole(
-    p, # A parameter, or the module that it is gone from
+    p, # A parameter, or the module that has lost it
     name:str, # Name used in the error
 )->None:
     "Raise a `ValueError` if `p` is sharded, so that each rank has only a part of it"
@@ -105,4 +105,5 @@ def check_sharded(
     for m in modules:
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
             p = m._parameters.get(n)
-            if is_sharded(m if p is None else p): check_whole(m if p is None else p, f'`{n}` of {m}')
+            if not isinstance(p, nn.Parameter): p = m              # taken away, or replaced by a view of something larger
+            if is_sharded(p): check_whole(p, f'`{n}` of {m}')

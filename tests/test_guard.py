@@ -592,3 +592,106 @@ def test_attention_that_is_called_by_itself_masks_what_it_reads_of_its_child():
     each(fill)(model)
     model[0](x, x, x)
     assert not dirty(model[0]) and dirty(model[1])
+
+# ------------------------------------------------------------ exports of one's own
+EXPORTS = dict(export=lambda m, x: torch.export.export(m, (x,)).module(), strict=lambda m, x: torch.export.export(m, (x,), strict=True).module(), trace=lambda m, x: torch.jit.trace(m, (x,)))
+@pytest.mark.parametrize('how', EXPORTS)
+@pytest.mark.parametrize('kind', ['mlp', 'attention'])
+def test_a_masked_model_is_exported_without_its_guards(how, kind):
+    if kind=='mlp': model,x = sparse_mlp().eval(),X
+    else:
+        model,x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(),torch.randn(2, 3, 8)
+        sparsify_model(model, .5)
+    want = model(x)
+    with torch.no_grad(): assert torch.allclose(EXPORTS[how](model, x)(x), want, atol=1e-6)
+    each(fill)(model)
+    model(x)
+    assert not dirty(model)                                                                  # guards go on with their work
+
+def test_a_masked_model_is_exported_to_onnx_by_torch_itself(tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = sparse_mlp().eval()
+    torch.onnx.export(model, (X,), tmp_path/'m.onnx', verbose=False)
+    s = ort.InferenceSession(tmp_path/'m.onnx', providers=['CPUExecutionProvider'])
+    assert torch.allclose(torch.from_numpy(s.run(None, {s.get_inputs()[0].name: X.numpy()})[0]), model(X), atol=1e-5)
+
+def test_script_is_refused_in_one_sentence():
+    with pytest.raises(RuntimeError, match=r'torch.jit.script cannot compile .* `bake\(model\)`.*to_onnx'): torch.jit.script(sparse_mlp())
+    from sparsefast.ship.export import bake
+    assert torch.allclose(torch.jit.script(bake(sparse_mlp()))(X), sparse_mlp()(X))
+
+# ------------------------------------------------------------ threads, offloaded and sharded weights
+@pytest.mark.parametrize('write', [each(versioned), each(other)], ids=['counted', 'other data'])
+def test_a_write_while_another_thread_masks_is_seen_by_the_next_evaluation(write, monkeypatch):
+    "However the two fall together: here the write comes when masking is done, and before the guard has noted it"
+    model,mask = sparse_mlp().eval(),MaskGuard._mask
+    def slow(self): mask(self); monkeypatch.setattr(MaskGuard, '_mask', mask); write(model)
+    monkeypatch.setattr(MaskGuard, '_mask', slow)
+    with torch.no_grad():
+        model(X)
+        assert dirty(model)
+        model(X)
+    assert not dirty(model)
+
+@pytest.mark.parametrize('write', sorted(SILENT | {'fused', 'fused_sgd', 'fast_sgd', 'fast_adam'}))
+def test_a_silent_write_to_whole_layers_does_not_outlive_an_evaluation_on_a_cpu(write):
+    model = sparse_mlp().eval()
+    with torch.no_grad(): model(X); model(X)
+    WRITES[write](model)
+    assert dirty(model)
+    with torch.no_grad(): model(X)
+    assert not dirty(model)
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_offloaded_weights(grad):
+    "accelerate keeps weights elsewhere, with nothing but their shapes in the model, and brings each in for its layer's forward pass"
+    accelerate = pytest.importorskip('accelerate')
+    model = sparse_mlp()
+    want = model(X)
+    accelerate.cpu_offload(model, torch.device('cpu'))
+    assert model[0].weight.is_meta and not model[0].weight_mask.is_meta
+    with torch.set_grad_enabled(grad):
+        for _ in range(3): assert torch.equal(model(X), want)
+        assert torch.equal(model.eval()(X), want) and torch.equal(model(X), want)
+
+def test_fsdp_1_is_refused_by_name_before_anything_is_computed():
+    import subprocess, sys
+    code = """
+import os, torch, torch.distributed as dist
+dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from sparsefast.all import *
+def said(f):
+    try: f(); print('nothing')
+    except ValueError as e: print(e)
+for flat in (True, False):
+    for whole in (True, False):
+        for guarded in (True, False):
+            model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+            sparsify_model(model, .5, enforce_mask=guarded)
+            kw = dict(use_orig_params=not flat, device_id=torch.device('cpu'))
+            if whole: model = FSDP(model, **kw)
+            else: model[0] = FSDP(model[0], **kw)
+            opt = torch.optim.SGD(model.parameters(), lr=.1)
+            if guarded: said(lambda: model(torch.randn(2, 4)))
+            else:
+                model(torch.randn(2, 4)).sum().backward()
+                said(lambda: DSTMethod(**Static_presets).step(model, opt, 1, total=10))
+"""
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    lines = p.stdout.splitlines()
+    assert len(lines)==8 and all('FullyShardedDataParallel' in l and 'is sharded over processes' in l for l in lines), p.stdout+p.stderr[-2000:]
+
+@pytest.mark.parametrize('convert', [lambda m: m.double(), lambda m: m.load_state_dict(m.state_dict())], ids=['double', 'load'])
+def test_torchs_swap_of_parameters_on_conversion(convert):
+    "A guard keeps no reference to a weight that would forbid it"
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = sparse_mlp().eval()
+        with torch.no_grad(): model(X); model(X)
+        convert(model)
+        each(fill)(model)
+        with torch.no_grad(): model(X.to(model[0].weight.dtype))
+        assert not dirty(model)
+    finally: torch.__future__.set_swap_module_params_on_conversion(False)
