@@ -23,7 +23,7 @@ from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .ranks import check_whole
 from .scores import random_score
 from .select import check_plain, is_depthwise, is_transposed, select_weights, weight_names
-from .utils import as_module, check_fraction, did_you_mean
+from .utils import as_module, check_fraction, did_you_mean, own_names
 
 # %% ../nbs/04_sparsify.ipynb #5da911a6
 def add_mask(
@@ -309,9 +309,9 @@ def set_sparse_state(
     state_dict:dict, # State of a sparse model
 )->None:
     "Load a sparse model's state, with its masks and without hooks; masks that the state does not have are removed"
+    state_dict = own_names(model, state_dict)
     masked,ours,rest = split_state(state_dict)
-    problem = state_misfit(model, rest, masked)
-    if problem: raise ValueError(f"this state does not fit {type(model).__name__}: {problem}")
+    if problem := state_misfit(model, rest, masked): raise ValueError(f"this state does not fit {type(model).__name__}: {problem}")
     for k in masked: check_mask(state_dict[f'{k}_mask'], state_dict[k], f'the mask of {k!r}')
     unsparsify_model(model)
     for k in masked:
@@ -319,6 +319,7 @@ def set_sparse_state(
         add_mask(model.get_submodule(module), name, state_dict[f'{k}_mask'], state_dict.get(f'{k}_sparsity'))
     added = {k: model.get_buffer(k) for k in (f'{p}_sparsity' for p in masked) if k not in state_dict}
     model.load_state_dict({**state_dict, **added})
+    apply_masks(model)                                             # a state from anywhere may have numbers there
 
 def load_sparse_state(
     model:nn.Module, # A model of the kind that was saved, dense or sparse, or a `Learner`; what does not fit is a `ValueError` and changes nothing

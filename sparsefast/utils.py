@@ -8,7 +8,8 @@ Three groups: arguments that are checked or converted, models that are unwrapped
 
 # %% auto #0
 __all__ = ['maybe_float', 'check_fraction', 'did_you_mean', 'attribute', 'show_value', 'uncompiled', 'as_module', 'as_modules',
-           'submodules', 'tolist', 'output_error', 'atomic_write', 'text_table', 'html_table']
+           'submodules', 'plain_name', 'own_names', 'tolist', 'output_error', 'atomic_write', 'text_table',
+           'html_table']
 
 # %% ../nbs/01e_utils.ipynb #77be285c
 import difflib, os, platform
@@ -98,6 +99,35 @@ def submodules(
         found[m] = None
         if m._modules: left.extend([child for child in reversed(m._modules.values()) if child is not None])
     return list(found)
+
+# %% ../nbs/01e_utils.ipynb #5d1c7a21
+def plain_name(
+    name:str, # Name of a parameter or buffer
+)->str: # Without what `torch.compile` adds
+    "Get the name that a tensor of a compiled model has in the model itself"
+    return name.replace('_orig_mod.', '')
+
+def own_names(
+    model:nn.Module, # The model that is to load the state
+    state_dict:dict, # Name -> anything, such as tensors
+)->dict: # With the model's names, all of them for a parameter that has several
+    "Rename a state that was saved inside other wrappers, or without the second names of tied parameters"
+    begin = 'module.'
+    state = {plain_name(k): v for k,v in state_dict.items()}
+    given = bool(state) and all(k.startswith(begin) for k in state)
+    has = list(model._modules)==['module']
+    if given and not has: state = {k.removeprefix(begin): v for k,v in state.items()}
+    if has and not given: state = {begin+k: v for k,v in state.items()}
+    for n,_ in model.named_modules():
+        if n.rpartition('.')[2]!='_orig_mod': continue
+        begin = n.removesuffix('_orig_mod')
+        state = {f'{n}.{k.removeprefix(begin)}' if k.startswith(begin) else k: v for k,v in state.items()}
+    names = {}
+    for n,p in model.named_parameters(remove_duplicate=False): names.setdefault(p, []).append(n)
+    for tied in names.values():
+        known = [state[n] for n in tied if n in state]
+        if known: state |= {n: known[0] for n in tied if n not in state}
+    return state
 
 # %% ../nbs/01e_utils.ipynb #2ce8b14f
 def tolist(

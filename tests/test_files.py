@@ -3,13 +3,13 @@ import json, math, os, platform, random
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from fastai.optimizer import Adam as FastaiAdam, Lookahead, OptimWrapper, SGD as FastaiSGD
-from helpers import TORCH_OPTS, backward, batches, changed, mlp, snapshot, sparse_mlp
+from helpers import TORCH_OPTS, backward, batches, changed, masked_are_zero, mlp, snapshot, sparse_mlp
 from sparsefast.checkpoint import atomic_save
 from sparsefast.ship import codes, files
 from sparsefast.ship.files import check_code, decode, encode, load_sparse, pack_mask, save_sparse, to_gaps, unpack_mask
@@ -17,7 +17,7 @@ from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets
-from sparsefast.sparsify import sparsify_model, unsparsify_model
+from sparsefast.sparsify import load_sparse_state, sparsify_model, unsparsify_model
 from sparsefast.utils import atomic_write
 
 def same_state(a, b): return a.keys()==b.keys() and all(a[k].dtype==b[k].dtype and a[k].shape==b[k].shape and torch.equal(a[k], b[k]) for k in a)
@@ -218,6 +218,11 @@ def _huge(data, desc):
     for n in list(desc['how']):
         if n.startswith('optimizer/state/0'): desc['how'][n],data[n] = {}, torch.zeros(1)
     for i in range(10_000): desc['how'][f'x{i}'],data[f'x{i}'] = {'on': M}, torch.zeros(0)
+def _orphan(data, desc): data['x_mask'],desc['how']['x_mask'] = torch.tensor([255]*2000+[0], dtype=torch.uint8),{'as': 'gaps', 'shape': [510_000]}
+def _orphan_bias(data, desc): data['0.bias_mask'],desc['how']['0.bias_mask'] = u8([255, 240]),{'as': 'bits', 'shape': [12]}; desc['model'].append('0.bias_mask')
+def _memory(name, t):
+    def f(data, desc): data[name],desc['how'][name] = t,{}; desc['model'].append(name)
+    return f
 u8 = partial(torch.tensor, dtype=torch.uint8)
 FORGED = dict(
     values_too_few      = (_set(**{'0__weight': torch.ones(3)}), 'to go with its mask'),
@@ -261,6 +266,22 @@ FORGED = dict(
     other_numbering     = (_tree('["params", {"list": [0, 1', '["params", {"list": [1, 0'), 'numbers its parameters'),
     no_such_tensor      = (_tree('optimizer/state/0/exp_avg"', 'optimizer/state/7"'), 'cannot be loaded'),
     other_groups        = (lambda data, desc: desc['opt'].update(shapes=[[[12, 8], [12], [3, 12]], [[3]]]), 'other shapes, order or groups'),
+    mask_of_nobody      = (_orphan, 'belong to nothing'),
+    listed_twice        = (lambda data, desc: desc['model'].append(W), 'belong to nothing, or to two things'),
+    moment_is_a_weight  = (_tree('optimizer/state/0/exp_avg"', '0.weight"'), 'belong to nothing, or to two things'),
+    target_is_a_bias    = (lambda data, desc: (data.pop('0.weight_sparsity'), desc['how'].update({'0.weight_sparsity': dict(same='0.bias')})), 'must be a number from 0 to 1'),
+    memory_of_3         = (_memory('0.weight_dst_store', torch.ones(3)), 'nothing that a method remembers'),
+    memory_of_no_name   = (_memory('0.weight_dst_a.b', torch.ones(12, 8)), 'nothing that a method remembers'),
+    weight_of_8_bits    = (lambda data, desc: data.update({W: data[W].to(torch.float8_e4m3fn)}), 'cannot be loaded'),
+    no_groups           = (_tree(json.dumps('param_groups')+', {"list": [', json.dumps('param_groups')+', {"list": [], "x": ['), 'cannot be loaded'),
+    moment_missing      = (_tree('["exp_avg_sq"', '["other"'), 'none to go on with: .*exp_avg_sq'),
+    steps_missing       = (_tree('["step"', '["other"'), 'none to go on with: .*step'),
+    negative_variance   = (lambda data, desc: data['optimizer/state/0/exp_avg_sq'].neg_(), 'none to go on with: its numbers are not finite'),
+    infinite_moment     = (lambda data, desc: data['optimizer/state/1/exp_avg'].fill_(math.inf), 'none to go on with: its numbers are not finite'),
+    lr_is_a_word        = (_tree('["lr", 0.001]', '["lr", "fast"]'), 'none to go on with'),
+    lr_is_no_number     = (_tree('["lr", 0.001]', '["lr", NaN]'), 'none to go on with'),
+    betas_of_one        = (_tree('[0.9, 0.999]', '[0.9]'), 'none to go on with'),
+    beta_of_one         = (_tree('[0.9, 0.999]', '[0.9, 1.0]'), 'none to go on with'),
     deep                = (lambda data, desc: desc['opt'].update(tree=json.loads('{"list":['*300+'1'+']}'*300)), 'cannot be loaded'))
 
 @pytest.mark.parametrize('change, says', FORGED.values(), ids=list(FORGED))
@@ -282,6 +303,89 @@ def test_a_huge_claim_costs_nothing(saved, tmp_path):
         mp.setattr(files, 'decode', lambda *args: pytest.fail('decoded'))
         for room in (codes, files): mp.setattr(room, 'unpack_mask', lambda *args: pytest.fail('unpacked'))
         with pytest.raises(ValueError, match='claims to hold'): load_sparse(path)
+
+def test_what_no_layer_has_is_not_decoded(saved, tmp_path, monkeypatch):
+    "Nor is the optimizer's state where nobody asks for it"
+    unpacked,unpack = [], unpack_mask
+    monkeypatch.setattr(codes, 'unpack_mask', lambda how, code, shape: unpacked.append(shape) or unpack(how, code, shape))
+    for change in (_orphan, _how(M, **{'as': 'bits', 'shape': [8, 12]}), _tree('amsgrad', 'nesterov')): refuses(forge(saved[2], change, tmp_path/'forged'))
+    assert not unpacked
+    load_sparse(saved[2], sparse_mlp(0.5, sizes=(8, 12, 3)))
+    assert len(unpacked)==2
+
+@pytest.mark.parametrize('enforce', [True, False])
+def test_numbers_outside_a_mask_are_not_loaded(saved, tmp_path, enforce):
+    path = forge(saved[2], lambda data, desc: (data.update({W: torch.ones(12, 8)}), desc['how'].update({W: {}})), tmp_path/'forged')
+    model = load_sparse(path, mlp(8, 12, 3), enforce_mask=enforce)
+    assert torch.equal(model[0].weight, model[0].weight_mask.float()) and torch.equal(model[0].weight_mask, saved[0][0].weight_mask)
+    load_sparse_state(model, {**model.state_dict(), W: torch.full((12, 8), 2.)}, enforce)
+    assert torch.equal(model[0].weight, 2*model[0].weight_mask)
+
+def test_an_optimizer_that_cannot_be_tried_is_served(tmp_path):
+    "LBFGS wants a closure, and its state is of no parameter's shape"
+    def trained(seed, steps):
+        model = sparse_mlp(0.5, sizes=(8, 6, 3), seed=seed)
+        opt = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        for x,y in batches(steps): opt.step(lambda: backward(model, x, y) or F.cross_entropy(model(x), y))
+        return model,opt
+    (model,opt),(twin,twin_opt) = trained(0, 3),trained(1, 0)
+    load_sparse(save_sparse(model, tmp_path/'m', opt), twin, twin_opt)
+    (a,),(b,) = opt.state.values(),twin_opt.state.values()
+    assert a.keys()==b.keys() and torch.equal(a['d'], b['d']) and all(map(torch.equal, a['old_dirs'], b['old_dirs']))
+
+# ------------------------------------------------------------ hundreds of forged files
+def _junk(rng): return rng.choice([None, True, -1, 3, 1e300, math.nan, '', 'x', W, [], {}, [1], {'tensor': W}, {'tensor': 'x'}, {'dict': []}, {'tuple': [12, 8]}, {'L': [1]}, 10**30])
+def _tensor(rng, t):
+    shape = rng.choice([(), (0,), (1,), (12,), (12,8), (8,12), (2,12,8), (*t.shape, 1), t.shape[:-1], t.shape, t.shape])
+    value,dtype = rng.choice([0, 1, -1, math.nan, 1e30, -1e-9]),rng.choice([torch.float32, t.dtype, t.dtype, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+    return torch.full(shape, float(value)).to(dtype)
+def _places(o, path=()):
+    for k in o if isinstance(o, dict) else range(len(o)) if isinstance(o, list) else ():
+        yield o,k
+        yield from _places(o[k])
+def forgery(rng):
+    "A random change of stored tensors, their names and descriptions, the list of names, or the optimizer's tree"
+    def change(data, desc):
+        (n,m),how,kind = rng.sample(sorted(data), 2),desc['how'],rng.randrange(8)
+        if kind==0: data[n] = _tensor(rng, data[n])
+        if kind==1: data[n],data[m] = data[m],data[n]
+        if kind==2: how[n],how[m] = how[m],how[n]
+        if kind==3: how[n] = rng.choice([{}, dict(on=m), dict(off=m), dict(same=m), {'as': 'bits', 'shape': [12, 8]}, _junk(rng)])
+        if kind==4: data.pop(n); how[n] = dict(same=m)
+        if kind==5: new = rng.choice([n+'_mask', n+'_dst_x', n+'_dst_a.b', '9.weight', '']); data[new],how[new] = _tensor(rng, data[n]),{}; desc['model'].append(new)
+        if kind>=6:
+            o,k = rng.choice([*_places(desc['opt' if rng.random()<.8 else 'model'])])
+            if rng.random()<.2: del o[k]
+            else: o[k] = _junk(rng)
+    return change
+
+@pytest.mark.parametrize('form', ['masked', 'compressed'])
+@pytest.mark.parametrize('name', ['momentum', 'adam', 'lookahead'])
+def test_forged_files(form, name, tmp_path):
+    "Each is refused by a ValueError, and nothing has changed, or is loaded into a model that trains: masked weights zero, all numbers finite"
+    def trained(seed):
+        model = sparse_mlp(0.6, sizes=(8, 12, 3), seed=seed)
+        model = in_layers(model) if form=='compressed' else model
+        opt = OPTS[name](list(model.parameters()))
+        return model,opt,lambda: (backward(model, *batches(1)[0]), opt.step())
+    model,opt,step = trained(0)
+    step()
+    save_sparse(model, tmp_path/'m', opt)
+    rng,refused,fresh = random.Random(name+form), 0, lambda: trained(1)
+    model,opt,step = fresh()
+    before,settings = snapshot(model, opt),str(opt.state_dict())
+    for i in range(50):
+        try: load_sparse(forge(tmp_path/'m', forgery(rng), tmp_path/'forged'), model, opt)
+        except ValueError as e:
+            assert 'cannot be loaded' in str(e) and not changed(before, snapshot(model, opt)) and str(opt.state_dict())==settings, (i, e)
+            refused += 1
+            continue
+        assert masked_are_zero(model), i
+        if all(t.isfinite().all() for t in model.state_dict().values()):
+            step()
+            assert all(p.isfinite().all() for p in model.parameters()), i
+        model,opt,step = fresh()
+    assert 25<refused<50
 
 def test_the_code_runs_too_deep(tmp_path):
     desc = '{"version":1,"how":' + '['*100_000 + ']'*100_000 + '}'
@@ -387,6 +491,14 @@ def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
     model = in_layers(sparse_convs())
     before = snapshot(model)
     with pytest.raises(ValueError, match="no mask for the compressed layer '3'"): load_sparse(tmp_path/'dense', model)
+    assert not changed(before, snapshot(model))
+
+def test_a_mask_that_a_compressed_layer_has_no_room_for(saved, tmp_path):
+    path = forge(saved[2], _orphan_bias, tmp_path/'forged')
+    assert '0.bias_mask' in load_sparse(path, mlp(8, 12, 3)).state_dict()
+    model = in_layers(sparse_mlp(sizes=(8, 12, 3)))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'0.bias_mask' is in a compressed layer"): load_sparse(path, model)
     assert not changed(before, snapshot(model))
 
 def test_an_optimizer_alone(saved):

@@ -108,7 +108,7 @@ MAY_IMPORT = {
     'ship.export': 'ship.deploy sparsify',
     'ship.files': 'masks ship.codes ship.optim_state sparsify storage storage.kernels',
     'ship.forms': 'patterns storage',
-    'ship.optim_state': 'masks scores storage',
+    'ship.optim_state': 'masks optim storage',
     'ship.shrink': 'masks ship.chains',
     'ship.timing': '',
     'storage.base': 'guard masks storage.kernels',

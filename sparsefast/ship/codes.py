@@ -111,7 +111,8 @@ def encode(
 )->tuple: # (name -> tensor to store, name -> description)
     "Turn tensors into those to store, with a description of each"
     data,how,seen = {}, {}, {}
-    for name,t in named.items():
+    for name in sorted(named, key=lambda n: n not in belongs):               # of two names, the one that has a mask is stored
+        t = named[name]
         first = seen.setdefault(_identity(t), name)
         if first!=name:
             how[name] = dict(same=first)
@@ -207,17 +208,18 @@ def check_encoded(
 def decode(
     data:dict, # Name -> tensor as stored, accepted by `check_encoded`
     how:dict, # Name -> description
+    names=None, # Names of the tensors to make, by default all
 )->dict: # Name -> tensor
     "Make the tensors again that `encode` was given"
-    packed = {n: h for n,h in how.items() if 'as' in h}
-    res = {}
-    for n,h in packed.items():
-        res[n] = unpack_mask(h['as'], data[n], h['shape'])
-    for n,t in data.items():
-        if n in packed: continue
-        if not how[n]:
-            res[n] = t.clone()
-        for side,mask in how[n].items():
-            where = res[mask] if side=='on' else ~res[mask]
-            res[n] = t.new_zeros(where.shape).masked_scatter_(where, t)
-    return {n: res[h.get('same', n)] for n,h in how.items()}
+    made = {}
+    def get(n):
+        n = how[n].get('same', n)
+        if n not in made: made[n] = make(data[n], how[n])
+        return made[n]
+    def make(t, h):
+        if 'as' in h: return unpack_mask(h['as'], t, h['shape'])
+        for side,mask in h.items():
+            where = get(mask) if side=='on' else ~get(mask)
+            return t.new_zeros(where.shape).masked_scatter_(where, t)
+        return t.clone()
+    return {n: get(n) for n in (how if names is None else names)}

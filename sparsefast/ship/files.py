@@ -15,18 +15,19 @@ __all__ = ['masked_state', 'save_sparse', 'load_sparse', 'check_code', 'check_en
 
 # %% ../../nbs/ship/01_files.ipynb #829aa603
 import hashlib, json
+from collections import Counter
 from pathlib import Path
 import torch
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from ..storage import SparseLayer
-from ..masks import memory_name
+from ..masks import memory_name, stored_sparsity
 from .codes import *
-from .optim_state import check_opt, compressed_layers, encode_opt, from_tree, load_opt, to_tree
+from .optim_state import check_opt, compressed_layers, encode_opt, from_tree, load_opt, to_tree, tree_tensors
 from ..storage.kernels import index_of
-from ..sparsify import state_misfit, split_state, load_sparse_state
-from ..utils import as_module, atomic_write, check_fraction
+from ..sparsify import load_sparse_state, mask_sparsity, split_state, state_misfit
+from ..utils import as_module, atomic_write, check_fraction, own_names, plain_name
 
 # Names that had their home in this room earlier
 _all_ = ['check_code', 'check_encoded', 'decode', 'encode', 'from_tree', 'most',
@@ -71,7 +72,7 @@ def save_sparse(
 )->Path: # `path`
     "Write a model's state, and an optimizer's, to a compact file"
     model = as_module(model)
-    named = masked_state(model)
+    named = {plain_name(n): t for n,t in masked_state(model).items()}
     for n,t in named.items():
         if not torch.is_tensor(t):
             raise ValueError(f"{n!r} is {type(t).__name__}, which a file without code cannot hold")
@@ -107,15 +108,15 @@ def _open(path):
         raise ValueError("its checksum is wrong: it has been altered")
     return data,saved
 
-def _check_targets(names, data):
+def _check_targets(state):
     "Check that target sparsities are numbers from 0 to 1"
-    targets = [n for n in names & data.keys() if n.endswith('_sparsity')]
-    for n in targets:
-        if f'{n[:-9]}_mask' not in names: continue
-        t = data[n]
+    for n in split_state(state)[0]:
+        name = f'{n}_sparsity'
+        t = state.get(name)
+        if t is None: continue
         if t.dim() or not t.is_floating_point():
-            raise ValueError(f"{n!r} must be a number from 0 to 1, got {t.dtype} of shape {tuple(t.shape)}")
-        check_fraction(t.item(), repr(n))
+            raise ValueError(f"{name!r} must be a number from 0 to 1, got {t.dtype} of shape {tuple(t.shape)}")
+        check_fraction(t.item(), repr(name))
 
 # %% ../../nbs/ship/01_files.ipynb #28892092
 class _AsMasked:
@@ -135,53 +136,66 @@ def _check_layers(model, names):
             raise ValueError(f"{n} is {type(m).__name__}, which does not load: call `from_fastest(model)` first")
     for prefix in compressed_layers(model):
         if f'{prefix}weight_mask' not in names:
-            raise ValueError(f"it has no mask for the compressed layer {prefix[:-1]!r}")
+            raise ValueError(f"it has no mask for the compressed layer {prefix[:-1]!r}: call `to_masked_layers(model)` first")
+        odd = [n for n in names if n.startswith(prefix) and n.endswith('_mask') and n!=f'{prefix}weight_mask']
+        if odd: raise ValueError(f"{odd[0]!r} is in a compressed layer, where only the weight has a mask")
 
 def _kind(t): return t.is_floating_point(),t.is_complex()
 
+def _check_masks(state, masked, ours):
+    "Check the shapes of masks, and of what methods remember of their weights"
+    for n in masked:
+        weight = tuple(state[n].shape)
+        mask = tuple(state[f'{n}_mask'].shape)
+        if mask!=weight:
+            raise ValueError(f"the mask of {n!r} must have shape {weight}, got {mask}")
+        begin = memory_name(n, '')
+        for k in [k for k in ours if k.startswith(begin)]:
+            shape,dtype = tuple(state[k].shape),state[k].dtype
+            known = dtype in (torch.bool, state[n].dtype) if shape==weight else shape==()
+            if not known or '.' in k.removeprefix(begin):
+                raise ValueError(f"{k!r} is nothing that a method remembers of {n!r}: it is {dtype} of shape {shape}")
+
 def _check_fit(model, names, shapes):
-    "Check that `load_sparse_state` would take the file's tensors"
+    "Check that `load_sparse_state` would take the file's tensors; `names`: the model's -> the file's"
     _check_layers(model, names)
     own,state = _AsMasked(model),{}
-    for n in names:
-        shape,dtype = shapes[n]
+    for n,stored in names.items():
+        shape,dtype = shapes[stored]
         state[n] = torch.empty(shape, dtype=dtype, device='meta')
-    masked,_,rest = split_state(state)
+    masked,ours,rest = split_state(state)
     problem = state_misfit(own, rest, masked)
     if problem:
         raise ValueError(f"it does not fit {type(model).__name__}: {problem}")
-    for n in masked:
-        mask = tuple(state[f'{n}_mask'].shape)
-        weight = tuple(state[n].shape)
-        if mask!=weight:
-            raise ValueError(f"the mask of {n!r} must have shape {weight}, got {mask}")
+    _check_masks(state, masked, ours)
     for n,t in own.state.items():
         if n in rest and _kind(t)!=_kind(rest[n]):
             raise ValueError(f"{n!r} is {rest[n].dtype}, and the model's {t.dtype}")
 
 # %% ../../nbs/ship/01_files.ipynb #2533382b
-_errors = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
+_errors = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
-def _check(model, opt, data, saved):
-    "Check a file's content, and that it fits model and optimizer where they are given"
-    shapes,names = check_encoded(data, saved['how']),saved['model']
+def _read(model, opt, path):
+    "(description, the model's name -> tensor, the optimizer's name -> tensor) of a file that fits model and optimizer, where given"
+    data,saved = _open(path)
+    how,names = saved['how'],saved['model']
+    shapes = check_encoded(data, how)
     if not isinstance(names, list) or not {*names}<=shapes.keys():
         raise ValueError("it has not all tensors of the model")
-    _check_targets({*names}, data)
-    if model is not None: _check_fit(model, names, shapes)
-    if opt is None: return
-    if not isinstance(saved.get('opt'), dict):
+    own = {n: n for n in names}
+    if model is not None:
+        own = own_names(model, own)
+        _check_fit(model, own, shapes)
+    if opt is not None and not isinstance(saved.get('opt'), dict):
         raise ValueError("it has no optimizer state: leave `opt` out, or save with `opt=`")
-    check_opt(model, opt, saved['opt'], shapes)
-
-def _checked(path, model, opt):
-    "(name -> tensor as stored, description) of a file that is whole and fits model and optimizer"
-    try:
-        data,saved = _open(path)
-        _check(model, opt, data, saved)
-    except _errors as e:
-        raise ValueError(f"'{path}' cannot be loaded: {e or type(e).__name__}") from None
-    return data,saved
+    of_opt = tree_tensors(saved['opt']['tree']) if saved.get('opt') else []
+    if Counter(names+of_opt)!=Counter(list(how)):
+        raise ValueError("it has tensors that belong to nothing, or to two things")
+    if opt is not None: check_opt(model, opt, saved['opt'], shapes, lambda some: decode(data, how, some))
+    tensors = decode(data, how, names if opt is None else None)
+    state = {n: tensors[stored] for n,stored in own.items()}
+    _check_targets(state)
+    return saved,state,tensors
 
 # %% ../../nbs/ship/01_files.ipynb #57e3c733
 def _load_model(model, state, enforce_mask):
@@ -191,6 +205,8 @@ def _load_model(model, state, enforce_mask):
         own = {k.removeprefix(prefix): state.pop(k) for k in names}
         w,mask = own.pop('weight'),own.pop('weight_mask')
         crow,col = index_of(mask.flatten(1))
+        target = own.setdefault('weight_sparsity', stored_sparsity(mask_sparsity(mask)))
+        m.weight_sparsity = target.to(m.values.device)
         m.load_state_dict({**own, 'values': w[mask], 'crow': crow, 'col': col})
         state |= m.state_dict(prefix=prefix)
     load_sparse_state(model, state, enforce_mask)
@@ -205,9 +221,9 @@ def load_sparse(
     if model is not None: model = as_module(model)
     elif opt is not None:
         raise ValueError("model must be given with opt, got None: the state is loaded together with its model")
-    data,saved = _checked(path, model, opt)
-    tensors = decode(data, saved['how'])
-    state = {n: tensors[n] for n in saved['model']}
+    try: saved,state,tensors = _read(model, opt, path)
+    except _errors as e:
+        raise ValueError(f"'{path}' cannot be loaded: {e or type(e).__name__}") from None
     if model is None: return state
     _load_model(model, state, enforce_mask)
     if opt is not None: load_opt(model, opt, saved['opt'], tensors)
