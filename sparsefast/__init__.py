@@ -8,6 +8,7 @@ Modules:
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.average`: The masks of a model for an average of its weights, or for its target network
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
+- `sparsefast.cautions`: What `sparsify_model` warns of before it changes a model
 - `sparsefast.checkpoint`: Save a training after each epoch, and resume it bit for bit
 - `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
 - `sparsefast.cli.bench`: `sparsefast_bench`: measure from the shell whether sparse is faster on this machine
@@ -58,6 +59,7 @@ Modules:
 - `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
 - `sparsefast.storage.linear`: `SparseLinear`: a linear layer that stores and multiplies its active weights only, forward and backward
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
+- `sparsefast.targets`: Which weights are to be sparse, and how sparse each of them
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
 - `sparsefast.training_time`: A place in training: an optimizer step, and the number of steps in the whole
 - `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""

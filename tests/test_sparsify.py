@@ -1,16 +1,18 @@
 "From dense to sparse and back: masks, hooks, copies, files"
 import copy, io, pickle, warnings
 from functools import partial
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
 from helpers import changed, learner, masked_are_zero, masks, mlp, nnz, same_masks, snapshot
 from fastai.callback.hook import Hooks
+from sparsefast.cautions import *
 from sparsefast.distributions import *
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.patterns import follows, nm_pattern
 from sparsefast.scores import weight_magnitude
 from sparsefast.guard import *
+from sparsefast.select import weight_names
 from sparsefast.sparsify import *
 
 def revive(model):
@@ -519,3 +521,150 @@ def test_distributions_by_name(name, f):
 
 def test_an_unknown_distribution_is_refused():
     refused_untouched(mlp(4,6,4), "sparse_f must be a function or one of .*got 'erks': did you mean erk", .5, 'erks')
+
+# ------------------------------------------------------------ a trained model
+def told(f, *args, **kwargs):
+    "Messages of the warnings of a call"
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        f(*args, **kwargs)
+    return [str(w.message) for w in got]
+
+def trained(model, shape=(8,), steps=60, n_out=4):
+    torch.manual_seed(1)
+    opt = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        x = torch.randn(16, *shape)
+        F.cross_entropy(model(x), x.flatten(1)[:,:n_out].argmax(1)).backward()
+        opt.step(); opt.zero_grad()
+    return model
+
+class LSTM(nn.Module):
+    def __init__(self): super().__init__(); self.rnn,self.head = nn.LSTM(8, 64),nn.Linear(64, 4)
+    def forward(self, x): return self.head(self.rnn(x)[0])
+
+def no_bias(): return nn.Sequential(nn.Linear(8,32, bias=False), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32,4, bias=False))
+def resnet():
+    from torchvision.models import resnet18
+    return resnet18(num_classes=4)
+
+TRAINED = dict(mlp=(lambda: mlp(8,32,16,4), (8,)), conv=(convnet, (3,8,8)), lstm=(LSTM, (8,)), norms=(no_bias, (8,)))
+@pytest.mark.parametrize('make,shape', TRAINED.values(), ids=TRAINED)
+def test_a_trained_model_is_not_thrown_away_in_silence(make, shape):
+    "A warning before anything changes; none for a fresh model, nor where chance is meant or the masks are not by chance"
+    torch.manual_seed(0)
+    assert not told(sparsify_model, make(), .5)
+    model = trained(make(), shape)
+    new = lambda: copy.deepcopy(model)
+    message, = told(sparsify_model, new(), .5)
+    assert 'a training has changed these weights' in message and "keep='magnitude'" in message and "keep='random'" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        before = snapshot(twin := new())
+        with pytest.raises(UserWarning, match='a training'): sparsify_model(twin, .5)
+        assert not changed(before, snapshot(twin))
+        for kw in (dict(keep='magnitude'), dict(keep='random'), dict(score_f=weight_magnitude), dict(initial_sparsity=0.), dict(init_f=sparse_kaiming_normal_)):
+            sparsify_model(new(), .5, **kw)
+
+def test_a_fresh_head_on_a_trained_body():
+    "What stays dense does not matter; one that is trained in the larger part does"
+    model = nn.Sequential(trained(mlp(8,32,16,4))[:4], nn.Linear(16,64), nn.ReLU(), nn.Linear(64,4))
+    torch.manual_seed(2)
+    assert not told(sparsify_model, copy.deepcopy(model), .5, exclude='0')
+    assert len(told(sparsify_model, model, .5))==1
+
+def fresh():
+    from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
+    from fastai.vision.all import create_vision_model, xresnet18
+    from torchvision import models
+    config = {**awd_lstm_clas_config, 'emb_sz': 64, 'n_hid': 128, 'n_layers': 2}
+    yield from ((n, partial(getattr(models, n), weights=None, num_classes=10)) for n in ('resnet18','mobilenet_v3_small','shufflenet_v2_x0_5','squeezenet1_1','mnasnet0_5','vit_b_32','regnet_y_400mf'))
+    yield from dict(xresnet=partial(xresnet18, n_out=10), awd_lstm=lambda: get_text_classifier(AWD_LSTM, 100, 3, config=config),
+        vision=lambda: create_vision_model(models.resnet18, 10, pretrained=False), gru=lambda: nn.GRU(64, 128, 2, bidirectional=True),
+        bilinear=lambda: nn.Bilinear(16, 16, 100), transformer=lambda: nn.Transformer(64, 4, 2, 2, 128),
+        grouped=lambda: nn.Sequential(nn.Conv2d(64,128,3,groups=4), nn.ConvTranspose2d(64,128,3,groups=4), nn.Conv1d(64,128,3), nn.LSTMCell(32,64))).items()
+
+@pytest.mark.parametrize('make', [f for _,f in fresh()], ids=[n for n,_ in fresh()])
+def test_fresh_models_do_not_look_trained(make):
+    model = make()
+    assert trained_weights(model, weight_names(model))==[]
+
+def test_fresh_transformers_do_not_look_trained():
+    T = pytest.importorskip('transformers')
+    size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=100)
+    gpt = T.GPT2LMHeadModel(T.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, bos_token_id=0, eos_token_id=0))
+    for model in (gpt, T.BertForSequenceClassification(T.BertConfig(**size)), T.LlamaForCausalLM(T.LlamaConfig(**size))):
+        assert trained_weights(model, weight_names(model))==[]
+
+def test_keep_magnitude_is_global_magnitude():
+    a,b = mlp(8,8,8),mlp(8,8,8)
+    b.load_state_dict(a.state_dict())
+    sparsify_model(a, .75, keep='magnitude')
+    sparsify_model(b, .75, sparse_f=global_sparsity(weight_magnitude), score_f=weight_magnitude)
+    assert same_masks(masks(a), masks(b)) and not changed(snapshot(a), snapshot(b))
+    loud,weak = torch.cat([m.weight[m.weight_mask] for m in (a[0], a[2])]).abs(),sum(nnz(a))
+    assert weak==32 and len(loud)==32
+
+@pytest.mark.parametrize('kwargs', [dict(sparse_f='uniform'), dict(sparse_f='erk'), dict(pattern_f=nm_pattern)], ids=str)
+def test_keep_beside_a_distribution_or_a_pattern(kwargs):
+    a,b = mlp(8,8,8),mlp(8,8,8)
+    b.load_state_dict(a.state_dict())
+    sparsify_model(a, .5, keep='magnitude', **kwargs)
+    sparsify_model(b, .5, score_f=weight_magnitude, **kwargs)
+    assert same_masks(masks(a), masks(b))
+
+def test_keep_takes_a_score_and_the_learner_passes_it_on():
+    learn = learner(mlp(8,6,3))
+    dense = copy.deepcopy(learn.model)
+    learn.sparsify(.5, keep=lambda p, **kw: p.detach())
+    kept,lost = (torch.cat([dense[i].weight[learn.model[i].weight_mask==on] for i in (0, 2)]) for on in (True, False))
+    assert kept.min()>=lost.max() and len(kept)==len(lost)==33
+
+def test_what_keep_refuses():
+    refused_untouched(mlp(4,6,4), "keep must be a function or one of magnitude, random, got 'magnitud': did you mean magnitude", .5, keep='magnitud')
+    refused_untouched(mlp(4,6,4), 'keep must be left out beside a score_f of its own', .5, keep='magnitude', score_f=lambda p, **kw: p)
+
+# ------------------------------------------------------------ other cautions
+class Standardized(nn.Conv2d):
+    def forward(self, x): return F.conv2d(x, self.weight-self.weight.mean((1,2,3), keepdim=True), self.bias)
+class Padded(nn.Conv2d):
+    def forward(self, x): return super().forward(F.pad(x, (1,1,1,1)))
+class TwoInputs(nn.Linear):
+    def forward(self, x, y): return super().forward(x+y)
+
+def test_a_formula_over_the_weight_is_named():
+    message, = told(sparsify_model, nn.Sequential(nn.Conv2d(3,8,3), Standardized(8,8,3, groups=2, dilation=2), Standardized(8,8,3)), .5)
+    assert message.startswith("'1' and 1 more: the layer makes other numbers of the zeros") and 'exclude' in message
+    assert not told(sparsify_model, nn.Sequential(Padded(3,8,3), TwoInputs(8,8), nn.ConvTranspose2d(8,4,3, groups=2)), .5)
+    assert not told(sparsify_model, nn.Sequential(nn.Conv2d(3,8,3), Standardized(8,8,3)), .5, exclude=1)
+
+def test_asking_a_layer_changes_nothing():
+    model = nn.Sequential(Standardized(4,8,3))
+    weight,state = model[0].weight.clone(),torch.get_rng_state()
+    assert not keeps_zeros(model[0]) and torch.equal(weight, model[0].weight) and torch.equal(state, torch.get_rng_state())
+
+class Experts(nn.Module):
+    def __init__(self, n=4): super().__init__(); self.up = nn.Parameter(torch.randn(n,8,16))
+    def forward(self, x): return torch.einsum('bi,eio->bo', x, self.up)
+
+def test_experts_in_one_tensor_are_named():
+    dense, = told(sparsify_model, nn.Sequential(nn.Linear(8,8), Experts()), .5)
+    assert "'1'" in dense and 'stay dense and are not counted' in dense and 'additional_types=[Experts]' in dense
+    masked, = told(sparsify_model, nn.Sequential(nn.Linear(8,8), Experts()), .5, additional_types=[Experts])
+    assert "'1.up'" in masked and 'get one mask' in masked
+    assert not told(sparsify_model, nn.Sequential(nn.Linear(8,8), nn.Conv1d(8,8,3), Experts(1)), .5)
+
+def test_adapters_stay_dense():
+    "As peft names them; whoever asks for one by name is told"
+    layer = nn.ModuleDict(dict(base_layer=nn.Linear(8,8), lora_A=nn.ModuleDict(dict(default=nn.Linear(8,2))), lora_B=nn.ModuleDict(dict(default=nn.Linear(2,8)))))
+    sparsify_model(model := nn.ModuleDict(dict(proj=layer)), .5)
+    assert [n for n,_ in model.named_buffers() if n.endswith('_mask')]==['proj.base_layer.weight_mask']
+    unsparsify_model(model)
+    refused_untouched(model, 'excluded and given a sparsity', .5, sparsities={'*lora_A*': .5})
+    refused_untouched(layer['lora_A'] and nn.ModuleDict(dict(lora_A=nn.Linear(8,2))), 'an adapter', .5)
+
+def test_add_mask_copies():
+    layer,mask = nn.Linear(4,4),torch.eye(4).bool()
+    add_mask(layer, 'weight', mask)
+    layer.weight_mask.logical_not_()
+    assert torch.equal(mask, torch.eye(4).bool())
