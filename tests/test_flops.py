@@ -253,7 +253,7 @@ def test_state_outside_buffers_comes_back_even_after_an_error():
             self.register_buffer('running', torch.zeros(3))
         def forward(self, x):
             self.calls += 1
-            self.hidden = x
+            self.hidden = self.fresh = x
             self.running += 1
             self.register_buffer('new', x)
             out = self.lin(x)
@@ -263,7 +263,7 @@ def test_state_outside_buffers_comes_back_even_after_an_error():
     rng = torch.get_rng_state()
     count_flops(model, torch.ones(1, 3))
     with pytest.raises(RuntimeError, match='seven'): count_flops(model, torch.ones(7, 3))
-    assert model.calls==0 and model.hidden is None and not model.running.any() and not hasattr(model, 'new') and torch.equal(rng, torch.get_rng_state())
+    assert model.calls==0 and model.hidden is None and not model.running.any() and not hasattr(model, 'new') and not hasattr(model, 'fresh') and torch.equal(rng, torch.get_rng_state())
     assert torch.backends.mha.get_fastpath_enabled() and model.training
 
 def test_a_backward_that_is_pending():

@@ -15,6 +15,9 @@ from sparsefast.ship.files import load_sparse, save_sparse
 from sparsefast.storage import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.methods import *
+from sparsefast.layer import sparse_layers
+from sparsefast.plan import target_counts
+from sparsefast.training_time import Time
 from sparsefast.presets import *
 from sparsefast.optim import *
 from sparsefast.rewire import *
@@ -768,3 +771,32 @@ def test_an_update_in_another_thread_leaves_signals_alone():
     thread = threading.Thread(target=lambda: method().update(model, opt, 8, .1))
     thread.start(), thread.join()
     assert not same_masks(before, masks(model))
+
+# ------------------------------------------------------------ counts of a schedule
+def lowest_share(scores, total, memory): return [total if i==1 else 0 for i in range(len(scores))],None
+
+@pytest.mark.parametrize('over', [-2, -1, 0, 1, 2])
+def test_counts_of_a_schedule_shared_among_layers(over):
+    "From one weight too many the share is asked, for exactly that many; with none too many it is not"
+    asked,model = [],sparse_mlp(.6)
+    def share(scores, total, memory): return (asked.append(total), lowest_share(scores, total, memory))[1]
+    m = DSTMethod(sparsity_sched_f=lambda start, end, pos: end, prune_share_f=share, batches_per_update=8, initial_drop_grow_pct=0.)
+    layers = sparse_layers(model)
+    flat = layers[0].mask.view(-1)
+    if over>0: flat[(~flat).nonzero()[:over]] = True
+    else: flat[flat.nonzero()[:-over]] = False
+    active = nnz(model)
+    counts = target_counts(m, layers, active, None, Time.of(8, total=100))
+    assert asked==([over] if over>0 else []) and counts==[a-(over if i==1 and over>0 else 0) for i,a in enumerate(active)]
+
+@pytest.mark.parametrize('rises', [False, True])
+def test_a_schedule_adds_weights_only_where_it_rises(rises):
+    def sched(start, end, pos): return end
+    sched.rises = rises
+    model = sparse_mlp(.6)
+    layers,want = sparse_layers(model),nnz(model)
+    for i,l in enumerate(layers): l.mask.view(-1)[l.mask.view(-1).nonzero()[:3]] = False
+    t = Time.of(8, total=100)
+    for share in (None, lowest_share):
+        m = DSTMethod(sparsity_sched_f=sched, prune_share_f=share, batches_per_update=8, initial_sparsity=.1)
+        assert target_counts(m, layers, nnz(model), None, t)==(want if rises else nnz(model))

@@ -3,6 +3,7 @@ import copy, pickle
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai import optimizer as fo
 from sparsefast.all import *
@@ -814,3 +815,24 @@ def test_same_training_where_norms_count(norm, preset):
             o.step(), method.after_step(m, o, step, total=50)
         assert_same(*both, opts)
     assert not any('_dst_' in n for n,_ in both[0].named_buffers())
+
+# ------------------------------------------------------------ derivatives that compressed layers do not have
+def forward_derivative(f, x):
+    with forward_ad.dual_level(): return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+DERIVATIVES = dict(penalty=('twice', lambda f, x: torch.autograd.grad(f(x.requires_grad_()).square().sum(), x, create_graph=True)), hessian=('twice', lambda f, x: torch.autograd.functional.hessian(lambda v: f(v).square().sum(), x)),
+                   forward=('forward', forward_derivative), vmap=('torch.func', lambda f, x: torch.func.vmap(f)(x[:,None])), jacobian=('torch.func', lambda f, x: torch.func.jacrev(f)(x)),
+                   grad=('torch.func', lambda f, x: torch.func.grad(lambda ps: torch.func.functional_call(f, ps, (x,)).sum())(dict(f.named_parameters()))))
+@pytest.mark.parametrize('case', ['linear', 'single', 'conv three', 'conv pointwise'])
+@pytest.mark.parametrize('which', DERIVATIVES)
+def test_derivatives_that_are_refused(which, case):
+    "By name, also where the matrix of the last call is there; masked layers have them"
+    what,f = DERIVATIVES[which]
+    layer,x = masked(LAYERS[case][0](None)),torch.randn(*LAYERS[case][1])
+    sparse = twin_of(layer)
+    f(layer, x.clone())
+    for grad in ((True, False) if what=='torch.func' and which!='grad' else (True,)):
+        with torch.no_grad(): sparse(x)
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match=f'is compressed, and cannot .*{what}.*to_masked_layers'): f(sparse, x.clone())
+    sparse(x).sum().backward()
+    assert sparse.values.grad is not None

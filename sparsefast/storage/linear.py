@@ -113,7 +113,7 @@ def _again(self:SparseLinear, x):
     "What `_infer` gives for a few examples, if nothing has changed since the last call; else `None`"
     if x.dim()!=2 or torch.is_grad_enabled() or not x.is_cpu:
         return None
-    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing():
+    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return None
     (at,col,matrix),params = self._cached,self._parameters
     if at!=params['values'].data_ptr() or col is not self._buffers['col']:
