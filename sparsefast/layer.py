@@ -221,13 +221,13 @@ def find_layers(
     modules, # A model, a `Learner`, or a list of modules
 )->list: # `Layer` each, in the model's order, each parameter once; empty if there is none
     "Find every sparse weight, masked or compressed"
-    found = {}
-    for top in as_modules(modules):
-        for m in submodules(top):
-            if not m._buffers: continue                            # masks and indices are buffers, and most modules have none
-            check_sharded([m])
-            if isinstance(m, Compressed): found.setdefault(id(m.values), (m.as_layer, {}))
-            for _,n,p,_ in masked_params([m]): found.setdefault(id(p), (Layer, dict(module=m, name=n)))
+    owners = [m for top in as_modules(modules) for m in submodules(top) if m._buffers]         # masks and indices are buffers
+    check_sharded(owners)
+    masked,found = {},{}
+    for m,n,p,_ in masked_params(owners): masked.setdefault(m, []).append((n, p))
+    for m in owners:
+        if isinstance(m, Compressed): found.setdefault(id(m.values), (m.as_layer, {}))
+        for n,p in masked.get(m, ()): found.setdefault(id(p), (Layer, dict(module=m, name=n)))
     group = group_of(as_modules(modules))
     return [make(**kw, i=i, is_last=i+1==len(found), group=group) for i,(make,kw) in enumerate(found.values())]
 

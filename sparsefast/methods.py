@@ -168,15 +168,8 @@ def _begin(self:DSTMethod, modules, layers, opt):
 # %% ../nbs/05_methods.ipynb #2cba323a
 @patch
 @torch.no_grad()
-def before_step(self:DSTMethod,
-    modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer
-    step:int, # Optimizer step, from 1
-    pct:float=None, # Share of training done before it, in place of `total`
-    total:int=None, # Optimizer steps in the whole training
-)->bool: # True if the optimizer should step
-    "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
-    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
+def _before(self:DSTMethod, modules, layers, opt, t):
+    "Prepare the gradients, or update in the step's place; True if the optimizer should step"
     if t.step==1: self._begin(modules, layers, opt)
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
@@ -193,15 +186,8 @@ def before_step(self:DSTMethod,
 
 @patch
 @torch.no_grad()
-def after_step(self:DSTMethod,
-    modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer
-    step:int, # Optimizer step, from 1
-    pct:float=None, # Share of training done before it, in place of `total`
-    total:int=None, # Optimizer steps in the whole training
-)->None:
-    "Do what comes after `opt.step()`: mask the weights, and update if the method steps first"
-    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
+def _after(self:DSTMethod, modules, layers, opt, t):
+    "Mask the weights, and update if the method steps first"
     if self.explore_pct:
         for l in layers:
             if l.has_gradient: l.take_out()
@@ -210,6 +196,30 @@ def after_step(self:DSTMethod,
         _put_back(layers)
         self._update(layers, opt, t)
     vouch(modules)
+
+@patch
+def before_step(self:DSTMethod,
+    modules, # A model, a `Learner`, or a list of modules
+    opt, # Its optimizer
+    step:int, # Optimizer step, from 1
+    pct:float=None, # Share of training done before it, in place of `total`
+    total:int=None, # Optimizer steps in the whole training
+)->bool: # True if the optimizer should step
+    "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
+    t = Time.of(step, pct, total)
+    return self._before(modules, self._layers(modules, opt), opt, t)
+
+@patch
+def after_step(self:DSTMethod,
+    modules, # A model, a `Learner`, or a list of modules
+    opt, # Its optimizer
+    step:int, # Optimizer step, from 1
+    pct:float=None, # Share of training done before it, in place of `total`
+    total:int=None, # Optimizer steps in the whole training
+)->None:
+    "Do what comes after `opt.step()`: mask the weights, and update if the method steps first"
+    t = Time.of(step, pct, total)
+    self._after(modules, self._layers(modules, opt), opt, t)
 
 @patch
 def step(self:DSTMethod,
@@ -221,7 +231,7 @@ def step(self:DSTMethod,
 )->None:
     "Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place"
     if attached_to(opt): raise ValueError(f"{attached_to(opt)} is attached, and acts by itself: call `opt.step()`")
-    t = Time.of(step, pct, total)
-    if self.before_step(modules, opt, t):
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
+    if self._before(modules, layers, opt, t):
         opt.step()
-        self.after_step(modules, opt, t)
+        self._after(modules, layers, opt, t)

@@ -87,7 +87,7 @@ def is_sharded(
     p, # A parameter, or the module that has lost it
 )->bool: # By `fully_shard`, or by `FullyShardedDataParallel`, which may take parameters away
     "True if each rank has only a part of a parameter"
-    return any([hasattr(p, mark) for mark in ('device_mesh', '_fsdp_flattened', '_is_fsdp_managed_module')])
+    return hasattr(type(p), 'device_mesh') or not vars(p).keys().isdisjoint(('_fsdp_flattened', '_is_fsdp_managed_module'))
 
 def check_whole(
     p, # A parameter, or the module that has lost it

@@ -25,10 +25,10 @@ def saved(self:Layer,
     new:torch.Tensor, # What `write` is about to be given
     opt, # The optimizer, whose state `write` changes
 )->Callable: # Called without arguments, it puts everything back
-    "Remember what `write` changes: the numbers of all weights that are active before or after"
+    "Remember what `write` changes"
     buffers,state,mask = self.module._buffers,opt_state(opt, self.p),self.mask
-    where = mask | new
-    had = [(t, t[where]) for t in (self.p.data, *state_tensors(opt, self.p))]
+    where = mask | new if mask.is_cpu else ...                      # choosing numbers would wait for a GPU: there all are saved
+    had = [(t, t[where].clone()) for t in (self.p.data, *state_tensors(opt, self.p))]
     old = mask.clone(),dict(buffers),dict(state)
     def put_back():
         for t,numbers in had: t[where] = numbers
