@@ -85,7 +85,7 @@ MAY_IMPORT = {
     'methods': 'checks exploration guard layer method optim plan rewire training_time',
     'presets': 'allocation methods patterns schedules scores',
     'sparsify': 'distributions guard masks patterns ranks scores select',
-    'attach': 'optim presets',
+    'attach': 'optim presets training_time',
     'callback': 'methods presets ranks scores sparsify',
     'checkpoint': 'sparsify',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify',
