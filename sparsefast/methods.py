@@ -224,7 +224,7 @@ def after_step(self:DSTMethod,
 @patch
 def step(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer
+    opt, # Its optimizer; with a gradient scaler, which leaves steps out, use `attach`
     step:int, # Optimizer step, from 1
     pct:float=None, # Share of training done before it, `(step-1)/total`, in place of `total`
     total:int=None, # Optimizer steps in the whole training

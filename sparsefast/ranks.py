@@ -59,14 +59,17 @@ def _check_same(buffers):
             raise ValueError(f"rank {rank} has masks for {len(s)} buffers where rank 0 has {len(shapes[0])}, "
                              "or of other shapes: sparsify the same layers on every rank")
 
+def _are_several(): return dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
+
 def sync_masks(
     model, # A sparse module or a `Learner`, not yet wrapped, on every rank
 )->nn.Module: # The module
     "Give every rank the masks of rank 0; `ValueError` if the ranks have masks for different layers"
     model = as_module(model)
     buffers = _mask_buffers(model)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1:
+    if _are_several():
         _check_same(buffers)
+        for m in model.modules(): m._trains_with = True            # what tells `group_of`, given the module without its wrapper
         for dtype in dict.fromkeys(b.dtype for b in buffers.values()):
             agree([b for b in buffers.values() if b.dtype==dtype])
     ignored = [n for n in getattr(model, '_ddp_params_and_buffers_to_ignore', []) if not n.endswith('_mask')]
@@ -77,10 +80,11 @@ def sync_masks(
 def group_of(
     modules, # A module, a `Learner`, or a list of modules
 )->object: # A process group, or `None`
-    "Get the processes that train a model together; `None` without `DistributedDataParallel`, or with one process"
+    "Get the processes that train a model together; `None` with one process, or without `DistributedDataParallel` and `sync_masks`"
     if isinstance(modules, nn.Module) or hasattr(modules, 'model'): modules = [as_module(modules)]
     for m in modules:
         if isinstance(m, DistributedDataParallel) and m.process_group.size()>1: return m.process_group
+    if _are_several() and any(getattr(m, '_trains_with', False) for m in modules): return dist.group.WORLD
 
 # %% ../nbs/03d_ranks.ipynb #174ffdd4
 def is_sharded(

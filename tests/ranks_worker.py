@@ -16,7 +16,7 @@ def half(t, rank): return t.chunk(WORLD)[rank]
 
 def method_of(preset, **kw): return DSTMethod(**{**PRESETS[preset], 'batches_per_update': 4, 'replaces_step': preset=='RigL', **kw})
 
-def train(model, m, rank=0, parts=1, total=24, accumulate=1, opt_f=None, dtype=torch.float32, look=noop):
+def train(model, m, rank=0, parts=1, total=24, accumulate=1, opt_f=None, dtype=torch.float32, look=noop, told=None):
     "One process of `parts`, or the whole on joined batches"
     opt = (opt_f or (lambda ps: torch.optim.SGD(ps, lr=.05, momentum=.9, weight_decay=1e-2)))(model.parameters())
     for step in range(1, total+1):
@@ -26,7 +26,7 @@ def train(model, m, rank=0, parts=1, total=24, accumulate=1, opt_f=None, dtype=t
             last = i==accumulate-1
             with contextlib.nullcontext() if last or not isinstance(model, DDP) else model.no_sync():
                 (F.cross_entropy(model(x), y)/accumulate).backward()
-        m.step(model, opt, step, (step-1)/total)
+        m.step(model if told is None else told(model.module), opt, step, (step-1)/total)
         opt.zero_grad()
         look(step)
     return opt
@@ -40,10 +40,10 @@ def net(seed=0, dtype=torch.float32, enforce=True):
 def local_score(p, **kwargs): return torch.rand(p.shape, generator=torch.Generator().manual_seed(dist.get_rank()+1))
 local_score.needs_grad = False
 
-def plain(rank, preset, seeds=(0, 0), accumulate=1, dtype=torch.float32, opt_f=None, **kw):
+def plain(rank, preset, seeds=(0, 0), accumulate=1, dtype=torch.float32, opt_f=None, told=None, **kw):
     model = net(seeds[rank], dtype)
     ddp,log = DDP(sync_masks(model)),[]
-    opt = train(ddp, method_of(preset, **kw), rank, WORLD, accumulate=accumulate, dtype=dtype, opt_f=opt_f, look=lambda s: log.append([m.clone() for m in masks(model)]))
+    opt = train(ddp, method_of(preset, **kw), rank, WORLD, accumulate=accumulate, dtype=dtype, opt_f=opt_f, told=told, look=lambda s: log.append([m.clone() for m in masks(model)]))
     assert masked_are_zero(model) and sum(nnz(model))==sum(int(m.sum()) for m in log[0]) and not all(torch.equal(a, b) for a,b in zip(log[0], log[-1]))
     return dict(state=snapshot(model, opt), log=log)
 
@@ -135,6 +135,7 @@ adamw = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=.1)
 CASES = {f'{p}{"" if a==1 else "_accumulated"}': (lambda r, p=p, a=a: plain(r, p, accumulate=a)) for p in PRESETS for a in (1, 2)}
 CASES |= dict(doctor=doctor, zero=zero, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
               float64_accumulated=lambda r: plain(r, 'RigL', dtype=torch.float64, accumulate=2), messages=messages, other_layers=other_layers, local=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score),
+              unwrapped=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score, told=lambda model: model), listed=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score, told=lambda model: [model[0], model[2], model[4]]),
               averaged=lambda r: plain(r, 'RigL', grad_steps=3, replaces_step=False))
 
 if __name__=='__main__':

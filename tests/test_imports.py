@@ -88,7 +88,7 @@ MAY_IMPORT = {
     'targets': 'distributions masks ranks select',
     'cautions': 'masks select',
     'sparsify': 'cautions distributions guard masks patterns scores select targets',
-    'attach': 'optim presets',
+    'attach': 'optim presets training_time',
     'average': 'guard masks sparsify',
     'callback': 'masks methods optim presets ranks scores sparsify',
     'checkpoint': 'sparsify storage',
