@@ -293,9 +293,13 @@ def state_misfit(
     masked:list, # Keys of masked parameters
 )->str: # One sentence; empty if all fits
     "Say what of a state does not fit a model"
+    for n in [n for n,m in model.named_modules() if isinstance(m, Compressed)]:
+        if f'{n}.values'.lstrip('.') not in rest: return f"{n!r} is compressed in the model only: call `to_masked_layers(model)` first"
     own = split_state(model.state_dict())[2]
     sizes = tuple(f'{n}.' for n,m in model.named_modules() if isinstance(m, Compressed))     # compressed layers take, and check, any number of weights
     own,rest = ({k: v for k,v in sd.items() if not k.startswith(sizes)} for sd in (own, rest))
+    odd = [k.removesuffix('.crow') for k in rest if k.endswith('.crow') and k not in own]
+    if odd: return f"{odd[0]!r} is compressed in the state only: take the state from `to_masked_layers(model)`, or a file from `save_sparse`"
     for what,keys in (('is not in the model', rest.keys()-own.keys()), ('is missing in the state', own.keys()-rest.keys())):
         if keys: return f"{sorted(keys)[0]!r} {what}{f', nor are {len(keys)-1} others' if len(keys)>1 else ''}"
     for k,v in rest.items():
