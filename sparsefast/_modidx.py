@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.masks.__getattr__': ('masks.html#__getattr__', 'sparsefast/masks.py'),
                                   'sparsefast.masks._compiled': ('masks.html#_compiled', 'sparsefast/masks.py'),
                                   'sparsefast.masks._fused': ('masks.html#_fused', 'sparsefast/masks.py'),
+                                  'sparsefast.masks._misfit': ('masks.html#_misfit', 'sparsefast/masks.py'),
                                   'sparsefast.masks._one_by_one': ('masks.html#_one_by_one', 'sparsefast/masks.py'),
                                   'sparsefast.masks._same_layout': ('masks.html#_same_layout', 'sparsefast/masks.py'),
                                   'sparsefast.masks.adopt_memory': ('masks.html#adopt_memory', 'sparsefast/masks.py'),

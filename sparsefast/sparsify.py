@@ -265,10 +265,14 @@ def state_misfit(
 )->str: # One sentence; empty if all fits
     "Say what of a state does not fit a model"
     compressed = [n for n,m in model.named_modules() if isinstance(m, Compressed)]
+    for n in compressed:
+        if f'{n}.values'.lstrip('.') not in rest: return f"{n!r} is compressed in the model only: call `to_masked_layers(model)` first"
     skip = tuple(f'{n}.' for n in compressed)                      # these take any number of weights, and check them
     own = split_state(model.state_dict())[2]
     own = {k: v for k,v in own.items() if not k.startswith(skip)}
     rest = {k: v for k,v in rest.items() if not k.startswith(skip)}
+    odd = [k.removesuffix('.crow') for k in rest if k.endswith('.crow') and k not in own]
+    if odd: return f"{odd[0]!r} is compressed in the state only: take the state from `to_masked_layers(model)`, or a file from `save_sparse`"
     if extra := rest.keys()-own.keys(): return _keys_misfit(extra, 'is not in the model')
     if missing := own.keys()-rest.keys(): return _keys_misfit(missing, 'is missing in the state')
     for k,v in rest.items():

@@ -115,7 +115,7 @@ def own_names(
     begin = 'module.'
     state = {plain_name(k): v for k,v in state_dict.items()}
     given = bool(state) and all(k.startswith(begin) for k in state)
-    has = list(model._modules)==['module']
+    has = list(uncompiled(model)._modules)==['module']
     if given and not has: state = {k.removeprefix(begin): v for k,v in state.items()}
     if has and not given: state = {begin+k: v for k,v in state.items()}
     for n,_ in model.named_modules():

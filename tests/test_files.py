@@ -17,7 +17,7 @@ from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params, sparse_mask
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import RigL_presets, SR_STE_presets, Static_presets, TopKAST_presets
-from sparsefast.sparsify import load_sparse_state, sparsify_model, unsparsify_model
+from sparsefast.sparsify import add_mask, load_sparse_state, sparsify_model, unsparsify_model
 from sparsefast.utils import atomic_write
 
 def same_state(a, b): return a.keys()==b.keys() and all(a[k].dtype==b[k].dtype and a[k].shape==b[k].shape and torch.equal(a[k], b[k]) for k in a)
@@ -414,6 +414,8 @@ def test_other_files(tmp_path):
     torch.save(dict(a=torch.ones(1)), tmp_path/'pickle')
     save_file(dict(a=torch.ones(1)), tmp_path/'plain')
     (tmp_path/'empty').write_bytes(b'')
+    for f in ('pickle', 'plain'):
+        with pytest.raises(ValueError, match='`save_sparse` did not write it.*`load_sparse_state'): load_sparse(tmp_path/f)
     for f in ('pickle', 'plain', 'empty'):
         with pytest.raises(ValueError, match=f"{f}' cannot be loaded"): load_sparse(tmp_path/f)
     with pytest.raises(ValueError, match='did not write it'): load_sparse(tmp_path/'plain')
@@ -492,6 +494,111 @@ def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
     before = snapshot(model)
     with pytest.raises(ValueError, match="no mask for the compressed layer '3'"): load_sparse(tmp_path/'dense', model)
     assert not changed(before, snapshot(model))
+
+@pytest.mark.parametrize('state, model, says', [('dense', 'layers', "'0' is compressed in the model only: call `to_masked_layers"), ('masked', 'layers', "'0' is compressed in the model only"),
+                                                ('layers', 'dense', "'0' is compressed in the state only"), ('layers', 'masked', "'0' is compressed in the state only.*save_sparse")])
+def test_states_of_other_forms(state, model, says):
+    masked = partial(sparse_mlp, sizes=(8, 12, 3))
+    make = dict(dense=lambda: mlp(8, 12, 3), masked=masked, layers=lambda: in_layers(masked()))
+    state,model = make[state]().state_dict(),make[model]()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=says): load_sparse_state(model, state)
+    assert not changed(before, snapshot(model))
+
+def test_a_weight_of_another_size():
+    "A head that was replaced by hand: the layer and the way out"
+    model = sparse_mlp(sizes=(8, 12, 3))
+    model[2].weight,model[2].bias = nn.Parameter(torch.randn(5, 12)),nn.Parameter(torch.zeros(5))
+    for f in (lambda: model(torch.randn(2, 8)), lambda: list(masked_params(model))):
+        with pytest.raises(ValueError, match=r'`weight_mask` of 2 must be .*\(5, 12\).*add_mask\(layer'): f()
+    add_mask(model[2], 'weight', torch.ones(5, 12, dtype=torch.bool))
+    assert model(torch.randn(2, 8)).shape==(2, 5)
+
+# ------------------------------------------------------------ masks without a target, tied weights, wrapped models
+def test_masks_without_a_target(tmp_path):
+    def without(model):
+        for m in model.modules(): m._buffers.pop('weight_sparsity', None)
+        return model
+    model = without(sparse_mlp(0.7))
+    path = save_sparse(model, tmp_path/'m')
+    assert same_state(load_sparse(path), model.state_dict())
+    for other in (mlp(8,24,20,3), sparse_mlp(0.3, seed=1), in_layers(sparse_mlp(0.3, seed=1)), in_layers(without(sparse_mlp(0.3, seed=1)))):
+        load_sparse(path, other)
+        state = files.masked_state(other)
+        assert same_state({k: v for k,v in state.items() if not k.endswith('_sparsity')}, model.state_dict())
+        assert all(abs(state[f'{i}.weight_sparsity']-0.7)<0.02 for i in (0, 2, 4))
+    load_sparse_state(twin := mlp(8,24,20,3), model.state_dict())
+    assert not changed(snapshot(model), {k: v for k,v in snapshot(twin).items() if not k.endswith('_sparsity')})
+
+class Tied(nn.Module):
+    def __init__(self): super().__init__(); self.emb,self.out = nn.Embedding(300, 16),nn.Linear(16, 300, bias=False); self.out.weight = self.emb.weight
+    def forward(self, x): return self.out(self.emb(x))
+
+def tied(seed=0, sparsity=0.9, steps=2):
+    torch.manual_seed(seed)
+    model = Tied()
+    sparsify_model(model, sparsity)
+    opt = torch.optim.Adam(model.parameters())
+    for x,y in batches(steps, n_out=300):
+        opt.zero_grad()
+        F.cross_entropy(model(y), y).backward()
+        DSTMethod(**Static_presets).step(model, opt, 1, 0.)
+    return model,opt
+
+def test_a_tied_model_is_small_and_stays_tied(tmp_path):
+    (model,opt),(twin,twin_opt) = tied(),tied(1, 0.5)
+    path = save_sparse(model, tmp_path/'m', opt)
+    assert path.stat().st_size<0.16*3*4*300*16                                              # weights and two moments
+    state = load_sparse(path)
+    assert same_state(state, model.state_dict()) and state['emb.weight'].data_ptr()==state['out.weight'].data_ptr()
+    load_sparse(path, twin, twin_opt)
+    assert twin.out.weight is twin.emb.weight and not changed(snapshot(model, opt), snapshot(twin, twin_opt))
+
+@pytest.mark.parametrize('left', ['emb.weight', 'out.weight'])
+def test_a_tied_state_with_one_name(left):
+    "As Hugging Face writes it"
+    model,_ = tied()
+    state = {k: v for k,v in model.state_dict().items() if k!={'emb.weight': 'out.weight', 'out.weight': 'emb.weight'}[left]}
+    load_sparse_state(twin := Tied(), state)
+    assert not changed(snapshot(model), snapshot(twin)) and twin.out.weight is twin.emb.weight
+    with pytest.raises(ValueError, match="'out.weight_mask' is not in the model"): load_sparse_state(Tied(), {k: v for k,v in state.items() if k!=left})
+
+def test_hugging_face_writes_a_tied_model(tmp_path):
+    T = pytest.importorskip('transformers')
+    make = lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0))
+    sparsify_model(model := make(), .8)
+    model.save_pretrained(tmp_path)
+    load_sparse_state(twin := make(), load_file(tmp_path/'model.safetensors'))
+    assert not changed(snapshot(model), snapshot(twin))
+
+class Around(nn.Module):
+    "As `DataParallel` and `DistributedDataParallel` hold a model"
+    def __init__(self, module): super().__init__(); self.module = module
+def part_compiled(model): model[2] = torch.compile(model[2]); return model
+WRAPPED = dict(plain=lambda m: m, compiled=torch.compile, around=Around, both=lambda m: torch.compile(Around(m)), compiled_within=lambda m: Around(torch.compile(m)), part=part_compiled)
+@pytest.mark.parametrize('source', WRAPPED)
+@pytest.mark.parametrize('target', WRAPPED)
+def test_files_go_between_wrappers(source, target, tmp_path):
+    model,twin = sparse_mlp(0.8),sparse_mlp(0.5, seed=1)
+    opt,twin_opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9),torch.optim.SGD(twin.parameters(), lr=.1, momentum=.9)
+    backward(model, *batches(1)[0])
+    DSTMethod(**Static_presets).step(model, opt, 1, 0.)
+    expected = snapshot(model, opt)
+    wrapped,other = WRAPPED[source](model),WRAPPED[target](twin)
+    path = save_sparse(wrapped, tmp_path/'m', opt)
+    assert not any('_orig_mod' in k for k in load_sparse(path))
+    load_sparse(path, other, twin_opt)
+    if target!='part': assert not changed(expected, snapshot(twin, twin_opt))
+    assert same_state(dict(enumerate(model.state_dict().values())), dict(enumerate(twin.state_dict().values())))
+    load_sparse_state(other, wrapped.state_dict())
+    assert same_state(dict(enumerate(model.state_dict().values())), dict(enumerate(twin.state_dict().values())))
+
+def test_a_model_with_a_part_named_module(tmp_path):
+    "Its name is no wrapper's"
+    make = lambda seed: nn.ModuleDict(dict(module=sparse_mlp(seed=seed), other=nn.Linear(2, 2)))
+    model = make(0)
+    load_sparse(save_sparse(model, tmp_path/'m'), twin := make(1))
+    assert not changed(snapshot(model), snapshot(twin))
 
 def test_a_mask_that_a_compressed_layer_has_no_room_for(saved, tmp_path):
     path = forge(saved[2], _orphan_bias, tmp_path/'forged')

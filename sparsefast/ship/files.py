@@ -91,15 +91,18 @@ def save_sparse(
     return atomic_write(path, lambda tmp: save_file(data, tmp, metadata))
 
 # %% ../../nbs/ship/01_files.ipynb #acf339c9
+_stranger = "`save_sparse` did not write it: give what `torch.load` or `load_file` reads from it to `load_sparse_state(model, state)`"
+
 def _open(path):
     "(name -> tensor as stored, description) of a file; a `ValueError` if it is damaged or was not written by `save_sparse`"
     whole = Path(path).read_bytes()                                          # opened once: the name may get another file
+    if whole[:2]==b'PK': raise ValueError(_stranger)                         # a zip archive, as `torch.save` writes
     data = load(whole)
     end = 8+int.from_bytes(whole[:8], 'little')
     written = json.loads(whole[8:end]).get('__metadata__', {}).get('sparsefast', '')
     digest,_,desc = written.partition(' ')
     if not desc:
-        raise ValueError("`save_sparse` did not write it")
+        raise ValueError(_stranger)
     saved = json.loads(desc)
     version = saved.get('version') if isinstance(saved, dict) else None
     if version!=1:
