@@ -134,7 +134,7 @@ def _own_masks(model, masks, additional_types, params):
 # %% ../nbs/04_sparsify.ipynb #ba2bb3b4
 def _make_mask(w, sparsity, score_f, pattern_f):
     "Make one mask by a score and a pattern"
-    if pattern_f is drop_grow and score_f is random_score: return sparse_mask_like(w.p, sparsity)     # drawn on the CPU, in one go
+    if w.p.is_meta or pattern_f is drop_grow and score_f is random_score: return sparse_mask_like(w.p, sparsity)     # drawn on the CPU, in one go
     score = score_f(w.p, opt=None, mask=torch.ones_like(w.p, dtype=torch.bool), step=0, pct=0., generator=None)
     if score.shape!=w.p.shape: raise ValueError(f"{score_f} must return a tensor of shape {tuple(w.p.shape)}, got {tuple(score.shape)}")
     pattern = transposed_pattern(pattern_f) if is_transposed(w.module) else pattern_f
@@ -248,7 +248,7 @@ def sparsify_model(
     made = _make_masks(sparse, starts, targets, own, names, score_f, pattern_f)
     new = {p: _new_values(w, made[p], init_f) if init_f else None for p,w in sparse.items()}
     for p,w in sparse.items(): _set_mask(w, made[p], targets[p], keep_dense, new[p])
-    if model_sparsity<1: _warn_empty([n for w,n in names.items() if w.p in sparse and w.p not in fixed and not made[w.p].any()])
+    if model_sparsity<1: _warn_empty([n for w,n in names.items() if w.p in sparse and w.p not in fixed and not (w.p.is_meta or made[w.p].any())])
     return enforce_masks(model) if enforce_mask else no_hooks()
 
 # %% ../nbs/04_sparsify.ipynb #2f90750f
