@@ -295,6 +295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.guard._is_here': ('guard.html#_is_here', 'sparsefast/guard.py'),
                                   'sparsefast.guard._sample': ('guard.html#_sample', 'sparsefast/guard.py'),
                                   'sparsefast.guard.add_guards': ('guard.html#add_guards', 'sparsefast/guard.py'),
+                                  'sparsefast.guard.check_loaded': ('guard.html#check_loaded', 'sparsefast/guard.py'),
                                   'sparsefast.guard.enforce_masks': ('guard.html#enforce_masks', 'sparsefast/guard.py'),
                                   'sparsefast.guard.guard_places': ('guard.html#guard_places', 'sparsefast/guard.py'),
                                   'sparsefast.guard.guards': ('guard.html#guards', 'sparsefast/guard.py'),

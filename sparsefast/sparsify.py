@@ -59,7 +59,7 @@ def no_hooks()->object: # fastai's `Hooks`, with nothing to remove
 # %% ../nbs/04_sparsify.ipynb #ba2bb3b4
 def _make_mask(w, sparsity, score_f, pattern_f):
     "Make one mask by a score and a pattern"
-    if pattern_f is drop_grow and score_f is random_score:
+    if w.p.is_meta or pattern_f is drop_grow and score_f is random_score:
         return sparse_mask_like(w.p, sparsity)                     # drawn on the CPU, in one go
     dense = torch.ones_like(w.p, dtype=torch.bool)
     score = score_f(w.p, opt=None, mask=dense, step=0, pct=0., generator=None)
@@ -164,6 +164,7 @@ def _warn(model, made, names, by_chance, by_share):
     weights = {w: names[w] for w in made}
     warn_formula(weights)
     warn_stacks(model, weights)
+    made = {w: mask for w,mask in made.items() if not mask.is_meta}          # what is in others is not known
     cut = [w for w,mask in made.items() if not mask.all()]
     empty = [w for w,mask in made.items() if not mask.any()]
     warn_trained(model, {w: names[w] for w in cut if w.p in by_chance})

@@ -10,10 +10,12 @@ from helpers import PRESETS, backward, batches, learner, masked_are_zero, opt_te
 from sparsefast import masks as M, topk
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.guard import MaskGuard, enforce_masks, guards
-from sparsefast.masks import masked_params, zero_masked_, zero_masked_all_
+from sparsefast.masks import masked_params, sparse_params, zero_masked_, zero_masked_all_
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import ACDC_presets, GMP_presets, RigL_presets, Static_presets
-from sparsefast.sparsify import add_mask, sparsify_model
+from sparsefast.patterns import nm_pattern
+from sparsefast.scores import weight_magnitude
+from sparsefast.sparsify import add_mask, sparse_kaiming_normal_, sparsify_model
 from sparsefast.topk import top_k_mask
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
@@ -626,6 +628,7 @@ def test_script_is_refused_in_one_sentence():
 def test_a_write_while_another_thread_masks_is_seen_by_the_next_evaluation(write, monkeypatch):
     "However the two fall together: here the write comes when masking is done, and before the guard has noted it"
     model,mask = sparse_mlp().eval(),MaskGuard._mask
+    monkeypatch.setattr(MaskGuard, '_sees_nonzero', lambda self, pairs: False)                # as on a GPU, or where one weight is written
     def slow(self): mask(self); monkeypatch.setattr(MaskGuard, '_mask', mask); write(model)
     monkeypatch.setattr(MaskGuard, '_mask', slow)
     with torch.no_grad():
@@ -695,3 +698,52 @@ def test_torchs_swap_of_parameters_on_conversion(convert):
         with torch.no_grad(): model(X.to(model[0].weight.dtype))
         assert not dirty(model)
     finally: torch.__future__.set_swap_module_params_on_conversion(False)
+
+# ------------------------------------------------------------ the meta device
+def on_meta(**kw):
+    with torch.device('meta'): model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3))
+    sparsify_model(model, .6, **kw)
+    return model
+
+@pytest.mark.parametrize('kw', [{}, dict(sparse_f='erk'), dict(keep_dense=True), dict(score_f=weight_magnitude), dict(pattern_f=nm_pattern), dict(initial_sparsity=.2), dict(init_f=sparse_kaiming_normal_)], ids=lambda kw: ' '.join(kw))
+def test_a_model_on_the_meta_device_gets_masks_that_are_loaded(kw):
+    model = on_meta(**kw)
+    assert all(b.is_meta for b in model.buffers()) and len(list(masked_params(model)))==2
+    with torch.device('cpu'): real = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3))
+    sparsify_model(real, .6, **kw)
+    model.load_state_dict(real.state_dict(), assign=True)
+    assert torch.equal(model(X), real(X)) and [t for *_,t in sparse_params(model)]==[t for *_,t in sparse_params(real)]
+    each(fill)(model)
+    model(X)
+    assert not dirty(model) and len(model._forward_pre_hooks)==1
+
+@pytest.mark.parametrize('fill_value', [0, 1e-310, math.nan, .6])
+def test_masks_from_the_meta_device_that_nobody_has_loaded_are_refused(fill_value):
+    "As after loading a dense checkpoint: there are weights, and masks are whatever was in memory"
+    model = on_meta().to_empty(device='cpu')
+    with torch.no_grad():
+        for n,t in [*model.named_parameters(), *model.named_buffers()]: t.fill_(fill_value if 'sparsity' in n else 'mask' not in n)
+    for _ in range(2):
+        with pytest.raises(ValueError, match='has no values.*sparsify_model` after loading'): model(X)
+    assert (model[0].weight==1).all()                                                        # nothing is cut off
+
+def test_a_hugging_face_class_that_makes_its_masks_itself(tmp_path):
+    tf = pytest.importorskip('transformers')
+    tf.utils.logging.disable_progress_bar()
+    tf.utils.logging.set_verbosity_error()
+    config = tf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    class SparseBert(tf.BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            sparsify_model(self, .8)
+    torch.manual_seed(0)
+    model,x = SparseBert(config).eval(),torch.randint(50, (2, 5))
+    model.save_pretrained(tmp_path/'sparse')
+    again = SparseBert.from_pretrained(tmp_path/'sparse').eval()
+    assert torch.equal(again(x).logits, model(x).logits) and masked_are_zero(again)
+    for (p,mask,s),(q,other,t) in zip(sparse_params(model), sparse_params(again)): assert torch.equal(p, q) and torch.equal(mask, other) and s==t
+    half = SparseBert.from_pretrained(tmp_path/'sparse', dtype=torch.bfloat16)
+    assert half.classifier.weight.dtype==torch.bfloat16 and [t for *_,t in sparse_params(half)]==[t for *_,t in sparse_params(model)]
+    tf.BertForSequenceClassification(config).save_pretrained(tmp_path/'dense')
+    dense = SparseBert.from_pretrained(tmp_path/'dense').eval()
+    with pytest.raises(ValueError, match='sparsify_model` after loading'): dense(x)
