@@ -68,7 +68,8 @@ def _misuse():
 def _check_use(layer, what):
     "Raise a `NotImplementedError` if `what` is not empty"
     if not what: return
-    todo = "use `export_model` or `to_onnx`, or export `bake(model)`" if what=="be exported" else "call `to_masked_layers(model, opt)` first"
+    todo = "call `to_masked_layers(model, opt)` first"
+    if what=='be exported': todo = "use `export_model` or `to_onnx`, or export `bake(model)`"
     raise NotImplementedError(f"{layer} is compressed, and cannot {what}: {todo}")
 
 class _Product(torch.autograd.Function):
