@@ -40,12 +40,12 @@ def _check_numbers(m):
 
 def _idle(m):
     "Yield (setting, whether it does nothing, rule that it breaks)"
-    no_schedule = not m.sparsity_sched_f
-    yield 'penalty_f', m.penalty_f and not m.explore_pct, "None without explore_pct: it acts on weights outside the masks"
-    yield 'grow_value_f', m.grow_value_f and m.explore_pct, "None with explore_pct: weights outside the masks have values"
-    yield 'prune_share_f', m.prune_share_f and no_schedule, "None without sparsity_sched_f: there is no pruning to share"
-    yield 'prune_score_f', m.prune_score_f and no_schedule, "None without sparsity_sched_f: there is no pruning to score"
-    yield 'initial_sparsity', m.initial_sparsity and no_schedule, "0 without sparsity_sched_f, which starts there"
+    still,explores = not m.sparsity_sched_f,m.explore_pct
+    yield 'penalty_f', m.penalty_f and not explores, "None without explore_pct: it acts on weights outside the masks"
+    yield 'grow_value_f', m.grow_value_f and explores, "None with explore_pct: weights outside the masks have values"
+    yield 'prune_share_f', m.prune_share_f and still, "None without sparsity_sched_f: there is no pruning to share"
+    yield 'prune_score_f', m.prune_score_f and still, "None without sparsity_sched_f: there is no pruning to score"
+    yield 'initial_sparsity', m.initial_sparsity and still, "0 without sparsity_sched_f, which starts there"
     yield 'grow_share_f', m.grow_share_f and m.redistribute_f, "None with redistribute_f: both share growth out"
 
 def _check_combination(m):

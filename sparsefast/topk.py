@@ -62,7 +62,7 @@ def _top_k_nan(t, k):
 # %% ../nbs/01c_topk.ipynb #b95ebdb5
 def _guess(t, k, among, n):
     "Guess a score that a few more than `k` of the `n` candidates exceed, from a sample; `None` if the sample cannot tell"
-    every = len(t)//(1<<14)|1                                       # odd, so that the sample does not walk down a column
+    every = len(t)//(1<<14)|1                                      # odd, so that the sample does not walk down a column
     sample = t[::every] if among is None else t[::every][among[::every]]
     if t.is_floating_point(): sample = torch.where(sample.isnan(), -math.inf, sample)
     expected = len(sample)*k/n
@@ -110,7 +110,7 @@ def _sorted(t, k, among):
     nan = t.isnan()
     score = torch.where(nan, -math.inf, t) if t.is_floating_point() else t
     order = score.sort(descending=True, stable=True).indices
-    rank = (~nan).byte()+1                                          # numbers before NaN, and both before what is no candidate
+    rank = (~nan).byte()+1                                         # numbers before NaN, then what is no candidate
     if among is not None: rank = rank*among
     order = order[rank[order].sort(descending=True, stable=True).indices]
     return torch.zeros_like(nan).index_fill_(0, order[:k], True)
@@ -130,7 +130,7 @@ def _of_pieces(pieces, k, among, n):
     scores,at,cut,begin = [],[],None,0
     for piece in pieces:
         here = among[begin:begin+len(piece)]
-        if cut is not None: here = _greater(piece, cut).logical_and_(here)              # of equal scores the earlier one is in already
+        if cut is not None: here = _greater(piece, cut).logical_and_(here)          # an equal score is in already
         elif (some := int(nnz(here)))>k: here = top_k_mask(piece, k, among=here, n_among=some)
         idx = nonzero_flat(here)
         scores.append(piece.detach()[idx])

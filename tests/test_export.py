@@ -1,5 +1,5 @@
 "Export of baked models: equal outputs in torch and in onnxruntime, nothing of masks left"
-import subprocess, sys
+import io, subprocess, sys
 import pytest, torch
 from torch import nn
 from helpers import changed, mlp, snapshot
@@ -7,6 +7,7 @@ from sparsefast.ship import export
 from sparsefast.ship.deploy import to_fastest
 from sparsefast.ship.export import bake, export_model, to_onnx
 from sparsefast.sparsify import sparsify_model
+from sparsefast.storage import to_sparse_layers
 
 class Two(nn.Module):
     def __init__(self): super().__init__(); self.a = mlp(6, 8, 3)
@@ -74,3 +75,25 @@ def test_wrong_outputs_are_not_written(tmp_path, monkeypatch):
 def test_without_onnx(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ImportError, match='pip install onnx onnxscript onnxruntime'): to_onnx(*nets()['mlp'], tmp_path/'m.onnx')
+
+# ------------------------------------------------------------ torch's own exporters
+def says(e, what):
+    "True if an error, or one that it comes from, says so"
+    return e is not None and (what in str(e) or says(e.__cause__ or e.__context__, what))
+
+EXPORTERS = dict(export=lambda m, x: torch.export.export(m, (x,)), onnx=lambda m, x: torch.onnx.export(m, (x,), io.BytesIO(), dynamo=True, verbose=False), torchscript=lambda m, x: torch.onnx.export(m, (x,), io.BytesIO(), dynamo=False))
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('how', EXPORTERS)
+@pytest.mark.parametrize('kind', ['linear', 'conv'])
+@pytest.mark.filterwarnings('ignore')
+def test_compressed_layers_name_the_way_to_export(kind, how, grad):
+    if how!='export': pytest.importorskip('onnx'), pytest.importorskip('onnxscript')
+    model,x = (nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(1, 8)) if kind=='linear' else (nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1)), torch.randn(1, 3, 6, 6))
+    sparsify_model(model, .7)
+    to_sparse_layers(model, least=0.)
+    model.eval()
+    with torch.set_grad_enabled(grad):
+        want = model(x)                                                      # (a linear layer remembers its matrix)
+        with pytest.raises(Exception) as e: EXPORTERS[how](model, x)
+        assert says(e.value, 'is compressed, and cannot be exported: use `export_model` or `to_onnx`')
+        assert torch.allclose(export_model(model, x).module()(x), want, atol=1e-5) and model(x).equal(want)

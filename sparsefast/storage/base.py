@@ -22,6 +22,7 @@ __all__ = ['SparseLayer', 'index_misfit']
 # %% ../../nbs/storage/01a_base.ipynb #7dbc11c4
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from fastcore.basics import patch
 from ..guard import MaskGuard
 from ..masks import Compressed, adopt_memory, check_mask, memory_name
@@ -57,9 +58,19 @@ def _input_grad(layer, values, g, x):
     if not grads: return torch.zeros_like(x)
     return torch.stack(grads).view(x.shape)
 
-def _refuse(layer, what):
-    "Say what compressed layers are not made for"
-    raise NotImplementedError(f"{layer} is compressed, and cannot {what}: call `to_masked_layers(model, opt)` first")
+def _misuse():
+    "Say what is being done that compressed layers are not made for; empty if nothing is"
+    if torch._C._are_functorch_transforms_active(): return "go through the transforms of `torch.func`"
+    if forward_ad._current_level>=0: return "be differentiated forward"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() and torch.onnx.is_in_onnx_export(): return "be exported"
+    return ''
+
+def _check_use(layer, what):
+    "Raise a `NotImplementedError` if `what` is not empty"
+    if not what: return
+    todo = "call `to_masked_layers(model, opt)` first"
+    if what=='be exported': todo = "use `export_model` or `to_onnx`, or export `bake(model)`"
+    raise NotImplementedError(f"{layer} is compressed, and cannot {what}: {todo}")
 
 class _Product(torch.autograd.Function):
     @staticmethod
@@ -72,7 +83,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         layer,(values,x) = ctx.layer,ctx.saved_tensors
-        if torch.is_grad_enabled(): _refuse(layer, "be differentiated twice (`create_graph=True`)")
+        if torch.is_grad_enabled(): _check_use(layer, "be differentiated twice (`create_graph=True`)")
         g = _contiguous(g)
         grad_values = grad_bias = grad_x = None
         if ctx.needs_input_grad[0]:
@@ -83,9 +94,6 @@ class _Product(torch.autograd.Function):
             grad_bias = g[0].sum(1) if len(g)==1 else g.sum((0,2))
         if ctx.needs_input_grad[2]: grad_x = _input_grad(layer, values, g, x)
         return grad_values, grad_bias, grad_x, None
-
-    @staticmethod
-    def jvp(ctx, *tangents): _refuse(ctx.layer, "be differentiated forward")
 
 # %% ../../nbs/storage/01a_base.ipynb #2451a3ba
 def _mask_of(module):
@@ -185,7 +193,7 @@ class SparseLayer(Compressed):
 @patch
 def _learns(self:SparseLayer, x):
     "True if a gradient is to be computed"
-    if torch._C._are_functorch_transforms_active(): _refuse(self, "go through the transforms of `torch.func`")
+    _check_use(self, _misuse())
     if not torch.is_grad_enabled(): return False
     if x.requires_grad or self.values.requires_grad: return True
     return self.bias is not None and self.bias.requires_grad

@@ -15,7 +15,7 @@ import math
 import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from .base import SparseLayer
+from .base import SparseLayer, _check_use, _misuse
 from .kernels import laid, rounded, width
 
 # %% ../../nbs/storage/03_conv.ipynb #cbbe140a
@@ -164,6 +164,7 @@ def forward(self:SparseConv2d,
         raise ValueError(f"x must be images no smaller than the kernel for {self}, "
                          f"got {tuple(x.shape[2:])} pixels with padding")
     if torch.jit.is_tracing():
+        _check_use(self, _misuse())
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
     if self._pointwise:
         if self.stride!=(1,1):

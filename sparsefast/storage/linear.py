@@ -13,7 +13,7 @@ __all__ = ['SparseLinear']
 import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from .base import SparseLayer
+from .base import SparseLayer, _check_use, _misuse
 from .kernels import as_csr, few, is_for_csr, spmm, transposed
 
 # %% ../../nbs/storage/02_linear.ipynb #4ecdf52a
@@ -64,6 +64,7 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"x must have {self.in_features} features in its last dimension for {self}, "
                              f"got shape {tuple(x.shape)}")
         if torch.jit.is_tracing():
+            _check_use(self, _misuse())
             weight = self.weight.t() if self.swapped else self.weight
             return F.linear(x, weight, self.bias)
         if x.dim()==2:
@@ -113,7 +114,7 @@ def _again(self:SparseLinear, x):
     "What `_infer` gives for a few examples, if nothing has changed since the last call; else `None`"
     if x.dim()!=2 or torch.is_grad_enabled() or not x.is_cpu:
         return None
-    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.is_autocast_enabled('cpu') or torch._C._is_tracing() or _misuse():
         return None
     (at,col,matrix),params = self._cached,self._parameters
     if at!=params['values'].data_ptr() or col is not self._buffers['col']:
