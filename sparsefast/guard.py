@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
+from .noted import note_masks
 from .utils import as_module, as_modules
 
 # %% ../nbs/03f_guard.ipynb #fcc79937
@@ -140,10 +141,11 @@ def add_guards(
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one
 )->object: # fastai's `Hooks`; `remove()` ends the enforcement
-    "Mask the weights before every forward, by hooks wherever they are used"
+    "Mask the weights before every forward, by hooks wherever they are used; the masks that there are count from now on"
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     hooks = Hooks([], lambda *args: None)
     hooks.hooks = add_guards(as_module(model))
+    note_masks(as_module(model))
     return hooks
 
 # %% ../nbs/03f_guard.ipynb #490af08c

@@ -15,7 +15,8 @@ __all__ = ['is_finite', 'DSTMethod']
 import warnings
 import torch
 from fastcore.basics import patch
-from .checks import Case, check_momentum, check_orphans, check_start, check_storage, raise_findings, run_checks
+from .checks import (Case, check_forgotten, check_lost, check_momentum, check_orphans, check_start,
+                               check_storage, check_vanished, raise_findings, run_checks)
 from .exploration import ExploringLayer
 from .guard import vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
@@ -113,7 +114,7 @@ def check(self:DSTMethod,
 )->None:
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
     case = Case(modules, [], opt, self, total)
-    raise_findings(run_checks(case, [check_orphans]))
+    raise_findings(run_checks(case, [check_orphans, check_lost]))
     raise_findings(run_checks(case._replace(layers=self._layers(modules, opt))))
 
 @patch
@@ -166,6 +167,8 @@ def before_step(self:DSTMethod,
     "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     if t.step==1: self._begin(modules, layers, opt)
+    found = list(run_checks(Case(modules, layers, opt, self), [check_vanished, check_forgotten]))
+    if t.step>1: raise_findings(found)                             # at the first step all has been checked
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
     self._look_ahead(layers, t)
