@@ -21,6 +21,7 @@ from torch import nn
 from torch.compiler import is_compiling, is_exporting
 from .copies import Origin, mask_pairs, tensor_version
 from .masks import Compressed, masked_params, n_active, nnz, nonzero_flat, zero_masked_
+from .noted import note_masks
 from .ranks import check_sharded
 from .utils import as_module, as_modules, submodules
 
@@ -170,10 +171,11 @@ def add_guards(
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one
 )->object: # fastai's `Hooks`; `remove()` ends the enforcement
-    "Mask the weights before every forward, by hooks wherever they are used"
+    "Mask the weights before every forward, by hooks wherever they are used; the masks that there are count from now on"
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     hooks = Hooks([], lambda *args: None)
     hooks.hooks = add_guards(as_module(model))
+    note_masks(as_module(model))
     return hooks
 
 # %% ../nbs/03f_guard.ipynb #490af08c

@@ -90,12 +90,13 @@ def check_mask(
     dtype,shape = getattr(mask, 'dtype', type(mask)),tuple(getattr(mask, 'shape', ()))
     raise ValueError(f"{name} must be boolean with shape {tuple(p.shape)}, got {dtype} with shape {shape}")
 
-def _misfit(module, m, n, mask, p):
-    "Raise a `ValueError` for a mask that is none of its parameter"
-    names = [k for k,x in module.named_modules() if x is m and k] if isinstance(module, nn.Module) else []
-    try: check_mask(mask, p, f'`{n}_mask` of {names[0] if names else m}')
+def _refuse(top, m, n, p, mask):
+    "Raise a `ValueError` that names a parameter whose mask does not fit"
+    where = [k for k,x in top.named_modules() if x is m and k] if isinstance(top, nn.Module) else []
+    try: check_mask(mask, p, f'`{n}_mask` of {"".join(map(repr, where[:1])) or m}')
     except ValueError as e:
-        raise ValueError(f"{e}: a weight that has been replaced needs a mask of its own, `add_mask(layer, {n!r}, mask)`") from None
+        raise ValueError(f"{e}: was the parameter replaced since? Give it a mask of its shape by "
+                         f"`add_mask(module, {n!r}, mask)`, or delete `{n}_mask` and `{n}_sparsity`") from None
 
 def masked_params(
     module, # A layer or a whole model, or a list of modules, whose children are not visited
@@ -106,7 +107,7 @@ def masked_params(
         for n,p in m._parameters.items() if m._buffers else ():
             mask = m._buffers.get(f'{n}_mask')
             if p is None or mask is None or id(p) in seen: continue
-            if mask.dtype!=torch.bool or mask.shape!=p.shape: _misfit(module, m, n, mask, p)
+            if mask.dtype!=torch.bool or mask.shape!=p.shape: _refuse(module, m, n, p, mask)
             if mask.device!=p.device:
                 raise ValueError(f"`{n}_mask` of {m} must be on {p.device} like its parameter, got {mask.device}: move the whole model, `model.to({str(p.device)!r})`")
             seen.add(id(p))

@@ -15,7 +15,8 @@ __all__ = ['is_finite', 'DSTMethod']
 import warnings
 import torch
 from fastcore.basics import patch
-from .checks import Case, check_momentum, check_orphans, check_start, check_storage, raise_findings, run_checks
+from .checks import (Case, check_lost, check_momentum, check_orphans, check_start, check_storage,
+                               raise_findings, run_checks, step_checks, update_checks)
 from .exploration import ExploringLayer
 from .guard import vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
@@ -111,7 +112,7 @@ def check(self:DSTMethod,
 )->None:
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
     case = Case(modules, [], opt, self, total)
-    raise_findings(run_checks(case, [check_orphans]))
+    raise_findings(run_checks(case, [check_orphans, check_lost]))
     raise_findings(run_checks(case._replace(layers=self._layers(modules, opt))))
 
 @patch
@@ -171,6 +172,8 @@ def _begin(self:DSTMethod, modules, layers, opt):
 def _before(self:DSTMethod, modules, layers, opt, t):
     "Prepare the gradients, or update in the step's place; True if the optimizer should step"
     if t.step==1: self._begin(modules, layers, opt)
+    found = list(run_checks(Case(modules, layers, opt, self), update_checks if self.due(t) else step_checks))
+    if t.step>1: raise_findings(found)                             # at the first step all has been checked
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
     self._look_ahead(layers, t)

@@ -19,6 +19,7 @@ from .distributions import global_sparsity, uniform_sparsity
 from .guard import enforce_masks, remove_guards
 from .masks import (Compressed, adopt_memory, apply_masks, check_mask, masked_params, memory_name,
                               memory_names, n_active, sparse_mask_like, stored_sparsity, zero_masked_)
+from .noted import note_masks
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .scores import random_score, weight_magnitude
 from .select import is_transposed
@@ -208,6 +209,7 @@ def sparsify_model(
     _warn(model, made, names, by_chance, by_share)
     for w,mask in made.items():
         _set_mask(w, mask, targets[w.p], keep_dense, new[w])
+    note_masks(model)
     return enforce_masks(model) if enforce_mask else no_hooks()
 
 # %% ../nbs/04_sparsify.ipynb #2f90750f
@@ -233,6 +235,7 @@ def unsparsify_model(
     model = as_module(model)
     apply_masks(model)
     remove_guards(model)
+    for m in model.modules(): m.__dict__.pop('_noted_masks', None)
     for m,n,*_ in list(masked_params(model)):
         ours = [*memory_names(m, list(m._buffers)), f'{n}_mask', f'{n}_sparsity']
         for b in ours: m._buffers.pop(b, None)
@@ -305,6 +308,7 @@ def set_sparse_state(
     added = {k: model.get_buffer(k) for k in targets if k not in state_dict}
     model.load_state_dict({**state_dict, **added})
     apply_masks(model)                                             # a state from anywhere may have numbers there
+    note_masks(model)
 
 def load_sparse_state(
     model:nn.Module, # A model of the kind that was saved, or a `Learner`; what does not fit is a `ValueError`

@@ -1,11 +1,20 @@
 "Masks: exact counts, exact selection, the naming convention"
-import math
+import copy, math, pickle, warnings
 import pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 import reference
-from helpers import mlp
+from helpers import batches, mlp, plain_loop
+from sparsefast.attach import attach
+from sparsefast.guard import enforce_masks
 from sparsefast.masks import *
+from sparsefast.methods import DSTMethod
+from sparsefast.noted import lost_masks
+from sparsefast.presets import RigL_presets
+from sparsefast.see.doctor import sparse_doctor
+from sparsefast.ship.shrink import shrink_model
+from sparsefast.sparsify import add_mask, load_sparse_state, sparsify_model, unsparsify_model
+from sparsefast.storage import to_masked_layers, to_sparse_layers
 from sparsefast.topk import top_k_mask
 from sparsefast.utils import maybe_float
 
@@ -234,3 +243,145 @@ def test_sparseable_modules_in_order_in_any_container():
 def test_subclasses_are_sparseable():
     class Mine(nn.Linear): pass
     assert is_sparseable_module(Mine(2,2)) and [type(m) for m in sparseable_modules(nn.MultiheadAttention(4,2))]==[type(nn.MultiheadAttention(4,2).out_proj)]
+
+# ------------------------------------------------------------ masks that vanish
+def net():
+    torch.manual_seed(0)
+    return mlp(8, 24, 20, 3)
+
+def method(**kwargs): return DSTMethod(**{**RigL_presets, 'batches_per_update': 10, **kwargs})
+
+def steps(model, opt, at, f, m=None, total=30):
+    "A training in which `f` happens after step `at`"
+    plain_loop(model, opt, m or method(), total, lambda step: f() if step==at else None)
+
+def swap(model): model[2] = nn.Linear(24, 20)
+def weight_norm(model): torch.nn.utils.parametrizations.weight_norm(model[2])
+def prune_and_remove(model):
+    from torch.nn.utils import prune
+    prune.l1_unstructured(model[2], 'weight', .1); prune.remove(model[2], 'weight')
+def qat(model):
+    "As torch's own conversion does it for some layers"
+    from torch.ao.nn.qat import Linear
+    from torch.ao.quantization import get_default_qat_qconfig
+    model[2].qconfig = get_default_qat_qconfig('x86')
+    model[2] = Linear.from_float(model[2])
+def resize(model):
+    "A head with more outputs in the old one's place, as `resize_token_embeddings` makes"
+    old,model[4] = model[4],nn.Linear(20, 3)
+    model[4].weight.data.copy_(old.weight)
+
+VANISHING = dict(swap=(swap, '2'), weight_norm=(weight_norm, '2'), prune=(prune_and_remove, '2'), qat=(qat, '2'), resize=(resize, '4'))
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how,layer', VANISHING.values(), ids=VANISHING)
+def test_a_vanished_mask_is_an_error(how, layer):
+    "In the middle of a training, before it, and in a file of the whole model; the doctor sees it; the others are untouched"
+    model = net()
+    sparsify_model(model, .6)
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    with pytest.raises(ValueError, match=f'{layer}.weight: .*(add_mask|unsparsify_model)'): steps(model, opt, 7, lambda: how(model))
+    model = net()
+    sparsify_model(model, .6)
+    how(model)
+    model = pickle.loads(pickle.dumps(model)) if how in (swap, resize) else model
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    for f in (lambda: method().check(model, opt), lambda: attach(method(), model, opt, 30), lambda: method().step(model, opt, 1, total=30)):
+        with pytest.raises(ValueError, match='weight'): f()
+    found = [f for f in sparse_doctor(model) if f.severity=='fault']
+    assert {f.kind for f in found}<={'lost mask', 'orphan'} and any(layer in f.where for f in found)
+
+def test_the_way_out_is_to_say_so():
+    model = net()
+    sparsify_model(model, .6)
+    swap(model)
+    enforce_masks(model)
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    plain_loop(model, opt, method(), 20)
+    assert len(sparse_params(model))==2 and sparse_doctor(model).healthy
+    swap(model)
+    add_mask(model[2], 'weight', torch.rand(20,24)<.4)
+    assert not lost_masks(model)
+
+def compressed(model): to_sparse_layers(model, least=0.)
+def there_and_back(model): to_sparse_layers(model, least=0.); to_masked_layers(model)
+def part_dense(model): unsparsify_model(model[2])
+def by_hand(model): del model[2].weight_mask, model[2].weight_sparsity; enforce_masks(model)
+def wrapped(model): model[2] = nn.Sequential(model[2])
+def compiled(model): model[2] = torch.compile(model[2])
+def shrunk(model): add_mask(model[0], 'weight', torch.rand(24,8)<(torch.arange(24)>3)[:,None]); shrink_model(model, torch.randn(4,8))
+def loaded(model): load_sparse_state(model, copy.deepcopy(model.state_dict()))
+def copied(model): return copy.deepcopy(model)
+def inside(model): return nn.Sequential(model, nn.Linear(3,3))
+def again(model): unsparsify_model(model); sparsify_model(model, .5, exclude=2, keep='random')
+@pytest.mark.parametrize('how', [compressed, there_and_back, part_dense, by_hand, wrapped, compiled, shrunk, loaded, copied, inside, again], ids=lambda f: f.__name__)
+def test_what_is_no_loss(how):
+    "Our own conversions, wrappers, copies, and masks taken off on purpose"
+    model = net()
+    sparsify_model(model, .6)
+    model = how(model) or model
+    assert lost_masks(model)==[]
+    method().check(model, torch.optim.SGD(model.parameters(), lr=.01), 30)
+
+def test_a_deliberate_removal_does_not_hide_a_loss():
+    model = net()
+    sparsify_model(model, .6)
+    unsparsify_model(model[0]); swap(model)
+    assert lost_masks(model)==['2.weight'] and lost_masks(nn.Sequential(model))==['0.2.weight']
+    add_mask(model[0], 'weight', torch.rand(24,8)<.4)
+    enforce_masks(model)
+    prune_and_remove(model[:1].append(nn.Identity()).append(model[0]))
+    assert lost_masks(model)==['0.weight']
+
+def test_a_replaced_parameter_is_named():
+    model = net()
+    sparsify_model(model, .6)
+    model[4].weight,model[4].bias = nn.Parameter(torch.randn(5,20)),nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"`weight_mask` of '4' must be boolean with shape \(5, 20\).*replaced.*add_mask"): model(torch.randn(2,8))
+    assert 'add_mask' in next(f.todo for f in sparse_doctor(model) if f.kind=='shape')
+    add_mask(model[4], 'weight', torch.rand(5,20)<.4)
+    assert model(torch.randn(2,8)).shape==(2,5) and sparse_doctor(model).healthy
+
+# ------------------------------------------------------------ layers that the optimizer does not know
+def told(f):
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        f()
+    return [str(w.message) for w in got if 'does not know' in str(w.message)]
+
+def new_masked_head(model):
+    old,model[4] = model[4],nn.Linear(20, 3)
+    add_mask(model[4], 'weight', old.weight_mask)
+
+@pytest.mark.parametrize('how', [compressed, new_masked_head], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('at', [1, 7])
+def test_layers_forgotten_by_the_optimizer_are_warned_of_once(how, at):
+    "At any step; again for another optimizer; not if the optimizer has been told"
+    model,m = net(),method(initial_drop_grow_pct=0.)
+    sparsify_model(model, .6)
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    assert len(told(lambda: steps(model, opt, at, lambda: how(model), m)))==1
+    assert told(lambda: steps(model, torch.optim.SGD(model.parameters(), lr=.01), at, lambda: None, m))==[]
+    model = net()
+    sparsify_model(model, .6)
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    assert told(lambda: steps(model, opt, at, lambda: to_sparse_layers(model, opt, least=0.), m))==[]
+
+def test_a_new_dense_head_that_the_optimizer_does_not_know():
+    model = net()
+    sparsify_model(model, .6, exclude='4')
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    def head(): model[4] = nn.Linear(20, 3)
+    message, = told(lambda: steps(model, opt, 7, head))
+    assert message.startswith('4.weight') and '1 more' in message
+    assert told(lambda: steps(model, torch.optim.SGD(model[:4].parameters(), lr=.01), 0, head))==[]     # two optimizers, say: nothing was replaced
+
+def test_the_message_of_a_gradient_that_is_never_zeroed():
+    model = net()
+    sparsify_model(model, .6)
+    opt = torch.optim.SGD(model.parameters(), lr=.01)
+    with pytest.warns(UserWarning, match='does not know'), pytest.raises(ValueError, match=r'never zeroed: convert by `to_sparse_layers\(model, opt\)`'):
+        for step,(x,y) in enumerate(batches(30), 1):
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            method().step(model, opt, step, total=30)
+            opt.zero_grad()
+            if step==7: to_sparse_layers(model, least=0.)

@@ -88,7 +88,8 @@ def _factor(layer, whole):
     wrong = [(b-c*a).abs().max() for a,b in pairs()]
     if torch.stack(wrong).max()>tol*now.abs().max():
         raise ValueError(f"the gradient of {layer}'s values is not what its backward passes gave, nor a multiple of it, so its "
-                         "dense gradient is unknown: clip or change gradients after the method's step, or by a factor only")
+                         "dense gradient is unknown. If the optimizer does not know the layer, its gradient is never zeroed: convert by "
+                         "`to_sparse_layers(model, opt)`. Else clip or change gradients after the method's step, or by a factor only")
     return 1. if abs(c-1)<tol else c
 
 # %% ../../nbs/storage/01b_update.ipynb #02916464
