@@ -100,8 +100,9 @@ class MaskGuard:
         modules = self._modules()
         check_sharded(modules)
         if self.origin is not None and not is_compiling(): self.origin.check(self._pairs())
+        here = [m for m in modules if _is_here(m)]
         with torch.no_grad():
-            for *_,p,mask in list(masked_params(filter(_is_here, modules))): zero_masked_(p.data, mask)
+            for *_,p,mask in list(masked_params(self.where if len(here)==len(modules) else here)): zero_masked_(p.data, mask)
 
     def _state(self, pairs):
         "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"
