@@ -35,6 +35,8 @@ def _wrapped(args, kwargs, wrap):
     if callable(f := kwargs.get('closure')): return args,{**kwargs, 'closure': wrap(f)}
     if len(args)>1 and callable(args[1]): return (args[0], wrap(args[1]), *args[2:]),kwargs
 
+_count = 'sparsefast_step'                                         # in the first group, where every kind of checkpoint keeps it
+
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
     def __init__(self,
@@ -54,14 +56,17 @@ class Attached:
     @torch._disable_dynamo
     def _before(self, opt, args, kwargs):
         if _is_inner(opt): return
-        self._goes_on = None
+        self._goes_on,self._held = None,[]
         wrapped = _wrapped(args, kwargs, self._closure)
         if wrapped is None: self._begin()
         return wrapped
 
-    def _save(self, opt, state): state['sparsefast'] = {'step': self.step}
+    def _save(self, opt, state): state['param_groups'][0][_count] = self.step
 
-    def _load(self, opt, state): self.step,self._loaded = state.get('sparsefast', vars(self))['step'],True
+    def _load(self, opt, state):
+        first,*others = state['param_groups']
+        self.step,self._loaded = first.get(_count, self.step),True
+        state['param_groups'] = [{k: v for k,v in first.items() if k!=_count}, *others]
 
     def _begin(self):
         "Do what comes before the step, once its gradients are there"
@@ -77,7 +82,7 @@ class Attached:
         for p,_ in self._held: p.grad = None
 
     def _closure(self, closure):
-        "Wrap a closure, so that the method sees the gradients that it makes; some optimizers call it several times a step"
+        "Wrap a closure: the method sees the gradients that it makes; some optimizers call it several times a step"
         def run():
             again = [] if self._goes_on is None else self.method._layers(self.modules, self.opt)
             if self.method.explore_pct:
@@ -116,14 +121,15 @@ def attach(
     "Run a method whenever `opt` steps, whoever calls it"
     opt = inner_opt(opt)
     if not isinstance(opt, torch.optim.Optimizer):
-        raise ValueError(f"{type(opt).__name__} has no step hooks: in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
+        raise ValueError(f"{type(opt).__name__} has no step hooks: "
+                         "in fastai use `DynamicSparseTrainingCallback`, in a loop of your own `method.step`")
     if not (isinstance(total, int) and total>=1):
         raise ValueError(f"total must be the number of optimizer steps in the training, 1 or more, got {total!r}")
     if attached_to(opt):
-        raise ValueError(f"opt must have one method, and {attached_to(opt)} is attached already: call its `remove()` first")
+        raise ValueError(f"opt must have one method, and has {attached_to(opt)} already: call its `remove()` first")
     method = as_method(method).in_steps(total)
     if any(isinstance(getattr(cb, 'method', None), type(method)) for cb in getattr(modules, 'cbs', [])):
-        raise ValueError("a Learner must have one method, and has a callback with one already: remove the callback, or do not attach")
+        raise ValueError("a Learner must have one method, and has a callback with one already: use one of the two")
     method.check(modules, opt, total)
     method.enforce(modules, opt)
     return Attached(method, modules, opt, total, step)

@@ -1,5 +1,5 @@
 "Loops that own the call of the optimizer's step"
-import io, json, re
+import copy, io, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -383,7 +383,43 @@ def test_a_state_without_the_count_still_loads():
     opt.step()
     assert attached.step==4 and masked_are_zero(model) and not dead_state(model, opt)
     attached.remove()
-    assert 'sparsefast' not in opt.state_dict()
+    assert 'sparsefast_step' not in opt.state_dict()['param_groups'][0]
+
+def test_resumed_from_a_distributed_checkpoint():
+    "torch's own keeps state and groups alone; loading takes an empty step to make the state, which is not to count"
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    def made():
+        model = sparse_mlp()
+        opt = TORCH_OPTS['adamw'](model.parameters())
+        return model, opt, attach(method_of('RigL'), model, opt, 40)
+    model,opt,attached = made()
+    for x,y in batches(40)[:20]: backward(model, x, y); opt.step()
+    states = copy.deepcopy(get_state_dict(model, opt))
+    again,other,resumed = made()
+    set_state_dict(again, other, model_state_dict=states[0], optim_state_dict=states[1])
+    assert resumed.step==20 and 'sparsefast_step' not in other.param_groups[0]
+    for net,o in ((model, opt), (again, other)):
+        for x,y in batches(40)[20:]: backward(net, x, y); o.step()
+    assert not changed(snapshot(model, opt), snapshot(again, other)) and not dead_state(again, other)
+
+def test_a_step_that_fails_leaves_nothing_behind():
+    "An update has taken the gradients away, and the optimizer raises: the next step is as if nothing had been"
+    class Broken(torch.optim.SGD):
+        broken = False
+        def step(self, closure=None):
+            if self.broken: raise RuntimeError('out of memory')
+            super().step(closure)
+    model = sparse_mlp()
+    opt = Broken(model.parameters(), lr=.1)
+    attached = attach(method_of('RigL', batches_per_update=1, stop_pct=.01), model, opt, 400)
+    opt.broken = True
+    backward(model, *batches(1)[0])
+    with pytest.raises(RuntimeError, match='out of memory'): opt.step()
+    opt.broken,attached.method = False,method_of('RigL', batches_per_update=100)
+    backward(model, *batches(2)[1])
+    grads = [p.grad for p in model.parameters()]
+    opt.step()
+    assert all(p.grad is g for p,g in zip(model.parameters(), grads)) and attached.step==2
 
 # ------------------------------------------------------------ twice
 def test_twice_is_refused():
@@ -391,7 +427,7 @@ def test_twice_is_refused():
     model = sparse_mlp()
     opt = torch.optim.SGD(model.parameters(), lr=.1)
     attached,n = attach(method_of('SNFS', grow_score_f=random_score), model, opt, 40),len(opt._optimizer_step_pre_hooks)
-    with pytest.raises(ValueError, match='opt must have one method.*step 0 of 40.*remove'): attach(method_of('SET'), model, opt, 40)
+    with pytest.raises(ValueError, match='opt must have one method.*step 0 of 40. already.*remove'): attach(method_of('SET'), model, opt, 40)
     assert len(opt._optimizer_step_pre_hooks)==n and attached_to(opt) is attached
     attached.remove()
     assert attached_to(opt) is None and attached_to(attach(method_of('SET'), model, opt, 40).opt)
