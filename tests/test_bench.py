@@ -7,6 +7,7 @@ from sparsefast.ship.files import save_sparse
 from sparsefast.masks import masked_params
 from sparsefast.ship.shrink import shrink_model
 from sparsefast.sparsify import sparsify_model
+from sparsefast.storage import to_sparse_layers
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
@@ -54,6 +55,54 @@ def test_pickle_of_sparsefast_train(command, tmp_path):
     learn = cli.sparsefast_train('digits', 'mlp', epochs=1, bs=512, out=str(tmp_path/'d.pkl'))
     code,out,err = command('d.pkl --size 8')
     assert (code,err)==(0, '') and names(out)==['1','3','5']
+
+@pytest.fixture
+def shapes(command, monkeypatch):
+    "Shapes of the batches that were timed, without timing them"
+    seen = []
+    monkeypatch.setattr(bench, 'to_fastest', lambda m, x, margin: (m, seen.append(tuple(x.shape)) or SpeedTable([], dict(dense=1., fast=1., gain=(1., 1., 1.)), '')))
+    return seen
+
+@pytest.mark.filterwarnings('ignore:batches_per_update')
+@pytest.mark.parametrize('args, shape', [('', (1,1,8,8)), ('--batch 3', (3,1,8,8)), ('--size 12 --channels 1', (1,1,12,12))])
+def test_a_pickle_knows_its_images(command, shapes, tmp_path, args, shape):
+    "Of `sparsefast_train`: a network without convolutions too, where nothing else would tell"
+    cli.sparsefast_train('digits', 'mlp' if 'size' not in args else 'convnet', epochs=1, bs=512, out=str(tmp_path/'d.pkl'))
+    code,out,err = command(f'd.pkl {args}')
+    assert (code,err)==(0, '') and shapes==[shape]
+
+def colours(path, tfms, n=12):
+    from PIL import Image
+    from fastai.vision.all import ImageDataLoaders
+    for k in range(2*n):
+        (path/'in'/'ab'[k%2]).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (30,30), (k,2*k,90*(k%2))).save(path/'in'/'ab'[k%2]/f'{k}.png')
+    return ImageDataLoaders.from_folder(path/'in', valid_pct=.25, seed=0, bs=4, num_workers=0, **tfms)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('storage', ['masked', 'sparse'])
+@pytest.mark.parametrize('kind', ['item', 'batch'])
+def test_an_exported_colour_learner(command, shapes, tmp_path, kind, storage):
+    "Channels by its first convolution, and the size by the last transform that has one"
+    from fastai.vision.all import Resize, aug_transforms, vision_learner, xresnet18
+    tfms = dict(item=dict(item_tfms=Resize((24, 40))), batch=dict(item_tfms=Resize(30), batch_tfms=aug_transforms(size=24)))[kind]
+    learn = vision_learner(colours(tmp_path, tfms), xresnet18, pretrained=False)
+    sparsify_model(learn, .9)
+    if storage=='sparse': to_sparse_layers(learn)
+    learn.export(tmp_path/'c.pkl')
+    code,out,err = command('c.pkl --batch 2')
+    assert (code,err)==(0, '') and shapes==[(2, 3, 24, 40 if kind=='item' else 24)], err
+
+ONLY_FOR = {'--arch resnet18': "arch must be given with a compact checkpoint only, got 'resnet18' and what='convnet': did you mean sparsefast_bench resnet18", '--arch nope': "got 'nope'",
+            'mlp --arch convnet': 'did you mean sparsefast_bench convnet', 'd.pkl --arch mlp': "got 'mlp' and what='d.pkl'", 'd.pkl --sparsity 0.5': 'sparsity must be left out for a file, which has its own, got 0.5',
+            'm.safetensors --arch mlp --size 8 --dist uniform': "dist must be left out for a file, which has its own, got 'uniform'", 'm.safetensors --arch mlp --classes 3': 'classes must be left out'}
+@pytest.mark.parametrize('args, says', ONLY_FOR.items(), ids=list(ONLY_FOR))
+def test_what_would_be_ignored_is_refused(command, tmp_path, args, says):
+    sparsify_model(model := models.mlp(64, 7), 0.9)
+    save_sparse(model, tmp_path/'m.safetensors')
+    (tmp_path/'d.pkl').write_bytes(b'nothing')
+    code,out,err = command(args)
+    assert code==2 and out=='' and len(err.splitlines())==1 and says in err
 
 def test_in_python(monkeypatch):
     monkeypatch.setattr(bench, 'to_fastest', lambda m, x, margin: real(m, x, margin, seconds=0))

@@ -6,6 +6,7 @@ from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
 from sparsefast.cli import train as cli, datasets, models
+from sparsefast.ship.files import load_sparse, masked_state
 from sparsefast.storage import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
@@ -67,7 +68,7 @@ def test_a_shell_and_a_fresh_process(here):
     (here.parent/'entry.py').write_text(ENTRY)
     p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', '2'], capture_output=True, text=True)
     assert p.returncode==0 and p.stderr==''
-    assert 'train_loss' in p.stdout and '█' not in p.stdout and [f.name for f in here.iterdir()]==['sparsefast_digits.pkl']
+    assert 'train_loss' in p.stdout and '█' not in p.stdout and sorted(f.name for f in here.iterdir())==['sparsefast_digits.pkl', 'sparsefast_digits.safetensors']
     rows = table(p.stdout)
     assert [r[0] for r in rows.values()]==['32x1x3x3', '64x32x3x3', '128x64x3x3', '10x128', '']
     total = rows.pop('total')
@@ -91,6 +92,25 @@ assert all((p[~m]==0).all() and (p[m]==1).all() for p,m,_ in masks)
 '''
     q = subprocess.run([sys.executable, '-W', 'ignore', '-c', use], capture_output=True, text=True)
     assert q.returncode==0, q.stderr
+
+def sizes(out): return {l.split()[1].rstrip(','): int(l.split()[2].replace(',', '')) for l in out.splitlines() if l.startswith('saved: ')}
+
+@pytest.mark.parametrize('args, names', [('', ('sparsefast_digits.pkl', 'sparsefast_digits.safetensors')), ('--method dense --out sub/m.pkl', ('sub/m.pkl', 'sub/m.safetensors')), ('--storage sparse --out m', ('m', 'm.safetensors'))])
+def test_the_small_file_besides(command, load, here, args, names):
+    "Both files are named with their size, and hold the same model"
+    (here/'sub').mkdir()
+    code,out,err = command(f'--epochs 1 --arch mlp {args}')
+    assert (code,err)==(0, '') and sizes(out)=={n: (here/n).stat().st_size for n in names} and 'open only those that you trust' in out
+    assert tuple(sizes(out))==names and (sizes(out)[names[1]]<.3*sizes(out)[names[0]] or 'dense' in args)
+    whole,small = masked_state(load(names[0])),load_sparse(names[1])
+    assert whole.keys()==small.keys() and all(torch.equal(v, small[k]) for k,v in whole.items())
+
+def test_out_may_not_be_the_small_file(command, here):
+    code,out,err = command('--out m.safetensors')
+    assert code==2 and out=='' and 'out must not end in .safetensors' in err and not list(here.iterdir())
+    (here/'m.safetensors').mkdir()
+    code,_,err = command('--out m.pkl')
+    assert code==2 and "out must be a file, got the folder" in err and 'm.safetensors' in err
 
 def test_nothing_is_pickled_by_value(command, here):
     import zipfile

@@ -197,9 +197,20 @@ def test_table_as_text_and_html():
     lines = repr(t).splitlines()
     assert lines[0]=='a machine' and lines[1].split()==['layer','weight','sparsity','input','dense','ms','sparse','ms','form','gain']
     assert lines[2].split()==['a<b','3x4','0.750','2x4','1.000','0.250','sparse','4.00x'] and lines[3].split()==['c','5x3','0.500','dense']
-    assert lines[4].split()==['whole','model','2.000','1.000','ms','2.00x','(1.90-2.10)']
+    assert lines[4].split()==['whole','model','2.000','1.000','sparse','2.00x','(1.90-2.10)'] and lines[4].index('1.000')==lines[2].index('0.250')
     html = t._repr_html_()
     assert html.count('<tr>')==html.count('</tr>')==4 and 'a&lt;b' in html and '<b' not in html.replace('<body', '')
+
+def test_each_column_of_the_table_is_of_one_form():
+    "Where layers are in several, the model's time has a column of its own; where all stay dense, it is the dense one's"
+    ms,whole = dict(dense=1., sparse=.5, bsr=.25),dict(dense=2., fast=1., gain=(2., 1.9, 2.1))
+    rows = [LayerTime(n, (3, 4), .75, (2, 4), ms, form) for n,form in zip('abc', ('sparse', 'bsr', 'dense'))]
+    head,*_,last = SpeedTable(rows, whole, 'a machine').cells()
+    assert dict(zip(head, last))=={'layer': 'whole model', 'weight': '', 'sparsity': '', 'input': '', 'dense ms': '2.000', 'sparse ms': '', 'bsr ms': '', 'mixed ms': '1.000', 'form': 'mixed', 'gain': '2.00x (1.90-2.10)'}
+    head,*_,last = SpeedTable(rows[1:], whole, 'a machine').cells()
+    assert dict(zip(head, last))['bsr ms']=='1.000' and last[-2]=='bsr' and 'mixed ms' not in head
+    head,*_,last = SpeedTable(rows[2:], {**whole, 'fast': 2.}, 'a machine').cells()
+    assert [c for c in last if c]==['whole model', '2.000', 'dense', '2.00x (1.90-2.10)']
 
 def test_paired_times_take_turns():
     order = []

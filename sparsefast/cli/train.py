@@ -1,6 +1,7 @@
 """`sparsefast_train`: train a sparse model and its dense twin from the shell
 
-A thin room on top of the others. It finds data, model and method by name and checks all values before anything is trained or written. Then the command trains the sparse model, trains the same model dense, and saves the sparse one.
+A thin room on top of the others. It finds data, model and method by name and checks all values before anything is trained or written. Then the command trains the sparse model, trains the same model dense, and saves the sparse one twice: as a pickle with everything around the model, which
+`load_learner` reads and which can hold code (open only files that you trust), and as a [compact checkpoint](../ship/01_files.ipynb), which holds its active weights and no code.
 
 A wrong value raises a `ValueError`. In a shell, the command prints it as one line on stderr and exits with code 2."""
 
@@ -8,7 +9,7 @@ A wrong value raises a `ValueError`. In a shell, the command prints it as one li
 
 # %% auto #0
 __all__ = ['methods', 'storages', 'dists', 'update_every', 'make_sparse', 'get_learner', 'fit', 'layer_table', 'default_size',
-           'check_args', 'prepare', 'describe', 'compare', 'sparsefast_train']
+           'n_channels', 'small_file', 'check_args', 'prepare', 'describe', 'save', 'compare', 'sparsefast_train']
 
 # %% ../../nbs/cli/04_train.ipynb #14068527
 import math, random, sys, warnings
@@ -38,6 +39,7 @@ from ..masks import sparse_params
 from .models import get_model, nets, zoo
 from ..presets import GMP_presets, GraNet_presets, RigL_avg_presets, RigL_presets
 from ..presets import SET_presets, SNFS_presets, Static_presets
+from ..ship.files import save_sparse
 from ..sparsify import sparsify_model
 
 # %% ../../nbs/cli/04_train.ipynb #588a62f7
@@ -117,6 +119,19 @@ def default_size(
     if not small: return 32
     return 8 if data=='digits' else 28
 
+def n_channels(
+    data, # A name in `sources`, or a folder
+    arch, # A name in `nets`, or a model of torchvision or timm
+)->int: # 1 or 3
+    "Get the channels of the images"
+    return 1 if arch in nets and data in sources else 3
+
+def small_file(
+    out:Path, # File of the whole `Learner`
+)->Path: # Beside it, with another ending
+    "Name the compact checkpoint"
+    return out.with_suffix('.safetensors')
+
 def check_args(
     data, # A name in `sources`, or a folder of images
     arch, # A name in `nets`, or a model of torchvision or timm
@@ -141,6 +156,9 @@ def check_args(
         fits = ', '.join(storages[storage])
         raise ValueError(f"storage must be masked for method {method!r}, got {storage!r}, which serves {fits}")
     name = data if data in sources else Path(data).resolve().name
+    out = check_out(out or f'sparsefast_{name}.pkl')
+    if small_file(out)==out: raise ValueError(f"out must not end in .safetensors, as the compact checkpoint does, got '{out}'")
+    check_out(small_file(out))
     return dict(data=data, arch=arch, method=method, dist=dist, storage=storage,
         sparsity = check_fraction(sparsity),
         epochs   = check_number('epochs', epochs, 1) or (15 if data=='digits' else 5),
@@ -149,7 +167,7 @@ def check_args(
         every    = check_number('every', every, 1),
         seed     = check_number('seed', seed, 0, 2**32-1),
         size     = check_number('size', size, 1) or default_size(data, arch),
-        out      = check_out(out or f'sparsefast_{name}.pkl'))
+        out      = out)
 
 # %% ../../nbs/cli/04_train.ipynb #b08cb2f4
 def prepare(
@@ -168,7 +186,7 @@ def prepare(
 )->tuple: # (`DataLoaders`, sparse model, its dense twin, callbacks)
     "Make data and models from checked values; `ValueError` if they do not fit"
     if arch not in nets: zoo(arch)
-    channels = 1 if arch in nets and data in sources else 3
+    channels = n_channels(data, arch)
     set_seed(seed, reproducible=True)
     dls = get_dls(data, size, channels, bs, seed)
     model = get_model(arch, dls, size, channels)
@@ -207,6 +225,21 @@ def describe(
     return (f'{data}: {images}, {size}x{size}, {dls.c} classes\n'
             f'{arch}, {method}{sparse}: {epochs} epochs, {n_steps:,} steps, learning rate {lr:g}{change}')
 
+def save(
+    learn:Learner, # A trained one
+    out:Path, # File to write it to; the compact checkpoint is `small_file(out)`
+    channels:int, # Channels of its images
+    size:int, # Height and width of its images, in pixels
+)->None:
+    "Save the learner and, beside it, its model's active weights; print the size of both files"
+    learn.image_shape = (channels, size, size)
+    learn.export(out)
+    files = [(out, 'everything, as a pickle: open only those that you trust'),
+             (save_sparse(learn, small_file(out)), 'active weights only, no code')]
+    names = [str(f.relative_to(Path.cwd()) if f.is_relative_to(Path.cwd()) else f) for f,_ in files]
+    for name,(f,what) in zip(names, files): print(f'saved: {name}, {f.stat().st_size:,} bytes ({what})')
+    print(f'to load: from fastai.learner import load_learner; learn = load_learner({names[0]!r})')
+
 def compare(
     dls, # `DataLoaders` of the images
     model, # The sparse model, a module or a `Learner`
@@ -216,7 +249,7 @@ def compare(
     epochs, # Number of epochs
     lr, # Highest learning rate
     seed, # Seed of the batches
-    out, # File to write the model to
+    out, # File to write the model to; `save` writes another beside it
     **kwargs
 )->Learner: # The sparse one, trained
     "Train the sparse model and its dense twin, print both results, and save the sparse model"
@@ -228,10 +261,8 @@ def compare(
         twin_acc = fit(get_learner(dls, twin), epochs, lr, seed=seed)
         print(f'\n{layer_table(model)}')
         result = f' sparse ({method}), {twin_acc:.2%} dense'
-    atomic_write(out, learn.export)
-    name = str(out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out)
-    print(f'\naccuracy: {acc:.2%}{result}\nsaved: {name}')
-    print(f'to load: from fastai.learner import load_learner; learn = load_learner({name!r})')
+    print(f'\naccuracy: {acc:.2%}{result}')
+    save(learn, out, n_channels(kwargs['data'], kwargs['arch']), kwargs['size'])
     return learn
 
 # %% ../../nbs/cli/04_train.ipynb #09b03596
@@ -254,7 +285,7 @@ def sparsefast_train(
     every:number=None, # Optimizer steps between mask updates; by default the method's own, fewer in a short training
     size:number=None, # Side of the images in pixels; by default 8 (digits), 28 or 32, and 64 or 128 for a folder
     seed:number=42, # Same seed, same result
-    out:str=None, # File to save the trained model in; by default sparsefast_DATA.pkl
+    out:str=None, # File to save the trained model in; by default sparsefast_DATA.pkl; a small .safetensors is saved beside it
     storage:str='masked', # masked, or sparse: store active weights only (static, set, rigl and rigl_avg)
 )->Learner: # The sparse one, trained
     "Train a sparse image classifier and its dense twin for comparison; save the sparse one"

@@ -79,19 +79,25 @@ class SpeedTable:
         "Speed of the whole model as a multiple of dense"
         return self.whole['gain'][0]
 
+    @property
+    def form(self):
+        "Form of the whole model: the only one that its layers are in besides dense, or 'mixed'"
+        used = {r.form for r in self.rows}-{'dense'}
+        if len(used)>1: return 'mixed'
+        return used.pop() if used else 'dense'
+
     def cells(self)->list: # Rows of words, the heading first
         "Format the table as text"
-        measured = {f for r in self.rows for f in r.ms}
+        ms = {'dense': self.whole['dense'], self.form: self.whole['fast']}
+        measured = {f for r in self.rows for f in r.ms} | ms.keys()
         known = ['dense', *(f for f in all_forms if f in measured)]
         forms = known + sorted(measured.difference(known))
         times = [f'{f} ms' for f in forms]
         head = ['layer', 'weight', 'sparsity', 'input', *times, 'form', 'gain']
         rows = [_cells(r, forms) for r in self.rows]
-        dense = f"{self.whole['dense']:.3f}"
-        fast = f"{self.whole['fast']:.3f} ms"
         gain = '{:.2f}x ({:.2f}-{:.2f})'.format(*self.whole['gain'])
-        blank = ['']*(len(forms)-1)
-        last = ['whole model', '', '', '', dense, *blank, fast, gain]
+        whole = [f'{ms[f]:.3f}' if f in ms else '' for f in forms]
+        last = ['whole model', '', '', '', *whole, self.form, gain]
         return [head, *rows, last]
 
     def __repr__(self):
