@@ -87,7 +87,7 @@ MAY_IMPORT = {
     'presets': 'allocation methods patterns schedules scores',
     'sparsify': 'distributions guard masks patterns ranks scores select',
     'attach': 'optim presets',
-    'average': 'guard masks sparsify',
+    'average': 'copies guard masks sparsify',
     'callback': 'methods presets ranks scores sparsify',
     'checkpoint': 'sparsify',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify',
