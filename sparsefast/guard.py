@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.compiler import is_compiling, is_exporting
-from .copies import Origin, mask_pairs, tensor_version
+from .copies import Origin, drop_followers, mask_pairs, tensor_version
 from .masks import Compressed, masked_params, n_active, nnz, nonzero_flat, zero_masked_
 from .noted import note_masks
 from .ranks import check_sharded
@@ -129,7 +129,8 @@ def guards(
 def remove_guards(
     model, # A model
 )->None:
-    "Remove every guard of a model"
+    "Remove every guard of a model, and what is left of averages whose copy it is"
+    drop_followers(model)
     for m,k,guard in list(guards(model)):
         del m._forward_pre_hooks[k]
         for j,h in list(m._forward_hooks.items()):

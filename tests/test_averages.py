@@ -5,15 +5,15 @@ import pytest, torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from helpers import masked_are_zero, masks, nnz, plain_loop, same_masks, sparse_mlp
-from sparsefast.average import MaskFollower, follow_masks
-from sparsefast.copies import Origin
+from sparsefast.average import follow_masks
+from sparsefast.copies import MaskFollower
 from sparsefast.guard import enforce_masks, guards
 from sparsefast.masks import masked_params
 from sparsefast.methods import DSTMethod
 from sparsefast.presets import GMP_presets, SET_presets
 from sparsefast.see.doctor import sparse_doctor
 from sparsefast.ship.export import bake
-from sparsefast.sparsify import sparsify_model, unsparsify_model
+from sparsefast.sparsify import load_sparse_state, sparsify_model, unsparsify_model
 from sparsefast.storage import to_sparse_layers
 
 D = .8
@@ -172,6 +172,7 @@ def test_a_follower_can_be_saved_loaded_copied_and_baked():
     state = average.state_dict()
     assert all(torch.equal(state[f'{i}.weight_mask'], m) and (state[f'{i}.weight'][~m]==0).all() for i,m in zip((0,2,4), now))
     baked = bake(average)
+    assert not any([h for m in baked.modules() for h in (m._forward_pre_hooks, m._forward_hooks, m._state_dict_pre_hooks, m._load_state_dict_pre_hooks)])
     assert all(torch.equal(baked[i].weight, average[i].weight*m) for i,m in zip((0,2,4), now))
     for twin in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
         twin.load_state_dict(first)                                                          # a copy follows nobody
@@ -183,8 +184,14 @@ def test_a_follower_can_be_saved_loaded_copied_and_baked():
     assert same_masks(masks(average), now) and masked_are_zero(average)
     follow_masks(average, model)                                                             # again: hooks are replaced
     assert sum(isinstance(h, MaskFollower) for h in average._forward_pre_hooks.values())==1==len(average._state_dict_pre_hooks)
-    del model, state
+    load_sparse_state(average, first)                                                        # goes on following
     average(X)
+    assert same_masks(masks(average), now)
+    assert torch.allclose(torch.compile(average, backend='eager')(X), average(X))
+    del model, state
+    gc.collect()
+    average(X)
+    unsparsify_model(average)(X)
 
 def test_on_another_device():
     "Masks are copied there, before each state that is saved"

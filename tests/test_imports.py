@@ -92,7 +92,7 @@ MAY_IMPORT = {
     'cautions': 'masks select',
     'sparsify': 'cautions distributions guard masks noted patterns scores select targets',
     'attach': 'optim presets training_time',
-    'average': 'guard masks sparsify',
+    'average': 'copies guard masks sparsify',
     'callback': 'masks methods optim presets ranks scores sparsify',
     'checkpoint': 'sparsify storage',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify storage',

@@ -233,7 +233,7 @@ def save(
 )->None:
     "Save the learner and, beside it, its model's active weights; print the size of both files"
     learn.image_shape = (channels, size, size)
-    learn.export(out)
+    atomic_write(out, learn.export)
     files = [(out, 'everything, as a pickle: open only those that you trust'),
              (save_sparse(learn, small_file(out)), 'active weights only, no code')]
     names = [str(f.relative_to(Path.cwd()) if f.is_relative_to(Path.cwd()) else f) for f,_ in files]
