@@ -77,9 +77,11 @@ def _check_alone(self:DynamicSparseTrainingCallback):
     "Refuse a second method in the learner"
     n,other = sum(isinstance(cb, DynamicSparseTrainingCallback) for cb in self.learn.cbs),attached_to(self.learn.opt)
     if n>1:
-        raise ValueError(f"a Learner must have one DynamicSparseTrainingCallback, got {n}: "
-                         "give it to `Learner(cbs=...)` or to `fit(cbs=...)`, not to both, or remove one by `learn.remove_cb`")
-    if other: raise ValueError(f"a Learner must have one method, got this callback and {other}: call `remove()` of what `attach` returned")
+        raise ValueError(f"a Learner must have one DynamicSparseTrainingCallback, got {n}: give it to `Learner(cbs=...)` "
+                         "or to `fit(cbs=...)`, not to both, or remove one by `learn.remove_cb`")
+    if other:
+        raise ValueError(f"a Learner must have one method, got this callback and {other}: "
+                         "call `remove()` of what `attach` returned")
 
 @patch
 def before_fit(self:DynamicSparseTrainingCallback):
@@ -150,8 +152,9 @@ def _note_static(learn):
     if 'noted_static' in vars(learn) or hasattr(learn, 'lr_finder') or not any(masked_params(learn.model)): return
     if any(map(_rewires, learn.cbs)) or attached_to(learn.opt): return
     learn.noted_static = True
-    warnings.warn("the model has masks, and this training has no DynamicSparseTrainingCallback: the masks stay as they are "
-                  "(if that is meant, add `DynamicSparseTrainingCallback('static')`, which also keeps masked weights at zero)", stacklevel=5)
+    warnings.warn("the model has masks, and this training has no DynamicSparseTrainingCallback: the masks stay as they "
+                  "are (if that is meant, add `DynamicSparseTrainingCallback('static')`, which also keeps masked weights "
+                  "at zero)", stacklevel=5)
 
 _do_fit = Learner._do_fit
 

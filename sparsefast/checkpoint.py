@@ -61,7 +61,8 @@ _entries = ('epoch', 'n_epoch', 'n_fit', 'train_iter', 'model', 'opt', 'recorder
 def _check_sum(data):
     "Check the bytes of a file"
     end,sum = data[-64-len(_mark):-64],data[-64:]
-    if end==_mark and hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()!=sum: raise ValueError("its checksum is wrong")
+    if end==_mark and hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()!=sum:
+        raise ValueError("its checksum is wrong")
     if end!=_mark and (data[-22:-18]!=b'PK\5\6' or any(data[-2:])): raise ValueError("it is not whole")
 
 def _read(file):
@@ -72,7 +73,8 @@ def _read(file):
         saved = torch.load(BytesIO(data), map_location='cpu', weights_only=True)
     except UnpicklingError: saved = None
     except Exception as e: raise ValueError(str(e).partition('\n')[0] or type(e).__name__) from None
-    if not isinstance(saved, dict) or not saved.keys()>={*_entries}: raise ValueError("`CheckpointCallback` did not write it")
+    if not isinstance(saved, dict) or not saved.keys()>={*_entries}:
+        raise ValueError("`CheckpointCallback` did not write it")
     return saved
 
 def _previous(file): return file.with_name(f'{file.stem}.previous{file.suffix}')
@@ -196,7 +198,8 @@ def _restore_random(learn, state):
     random.setstate(_tuples(state['random_state']))
     np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
     torch.set_rng_state(state['torch_state'])
-    if len(state['torch_cuda_state'])==torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['torch_cuda_state'])
+    if len(state['torch_cuda_state'])==torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state['torch_cuda_state'])
     for dl,s in zip(_loaders(learn), state['loaders']): dl.rng.setstate(_tuples(s))
 
 def _groups(opt):
@@ -214,7 +217,7 @@ def restore_training(
     learn:Learner, # The learner whose state was taken, or its like, after `before_fit`
     state:dict, # From `training_state`
 )->None:
-    "Restore model, optimizer, recorder, callbacks and random numbers; a state that does not fit is a `ValueError`, and nothing has changed"
+    "Restore model, optimizer, recorder, callbacks and random numbers; what does not fit is a `ValueError`, before any change"
     _check_opt(learn, state['opt'])
     load_sparse_state(get_model(learn.model), state['model'])
     opt = state['opt']
@@ -255,7 +258,7 @@ class CheckpointCallback(Callback):
         fname:str='checkpoint', # Name of the file, in the learner's `model_dir`
         every:int=1, # Epochs between checkpoints, 1 or more, else a `ValueError`; the last epoch always has one
         resume:bool=True, # True to resume from the file, if there is one; False to overwrite it
-        seed:int=42, # Seed of batch order, augmentation and dropout; `None` sets no seed: a resumed run goes on with the file's random numbers, in one process
+        seed:int=42, # Seed of batch order, augmentation and dropout; `None`: none is set, and a run of one process resumes the file's
     ):
         if not (isinstance(every, int) and every>=1):
             raise ValueError(f"every must be a whole number of epochs, 1 or more, got {every!r}")
@@ -301,7 +304,8 @@ def _resume(self:CheckpointCallback, saved):
         self._warn(saved)
         try: restore_training(self.learn, saved)
         except ValueError as e:
-            raise ValueError(f"{self.file} does not fit this learner: use another name, or resume=False, to begin anew ({e})") from None
+            raise ValueError(f"{self.file} does not fit this learner: "
+                             f"use another name, or resume=False, to begin anew ({e})") from None
     self.start.done = done
     self.start.quiet = [cb for cb in self.learn.cbs if done and cb.run and cb not in (self, self.start)]
     for cb in self.start.quiet: cb.run = False
