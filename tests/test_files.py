@@ -495,6 +495,25 @@ def test_a_file_without_masks_is_not_for_sparse_layers(tmp_path):
     with pytest.raises(ValueError, match="no mask for the compressed layer '3'"): load_sparse(tmp_path/'dense', model)
     assert not changed(before, snapshot(model))
 
+@pytest.mark.parametrize('target', ['masked', 'layers'])
+def test_slow_weights_of_lookahead(target, tmp_path):
+    def trained(seed, steps, form='masked'):
+        model = sparse_mlp(0.6, sizes=(8, 12, 3), seed=seed)
+        model = in_layers(model) if form=='layers' else model
+        opt = OPTS['lookahead'](list(model.parameters()))
+        return model,opt,go_on(model, opt, steps)
+    def go_on(model, opt, steps):
+        for x,y in batches(steps): backward(model, x, y); opt.step()
+    (model,opt,_),(twin,twin_opt,_) = trained(0, 2),trained(1, 1, target)
+    path = save_sparse(model, tmp_path/'m', opt)
+    load_sparse(path, twin, twin_opt)
+    assert [w.shape for w in twin_opt.slow_weights[0]]==[p.shape for p in twin.parameters()] and twin_opt.count==2
+    go_on(twin, twin_opt, 2)
+    assert all(p.isfinite().all() for p in twin.parameters())
+    for count in (-1, 'two', 1.5, None):
+        def change(data, desc): dict(map(lambda kv: (kv[0], kv), desc['opt']['tree']['dict']))['count'][1] = count
+        with pytest.raises(ValueError, match='counts steps by'): load_sparse(forge(path, change, tmp_path/'forged'), twin, twin_opt)
+
 @pytest.mark.parametrize('state, model, says', [('dense', 'layers', "'0' is compressed in the model only: call `to_masked_layers"), ('masked', 'layers', "'0' is compressed in the model only"),
                                                 ('layers', 'dense', "'0' is compressed in the state only"), ('layers', 'masked', "'0' is compressed in the state only.*save_sparse")])
 def test_states_of_other_forms(state, model, says):
