@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 import torch
 from .findings import Case, Finding, raise_findings
-from .masks import n_active, nnz
+from .masks import Compressed, n_active, nnz
 from .noted import lost_masks
 from .optim import inner_opt, keeps_momentum, opt_params, refusal
 from .patterns import drop_grow, fits_pattern
@@ -130,7 +130,9 @@ def _strangers(case, others=True):
     top, = as_modules(case.model)
     own = {id(p) for m in top.modules() for p in m._parameters.values()}
     if known<=own: return {}                                       # nothing has been replaced
-    return {n: p for n,p in top.named_parameters() if p.requires_grad and id(p) not in known}
+    dense = [(path, m) for path,m in _parts(case) if not isinstance(m, Compressed)]
+    ps = {f'{path}.{n}'.lstrip('.'): p for path,m in dense for n,p in m._parameters.items() if p is not None}
+    return {n: p for n,p in ps.items() if p.requires_grad and id(p) not in known}
 
 def _unknown(name):
     what = 'the optimizer does not know this parameter, so it never trains (was it replaced after the optimizer was made?)'
