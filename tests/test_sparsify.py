@@ -668,3 +668,11 @@ def test_add_mask_copies():
     add_mask(layer, 'weight', mask)
     layer.weight_mask.logical_not_()
     assert torch.equal(mask, torch.eye(4).bool())
+
+def test_a_normalization_that_has_seen_no_batch_is_fresh():
+    "Some networks draw its scale and shift at random"
+    model = nn.Sequential(nn.Conv2d(3,8,3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    for p in model[1].parameters(): nn.init.normal_(p)
+    assert trained_weights(model, weight_names(model))==[]
+    model(torch.randn(4,3,8,8))
+    assert len(trained_weights(model, weight_names(model)))==1
