@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai import optimizer as fo
 import reference
 from helpers import *
-from sparsefast import presets
+from sparsefast import presets, topk
 from sparsefast.distributions import uniform_sparsity
 from sparsefast.ship.files import load_sparse, save_sparse
 from sparsefast.storage import to_sparse_layers
@@ -800,3 +800,26 @@ def test_a_schedule_adds_weights_only_where_it_rises(rises):
     for share in (None, lowest_share):
         m = DSTMethod(sparsity_sched_f=sched, prune_share_f=share, batches_per_update=8, initial_sparsity=.1)
         assert target_counts(m, layers, nnz(model), None, t)==(want if rises else nnz(model))
+
+# ------------------------------------------------------------ what selection costs
+def test_a_sample_guesses_a_few_more_than_asked():
+    "So that one pass and a small selection do"
+    t = torch.rand(1<<18, generator=torch.Generator().manual_seed(0))
+    for k in (100, 5000, 100000): assert k<=int((t>topk._guess(t, k, None, len(t))).sum())<=1.3*k+1000
+
+def test_selection_from_pieces_holds_few_candidates(monkeypatch):
+    "Of the scores of a layer, at most two times what is selected, and a piece"
+    seen,reduce = [],topk._reduce
+    def watched(scores, at, k): return (seen.append(sum(map(len, scores))), reduce(scores, at, k))[1]
+    monkeypatch.setattr(topk, '_reduce', watched)
+    t = torch.arange(10000.)
+    mask = topk.top_k_mask(t.split(100), 100, among=torch.ones(10000, dtype=torch.bool))
+    assert mask.nonzero().squeeze(1).tolist()==list(range(9900, 10000)) and max(seen)<=300 and len(seen)>30
+
+def test_a_layer_that_was_empty_already_gives_no_warning(recwarn):
+    "Only one that loses its last weight does"
+    model = sparse_mlp(.6)
+    model[0].weight_mask.zero_()
+    backward(model, *batches(1)[0])
+    method().update(model, TORCH_OPTS['sgd'](model.parameters()), 8, .1)
+    assert not [w for w in recwarn if 'removed every weight' in str(w.message)] and not model[0].weight_mask.any()
