@@ -370,6 +370,28 @@ def test_resumed_from_state_dicts(preset, cut, opt_first):
     go(twin, other, data[cut:])
     assert resumed.step==40 and not changed(snapshot(model, opt), snapshot(twin, other))
 
+def test_resumed_from_a_compact_file(tmp_path):
+    "The count is in the file; an optimizer without a method takes the file too"
+    def made():
+        model = model_of('RigL')
+        opt = TORCH_OPTS['adamw'](model.parameters())
+        return model, opt, attach(any_method('RigL'), model, opt, 40)
+    def go(model, opt, data):
+        for x,y in data: backward(model, x, y); opt.step()
+    data,(model,opt,_) = batches(40),made()
+    go(model, opt, data[:17])
+    path = save_sparse(model, tmp_path/'cut.safetensors', opt)
+    go(model, opt, data[17:])
+    twin,other,resumed = made()
+    load_sparse(path, twin, other)
+    assert resumed.step==17
+    go(twin, other, data[17:])
+    assert not changed(snapshot(model, opt), snapshot(twin, other))
+    plain = model_of('RigL')
+    bare = TORCH_OPTS['adamw'](plain.parameters())
+    load_sparse(path, plain, bare)
+    go(plain, bare, data[:1])
+
 def test_a_state_without_the_count_still_loads():
     "An older file: the count stays as `attach` was told; what the optimizer knows of masked weights is forgotten"
     dense = mlp(8, 24, 20, 3)

@@ -117,7 +117,7 @@ def encode_opt(
 
 # %% ../../nbs/ship/00a_optim_state.ipynb #ac3dc944
 _moments = set('momentum_buffer exp_avg exp_avg_sq exp_inf max_exp_avg_sq square_avg sum prev grad_avg sqr_avg'.split())
-_ours = {'sparsefast'}                                                       # what `attach` adds to a state dict
+_attached = 'sparsefast_step'                                      # what `attach` adds to the first group
 
 class _Tensor(str):
     "Name of a tensor, in a state that is not decoded"
@@ -132,14 +132,15 @@ def _groups(sd): return sd['hypers' if 'hypers' in sd else 'param_groups']
 def _check_groups(sd, mine, kind):
     "Check that the groups have the settings and parameter numbers of this optimizer"
     saved,own = _groups(sd),_groups(mine)
-    if [set(g) for g in saved]!=[set(g) for g in own]:
+    if [set(g)-{_attached} for g in saved]!=[set(g)-{_attached} for g in own]:
         raise ValueError(f"the optimizer state is of another kind than {kind}: its settings are {sorted(saved[0])}")
     if [g.get('params') for g in saved]!=[g.get('params') for g in own]:
         raise ValueError("the optimizer state numbers its parameters in another order")
 
 def _check_counts(sd):
     "Check the numbers of steps that `attach` and fastai's `Lookahead` store"
-    for n in (sd.get('count', 0), sd.get('sparsefast', {'step': 0})['step']):
+    first = next(iter(_groups(sd)), {})
+    for n in (sd.get('count', 0), first.get(_attached, 0)):
         if type(n) is not int or n<0:
             raise ValueError(f"the optimizer state counts steps by {str(n)[:80]!r}")
 
@@ -176,7 +177,7 @@ def check_opt(
     if own!=saved.get('shapes'):
         raise ValueError(f"the optimizer state is for parameters of other shapes, order or groups than those of this {kind}")
     sd,mine = from_tree(saved['tree'], _Tensor),opt.state_dict()
-    if not isinstance(sd, dict) or sd.keys()-_ours!=mine.keys()-_ours:
+    if not isinstance(sd, dict) or sd.keys()!=mine.keys():
         raise ValueError(f"the optimizer state is of another kind than {kind}")
     _check_groups(sd, mine, kind)
     _check_counts(sd)
