@@ -20,11 +20,14 @@ Modules:
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
+- `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
+- `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
+- `sparsefast.noted`: Which weights had masks when they were made, so that a lost mask is noticed
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written
