@@ -38,9 +38,9 @@ def scores(
     "Compute the scores (or values) of a layer"
     return l.scores(getattr(m, what), opt, **_context(m, what, l, mask, t, **kwargs))
 
-def _some_scores(m, what, l, where, opt, t):
-    "Compute the scores of the weights at the ones of `where`, 1-d"
-    return scores(m, what, l, where, opt, t).reshape(-1).index_select(0, nonzero_flat(where))
+def _some_scores(m, what, l, where, n, opt, t):
+    "Compute the scores of the weights at the `n` ones of `where`, 1-d"
+    return scores(m, what, l, where, opt, t).reshape(-1).index_select(0, nonzero_flat(where, n))
 
 # %% ../nbs/03h_plan.ipynb #8102abf1
 def pattern_of(
@@ -98,7 +98,7 @@ def _pruned(m, layers, active, over, opt, t):
     "Count what `prune_share_f` leaves in each layer where `over` are dropped, and no layer has more than its pattern allows"
     drop,free,most = {},list(range(len(layers))),[max_active(m, l, m.sparsity_pos(t)) for l in layers]
     while free:
-        some = [_some_scores(m, _prune_field(m), layers[i], layers[i].mask, opt, t) for i in free]
+        some = [_some_scores(m, _prune_field(m), layers[i], layers[i].mask, active[i], opt, t) for i in free]
         shared = m.prune_share_f(some, max(over-sum(drop.values()), 0), None)[0]
         n_drop = dict(zip(free, _checked_drops(m.prune_share_f, shared, [active[i] for i in free])))
         full = {i: active[i]-most[i] for i,d in n_drop.items() if active[i]-d>most[i]}
@@ -150,7 +150,8 @@ def _growth(m, layers, masks, active, n_drop, opt, t):
     if not f: return n_drop
     numel,means = [_room(m, l) for l in layers],None
     if m.grow_share_f:
-        n_grow = f([_some_scores(m, 'grow_score_f', l, ~l.unhold(h), opt, t) for l,h in zip(layers, masks)], sum(n_drop))
+        some = [_some_scores(m, 'grow_score_f', l, ~l.unhold(h), l.numel-a, opt, t) for l,h,a in zip(layers, masks, active)]
+        n_grow = f(some, sum(n_drop))
     else:
         if attribute(f, 'needs_importance', True):
             means = tolist([_importance(m, l, l.unhold(h), a, opt, t) for l,h,a in zip(layers, masks, active)])
@@ -167,7 +168,7 @@ def _drops(m, layers, masks, active, opt, t):
     n_drop = [int(frac*a) for a in active]
     if not m.drop_share_f: return n_drop,None
     old = next((s.item() for l in layers if (s := l.recall('shared')) is not None), None)
-    some = [_some_scores(m, 'keep_score_f', l, l.unhold(h), opt, t) for l,h in zip(layers, masks)]
+    some = [_some_scores(m, 'keep_score_f', l, l.unhold(h), a, opt, t) for l,h,a in zip(layers, masks, active)]
     n_drop,memory = m.drop_share_f(some, sum(n_drop), old)
     return _checked_drops(m.drop_share_f, n_drop, active),memory
 
