@@ -302,6 +302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._before_training': ( 'guard.html#maskguard._before_training',
                                                                                    'sparsefast/guard.py'),
+                                  'sparsefast.guard.MaskGuard._checked': ('guard.html#maskguard._checked', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._leave': ('guard.html#maskguard._leave', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._mask': ('guard.html#maskguard._mask', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._modules': ('guard.html#maskguard._modules', 'sparsefast/guard.py'),

@@ -97,12 +97,17 @@ class MaskGuard:
 
     def _mask(self):
         "Mask the weights; a mask that does not fit its parameter is a `ValueError`"
+        where = self.where if is_compiling() else self._checked()
+        with torch.no_grad():
+            for *_,p,mask in list(masked_params(where)): zero_masked_(p.data, mask)
+
+    def _checked(self):
+        "Get what is to be masked, offloaded modules left out; refuse sharded weights, and averages that masking would cut"
         modules = self._modules()
         check_sharded(modules)
-        if self.origin is not None and not is_compiling(): self.origin.check(self._pairs())
+        if self.origin is not None: self.origin.check(self._pairs())
         here = [m for m in modules if _is_here(m)]
-        with torch.no_grad():
-            for *_,p,mask in list(masked_params(self.where if len(here)==len(modules) else here)): zero_masked_(p.data, mask)
+        return self.where if len(here)==len(modules) else here
 
     def _state(self, pairs):
         "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"

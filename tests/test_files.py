@@ -531,7 +531,7 @@ def test_a_weight_of_another_size():
     model = sparse_mlp(sizes=(8, 12, 3))
     model[2].weight,model[2].bias = nn.Parameter(torch.randn(5, 12)),nn.Parameter(torch.zeros(5))
     for f in (lambda: model(torch.randn(2, 8)), lambda: list(masked_params(model))):
-        with pytest.raises(ValueError, match=r'`weight_mask` of 2 must be .*\(5, 12\).*add_mask\(layer'): f()
+        with pytest.raises(ValueError, match=r'`weight_mask` of .2. must be .*\(5, 12\).*add_mask\(module'): f()
     add_mask(model[2], 'weight', torch.ones(5, 12, dtype=torch.bool))
     assert model(torch.randn(2, 8)).shape==(2, 5)
 

@@ -748,7 +748,14 @@ def test_an_update_that_fails_anywhere_changes_nothing(name):
         m.step(model, opt, 9, total=40)
     assert n>30
 
-def test_ctrl_c_waits_for_the_end_of_an_update():
+@pytest.fixture
+def ctrl_c():
+    "Python's own handler, which a shell takes away from what runs in its background"
+    had = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, had)
+
+def test_ctrl_c_waits_for_the_end_of_an_update(ctrl_c):
     "Also where it is pressed twice; from a reset rule, in the middle of writing"
     seen = []
     def rule(p, opt, where):
