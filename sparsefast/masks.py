@@ -76,8 +76,7 @@ def nonzero_flat(
     flat = mask.reshape(-1)
     return flat.nonzero().squeeze(1) if n is None else flat.byte().sort(descending=True, stable=True).indices[:n]
 
-# Earlier names
-n_ones,places = nnz,nonzero_flat
+n_ones,places = nnz,nonzero_flat                                   # earlier names
 
 # %% ../nbs/01_masks.ipynb #ac4bcb46
 def check_mask(
@@ -128,9 +127,8 @@ _ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _same_layout(t, mask):
     "True if both lie on a CPU, in the same order and without gaps"
     if not (t.is_cpu and mask.is_cpu and mask.dtype==torch.bool and t.shape==mask.shape): return False
-    if t.is_contiguous() and mask.is_contiguous(): return True
-    last = torch.channels_last
-    return t.dim()==4 and t.is_contiguous(memory_format=last) and mask.is_contiguous(memory_format=last)
+    formats = [torch.contiguous_format, torch.channels_last][:1+(t.dim()==4)]
+    return any(t.is_contiguous(memory_format=f) and mask.is_contiguous(memory_format=f) for f in formats)
 
 def _compiled(t, mask):
     "Mask by the compiled kernel; False where it does not serve"

@@ -76,7 +76,7 @@ MAY_IMPORT = {
     'training_time': '',
     'layer': 'masks optim ranks scores',
     'copies': 'masks',
-    'noted': 'masks',
+    'noted': 'findings masks',
     'findings': '',
     'guard': 'copies masks noted ranks',
     'exploration': 'layer masks optim topk',
