@@ -145,7 +145,7 @@ def parts(name):
             try: return f(*args, **kwargs)
             finally: spent[k] = spent.get(k, 0)+1e6*(now()-start)
         return g
-    watched = dict(gradients=(methods, 'mask_gradients_'), weights=(methods, 'mask_weights_'), guards=(MaskGuard, '__call__'), before=(DSTMethod, 'before_step'), after=(DSTMethod, 'after_step'))
+    watched = dict(gradients=(methods, 'mask_gradients_'), weights=(methods, 'mask_weights_'), guards=(MaskGuard, '__call__'), before=(DSTMethod, '_before'), after=(DSTMethod, '_after'))
     with ExitStack() as stack:
         for k,(owner,attr) in watched.items(): stack.enter_context(patch.object(owner, attr, timed(k, getattr(owner, attr))))
         for step in range(1, 2*n+4):

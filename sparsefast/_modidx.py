@@ -518,6 +518,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.ranks.is_sharded': ('ranks.html#is_sharded', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks.sync_masks': ('ranks.html#sync_masks', 'sparsefast/ranks.py')},
             'sparsefast.rewire': { 'sparsefast.rewire.Layer.saved': ('rewire.html#layer.saved', 'sparsefast/rewire.py'),
+                                   'sparsefast.rewire._copied': ('rewire.html#_copied', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire._uninterrupted': ('rewire.html#_uninterrupted', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire._write': ('rewire.html#_write', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire.rewire': ('rewire.html#rewire', 'sparsefast/rewire.py')},

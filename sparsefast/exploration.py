@@ -87,7 +87,7 @@ class ExploringLayer(Layer):
 
     def saved(self, new, opt):
         "Remember what `write` changes: all numbers, those in the store included"
-        store,put_back = self.recall('store'),super().saved(torch.ones_like(new), opt)
+        store,put_back = self.recall('store'),super().saved(~self.mask, opt)         # which changes every place
         had = store.clone()
         return lambda: (store.copy_(had), put_back())
 

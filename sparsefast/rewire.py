@@ -16,24 +16,32 @@ from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from .layer import Layer, find_layers, sparse_layers
+from .masks import nonzero_flat
 from .optim import opt_state, reset_state, state_tensors
 from .plan import plan
 
 # %% ../nbs/04a_rewire.ipynb #be2f48aa
+def _copied(tensors, where):
+    "Copy numbers, and return a function that puts them back"
+    if not where.is_cpu:                                           # choosing some would wait for the device
+        had = [t.clone() for t in tensors]
+        return lambda: [t.copy_(h) for t,h in zip(tensors, had)]
+    at = nonzero_flat(where)
+    had = [t.take(at) for t in tensors]
+    return lambda: [t.put_(at, h) for t,h in zip(tensors, had)]
+
 @patch
 def saved(self:Layer,
     new:torch.Tensor, # What `write` is about to be given
     opt, # The optimizer, whose state `write` changes
 )->Callable: # Called without arguments, it puts everything back
     "Remember what `write` changes"
-    buffers,state,mask = self.module._buffers,opt_state(opt, self.p),self.mask
-    where = mask | new if mask.is_cpu else ...                      # choosing numbers would wait for a GPU: there all are saved
-    had = [(t, t[where].clone()) for t in (self.p.data, *state_tensors(opt, self.p))]
-    old = mask.clone(),dict(buffers),dict(state)
+    dicts = self.module._buffers,opt_state(opt, self.p)
+    tensors = [self.p.data, self.mask, *state_tensors(opt, self.p)]
+    numbers,old = _copied(tensors, self.mask^new),[dict(d) for d in dicts]
     def put_back():
-        for t,numbers in had: t[where] = numbers
-        mask.copy_(old[0])
-        for now,before in zip((buffers, state), old[1:]): now.clear(), now.update(before)
+        numbers()
+        for now,before in zip(dicts, old): now.clear(), now.update(before)
     return put_back
 
 # %% ../nbs/04a_rewire.ipynb #47950484

@@ -81,7 +81,7 @@ MAY_IMPORT = {
     'guard': 'copies masks noted ranks',
     'exploration': 'layer masks optim topk',
     'plan': 'masks patterns ranks select',
-    'rewire': 'layer optim plan',
+    'rewire': 'layer masks optim plan',
     'checks': 'findings masks noted optim patterns plan',
     'settings': '',
     'method': 'optim patterns schedules scores settings training_time',
