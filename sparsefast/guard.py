@@ -75,25 +75,25 @@ class MaskGuard:
         if compiles: return self._mask()
         pairs = self._pairs()
         trains = module.training or torch.is_grad_enabled() and any([p.requires_grad for p,_ in pairs])
-        if trains: self._before_training(pairs)
-        elif self.key is None or self.key!=self._state(pairs) or self._sees_nonzero(pairs): self._before_evaluation(pairs)
+        state = self._state(pairs)
+        if trains: self._before_training(pairs, state)
+        elif self.key is None or self.key!=state or self._sees_nonzero(pairs, state): self._before_evaluation(pairs, state)
         self.runs = True
 
     def _leave(self):
         "End the model's forward pass, also one that fails"
         if not is_compiling(): self.runs = False
 
-    def _before_training(self, pairs):
+    def _before_training(self, pairs, state):
         "Mask, unless the engine has just done so, and nothing has been written since; it is believed once"
         vouched,self.vouched,self.key = self.vouched,None,None
-        if vouched is None or vouched!=self._state(pairs) or self._sees_nonzero(pairs): self._mask()
+        if vouched is None or vouched!=state or self._sees_nonzero(pairs, state): self._mask()
 
-    def _before_evaluation(self, pairs):
-        "Note the state of all weights, and mask; not while an optimizer may still step with their gradients"
+    def _before_evaluation(self, pairs, state):
+        "Mask, and note the state of all weights before that, since another thread may write meanwhile; not while an optimizer may still step"
         settled = self.vouched is not None or all(p.grad is None for p,_ in pairs)
-        key = self._state(pairs) if settled else None              # before masking: another thread may write meanwhile
         self._mask()
-        self.key = key
+        self.key = state if settled else None
 
     def _mask(self):
         "Mask the weights; a mask that does not fit its parameter is a `ValueError`"
@@ -114,9 +114,9 @@ class MaskGuard:
         versions = [tensor_version(t) for pair in pairs for t in pair]
         return None if None in versions else versions
 
-    def _sees_nonzero(self, pairs):
+    def _sees_nonzero(self, pairs, state):
         "True if one of a few masked weights is not zero; on a CPU only"
-        masks = [tensor_version(mask) for _,mask in pairs]
+        masks = state[1::2]
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
         looks = [(p, at) for (p,_),at in zip(pairs, self.samples) if at is not None and not p.is_meta]
         return any([any(p.detach().take(at).tolist()) for p,at in looks])
