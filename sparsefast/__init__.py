@@ -56,11 +56,12 @@ Modules:
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
 - `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
-- `sparsefast.storage.base`: What `SparseLinear` and `SparseConv2d` share: the stored weights and their index, the differentiable product, and the state
-- `sparsefast.storage.conv`: `SparseConv2d`: a convolution that stores and multiplies its active weights only, forward and backward
+- `sparsefast.storage.base`: What compressed layers share: the stored weights and their index, the differentiable product, and the state
+- `sparsefast.storage.conv`: `SparseConv2d` and `SparseConv1d`: convolutions that store and multiply their active weights only, forward and backward
 - `sparsefast.storage.convert`: `to_sparse_layers` compresses the layers of a masked model where that wins; `to_masked_layers` gives the masked model back
-- `sparsefast.storage.kernels`: Matrix products that touch active weights only, from PyTorch's own operations
+- `sparsefast.storage.kernels`: Matrix products that touch active weights only: a compiled kernel, and PyTorch's own operations where it is not there
 - `sparsefast.storage.linear`: `SparseLinear`: a linear layer that stores and multiplies its active weights only, forward and backward
+- `sparsefast.storage.planes`: Convolutions as sparse products: how images lie in planes of pixels, and where in them each active weight begins to read
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.targets`: Which weights are to be sparse, and how sparse each of them
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer

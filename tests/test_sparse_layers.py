@@ -1,5 +1,6 @@
 "Layers that compute on active weights only: the same function, gradients, state and training as masked layers"
 import copy, pickle
+from functools import partial
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
@@ -9,12 +10,13 @@ from fastai import optimizer as fo
 from sparsefast.all import *
 from sparsefast import presets
 from sparsefast.storage import update
-from sparsefast.storage import SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
+from sparsefast.storage import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear, to_masked_layers, to_sparse_layers
 from sparsefast.utils import attribute
 from sparsefast.methods import DSTMethod
 from sparsefast.optim import opt_state
 from sparsefast.scores import gradient_magnitude, reads, weight_and_gradient
-from sparsefast.storage.kernels import check_index, few, index_of, is_for_csr, laid, pieces, positions, sddmm, spmm, transposed, transposed_index, width
+from sparsefast.storage import kernels, planes
+from sparsefast.storage.kernels import check_index, index_of, positions, sddmm, spmm, transposed_index
 from helpers import *
 
 of_cpus = pytest.mark.skipif('config.getoption("--device")', reason='what only a processor does')
@@ -25,10 +27,10 @@ def random_index(rows, n_col, density, seed=0):
     return mask, *index_of(mask)
 
 def masked(layer, sparsity=.7):
-    sparsify_model(layer, sparsity)
+    sparsify_model(layer, sparsity, depthwise=True)
     return layer
 
-def twin_of(layer): return (SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear).from_masked(layer)
+def twin_of(layer): return {nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}.get(type(layer), SparseLinear).from_masked(layer)
 
 # ------------------------------------------------------------ products
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, .1, .5, 1]), st.integers(0, 99))
@@ -50,97 +52,13 @@ def test_more_columns_than_16_bits():
 @pytest.mark.parametrize('density', [0, .3, 1])
 def test_products(n, dtype, density):
     mask,crow,col = random_index(7, 5, density)
-    w,x,g = (torch.randn(7, 5)*mask).to(dtype), torch.randn(5, n).to(dtype), torch.randn(7, n).to(dtype)
-    tol = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
-    assert torch.allclose(spmm(crow, col, w[mask], x).double(), w.double()@x.double(), rtol=tol, atol=tol)
-    assert torch.allclose(spmm(crow, col, w[mask], x.t().contiguous().t()).double(), w.double()@x.double(), rtol=tol, atol=tol)
-    got = sddmm(crow, col, [(g, x), (2*g, x)])
-    assert torch.allclose(got.double(), 3*(g.double()@x.double().t())[mask], rtol=tol, atol=100*tol)
-
-@pytest.mark.parametrize('shape', [(0, 3), (3, 0), (1, 5), (5, 1), (2, 3), (17, 40), (129, 64)])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.int64])
-def test_transposed(shape, dtype):
-    x = (100*torch.randn(shape)).to(dtype)
-    for v in (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:,:shape[1]], torch.cat([x, x])[shape[0]:]):
-        assert transposed(v).equal(v.t()) and transposed(v).is_contiguous()
-
-@pytest.mark.parametrize('n', [1, 2, 16, 17, 49, 64, 197, 300])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_products_with_bias_in_rows_and_columns(n, dtype):
-    mask,crow,col = random_index(7, 5, .5)
-    w,x,b = (torch.randn(7, 5)*mask).to(dtype), torch.randn(n, 5).to(dtype), torch.randn(7).to(dtype)
-    x[0] = float('nan')                                                      # of one example, and of no other
-    want,tol = x.double()@w.double().t()+b.double(), 1e-5 if dtype==torch.float32 else 1e-12
-    for rows in (True, False):
-        got = spmm(crow, col, w[mask], pieces(x.t()), n, b, rows)
-        assert got.shape==((n, 7) if rows else (7, n)) and got.stride(1)==1 and torch.allclose((got if rows else got.t())[1:].double(), want[1:], tol, tol)
-
-@pytest.mark.parametrize('n', [17, 200, 256, 257, 900])
-def test_batches_turned_as_a_whole_and_by_pieces(n):
-    mask,crow,col = random_index(70, 300, .1)                                # 300 times 900 is more than is turned at once, 257 is too wide
-    w,x = torch.randn(70, 300)*mask, torch.randn(n, 300)
-    cut = [m for _,m in pieces(x.t())]
-    assert sum(cut)==n and (len(cut)==1)==(n<=256 or not x.is_cpu)
-    for rows in (True, False): assert torch.allclose(spmm(crow, col, w[mask], x.t(), rows=rows).double(), (x@w.t() if rows else w@x.t()).double(), atol=1e-4)
-
-@pytest.mark.parametrize('gaps', [None, (3, 5), (4, 4)])
-@pytest.mark.parametrize('bias', [True, False])
-def test_products_go_where_they_should_and_leave_gaps_out(gaps, bias):
-    mask,crow,col = random_index(7, 5, .5)
-    w,x,b = torch.randn(7, 5)*mask, torch.randn(5, 40), torch.randn(7) if bias else None
-    counts = torch.arange(40)%(gaps[1] if gaps else 40)<(gaps[0] if gaps else 40)
-    want = (w@x + (b[:,None] if bias else 0))[:,counts]
-    cut = [(x[:,i:i+20].contiguous(), 20) for i in (0, 20)]
-    got = spmm(crow, col, w[mask], iter(cut), want.shape[1], b, gaps=gaps)
-    assert torch.allclose(got, want, atol=1e-5)
-    place = torch.full((3, *want.shape), 9.)
-    assert spmm(crow, col, w[mask], iter(cut), want.shape[1], b, out=place[1], gaps=gaps).data_ptr()==place[1].data_ptr()
-    assert place[1].equal(got) and (place[0]==9).all() and (place[2]==9).all()
-
-@pytest.mark.parametrize('dtype,full', [(torch.float32, {40: 48, 20: 32, 48: 48, 7: 7}), (torch.float64, {40: 40, 20: 20, 48: 48, 7: 7})])
-@of_cpus
-def test_windows_are_laid_out_in_one_piece_of_memory(dtype, full):
-    "Of equal views the second goes where the first was; zeros fill registers up, and few columns are left as they are"
-    x,at = torch.randn(3, 400, dtype=dtype), []
-    x[:,200:] = float('nan')                                                 # nothing of what was there before is left
-    views = [(x.as_strided((3, 2, n), (400, 5, 1), i), n-1) for i,n in ((300, 40), (0, 40), (11, 40), (20, 20), (30, 48), (40, 7))]
-    torch.use_deterministic_algorithms(True)                                 # fills new memory with NaN
-    try:
-        for (v,_),(m,n) in zip(views, laid(views, 6)):
-            wide = v.shape[2]
-            assert n==wide-1 and m.shape==(6, full[wide]) and m.is_contiguous() and torch.equal(m[:,:wide].nan_to_num(9.), v.reshape(6, wide).nan_to_num(9.)) and not m[:,wide:].any()
-            at.append(m.data_ptr())
-    finally: torch.use_deterministic_algorithms(False)
-    assert at[0]==at[1]==at[2] and [m.shape[1] for m,_ in laid(views[:1], 6)]==[full[40]]
-
-def test_torch_sparse_is_asked_only_where_it_is_there():
-    values = torch.randn(100, device='cpu')
-    assert [is_for_csr(values, n) for n in (0, 1, few, few+1)]==[False, True, True, False] and not is_for_csr(values.bfloat16(), 1) and not is_for_csr(values[:0], 1)
-    assert not any(is_for_csr(values.to('meta'), n) for n in (1, 1000))      # a device that is neither
-
-@of_cpus
-def test_more_threads_take_wider_pieces_of_an_image():
-    had = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = width(576, windows=True), width(576)
-        torch.set_num_threads(2)
-        two = width(576, windows=True), width(576)
-    finally: torch.set_num_threads(had)
-    assert two[0]>one[0] and two[1]==one[1]
-
-@pytest.mark.parametrize('batch', [1, 2])
-@pytest.mark.parametrize('tokens', [5, 40, 197])
-def test_outputs_in_columns_are_the_same_numbers(batch, tokens):
-    layer = nn.Linear(24, 33)
-    sparsify_model(layer, .8)
-    sparse,x = SparseLinear.from_masked(layer), torch.randn(batch, tokens, 24)
-    with torch.no_grad():
-        rows,trained = sparse(x), layer(x)
-        sparse.columns = True
-        columns = sparse(x)
-        assert rows.is_contiguous() and columns.stride(1)==1 and rows.equal(columns) and torch.allclose(rows, trained, atol=1e-5)
-        assert sparse(x.transpose(1, 2).contiguous().transpose(1, 2)).equal(columns)
+    w,x,g,b = (t.to(dtype) for t in (torch.randn(7, 5)*mask, torch.randn(n, 5), torch.randn(n, 7), torch.randn(7)))
+    tol = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+    near = partial(torch.allclose, rtol=tol, atol=tol)
+    want = F.linear(x.double(), w.double(), b.double())
+    for inputs in (x, x.t().contiguous().t()): assert near(spmm(crow, col, w[mask], inputs, b).double(), want)
+    assert near(spmm(crow, col, w[mask], x, b, g, relu=True).double(), (want+g.double()).relu())
+    assert torch.allclose(sddmm(crow, col, g, x).double(), (g.double().t()@x.double())[mask], rtol=tol, atol=100*tol)
 
 def test_a_score_that_reads_gradients_only_sees_no_weights():
     layer = SparseLinear.from_masked(masked(nn.Linear(6, 5)))
@@ -163,10 +81,13 @@ def test_bad_index(bad):
 # ------------------------------------------------------------ one layer
 CONVS = dict(pointwise=dict(kernel_size=1), strided=dict(kernel_size=1, stride=2), padded=dict(kernel_size=1, padding=1), three=dict(kernel_size=3, padding=1), stride=dict(kernel_size=3, stride=2, padding=1),
              dilated=dict(kernel_size=3, dilation=2), same=dict(kernel_size=(2,3), padding='same'), uneven=dict(kernel_size=(3,1), stride=(1,2), padding=(0,2)), five=dict(kernel_size=5, stride=3, padding=2),
-             reflect=dict(kernel_size=3, padding=1, padding_mode='reflect'), circular=dict(kernel_size=3, padding=(2,1), padding_mode='circular'), nobias=dict(kernel_size=3, bias=False))
+             reflect=dict(kernel_size=3, padding=1, padding_mode='reflect'), circular=dict(kernel_size=3, padding=(2,1), padding_mode='circular'), nobias=dict(kernel_size=3, bias=False),
+             groups=dict(kernel_size=3, padding=1, groups=2), depthwise=dict(kernel_size=5, stride=2, padding=1, groups=4, out_channels=8), far=dict(kernel_size=3, padding=4, dilation=4, stride=(3,2)))
 LAYERS = {'linear': (lambda dt: nn.Linear(9, 13, dtype=dt), (6,9)), 'linear without bias': (lambda dt: nn.Linear(9, 13, bias=False, dtype=dt), (6,9)), 'tokens': (lambda dt: nn.Linear(9, 13, dtype=dt), (2,3,9)),
           'one': (lambda dt: nn.Linear(9, 13, dtype=dt), (9,)), 'single': (lambda dt: nn.Linear(9, 13, dtype=dt), (1,9)), 'many': (lambda dt: nn.Linear(9, 13, dtype=dt), (300,9)), 'none': (lambda dt: nn.Linear(9, 13, dtype=dt), (0,9)),
-          **{f'conv {n}': (lambda dt, kw=kw: nn.Conv2d(4, 6, dtype=dt, **kw), (2,4,9,11)) for n,kw in CONVS.items()}, 'conv without batch': (lambda dt: nn.Conv2d(4, 6, 3, dtype=dt), (4,9,11)), 'conv no images': (lambda dt: nn.Conv2d(4, 6, 3, dtype=dt), (0,4,9,11)),
+          **{f'conv {n}': (lambda dt, kw=kw: nn.Conv2d(4, dtype=dt, **{'out_channels': 6, **kw}), (2,4,9,11)) for n,kw in CONVS.items()}, 'conv1d': (lambda dt: nn.Conv1d(4, 6, 3, padding=2, dtype=dt), (2,4,30)), 'conv1d strided': (lambda dt: nn.Conv1d(4, 6, 5, stride=2, padding=1, dilation=2, groups=2, dtype=dt), (3,4,31)),
+          'conv1d reflect': (lambda dt: nn.Conv1d(4, 6, 3, padding=1, padding_mode='reflect', dtype=dt), (2,4,8)), 'conv1d without batch': (lambda dt: nn.Conv1d(4, 6, 3, padding=1, dtype=dt), (4,8)),
+          'conv without batch': (lambda dt: nn.Conv2d(4, 6, 3, dtype=dt), (4,9,11)), 'conv no images': (lambda dt: nn.Conv2d(4, 6, 3, dtype=dt), (0,4,9,11)),
           'conv large': (lambda dt: nn.Conv2d(4, 6, 3, padding=1, dtype=dt), (1,4,30,200)), 'conv channels last': (lambda dt: nn.Conv2d(4, 6, 3, padding=1, dtype=dt), (2,4,9,11))}
 
 def gradients(layer, x):
@@ -239,13 +160,6 @@ def test_a_single_image_in_channels_last():
     layer,x = masked(nn.Conv2d(4, 6, 3, padding=1)),torch.randn(1, 4, 9, 11).to(memory_format=torch.channels_last)
     for a,b in zip(gradients(twin_of(layer), x), gradients(layer, x)): assert torch.allclose(a, b, atol=1e-4)
 
-def test_column_layout_is_handed_on():
-    "From layer to layer no activation is transposed"
-    net = nn.Sequential(twin_of(masked(nn.Linear(9, 13))), nn.ReLU(), twin_of(masked(nn.Linear(13, 5))))
-    hidden = net[:2](torch.randn(6, 9))
-    assert hidden.t().is_contiguous() and net[2]._run(hidden.t().unsqueeze(0)).is_contiguous()
-    assert twin_of(masked(nn.Linear(9, 13)))(torch.randn(2, 3, 9)).is_contiguous()
-
 # ------------------------------------------------------------ to and fro
 @pytest.mark.parametrize('case', [k for k in LAYERS if k not in ('none', 'many', 'tokens', 'one')])
 def test_round_trip(case):
@@ -285,8 +199,8 @@ sparsify_model(REFUSED['store'][0], .5, keep_dense=True)
 def test_refused(case):
     with pytest.raises(ValueError, match=REFUSED[case][1]): SparseLinear.from_masked(REFUSED[case][0])
 
-def test_groups_refused():
-    with pytest.raises(ValueError, match='2 groups'): SparseConv2d.from_masked(masked(nn.Conv2d(4, 4, 3, groups=2)))
+def test_other_layers_refused():
+    with pytest.raises(ValueError, match='got Conv3d'): SparseConv2d.from_masked(masked(nn.Conv3d(4, 4, 3)))
     with pytest.raises(ValueError, match='got Linear'): SparseConv2d.from_masked(masked(nn.Linear(4, 4)))
 
 @pytest.mark.parametrize('case,size', [('linear', (3,8)), ('conv three', (2,3,9,9)), ('conv three', (2,4,1,1)), ('conv three', (5,))])
@@ -475,7 +389,7 @@ def test_optimizer_goes_along(opt):
     assert same_masks(masks(a), masks(b)) and all(torch.allclose(p, q, rtol=1e-9, atol=1e-9) for p,q in zip(a.parameters(), b.parameters()))
 
 def test_what_stays_masked():
-    model = nn.ModuleDict(dict(attn=nn.MultiheadAttention(8, 2), depth=nn.Conv2d(4, 4, 3, groups=2), a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 20), table=nn.Embedding(20, 8), conv1=nn.Conv1d(4, 4, 3)))
+    model = nn.ModuleDict(dict(attn=nn.MultiheadAttention(8, 2), up=nn.ConvTranspose2d(4, 4, 3), a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 20), table=nn.Embedding(20, 8), conv3=nn.Conv3d(4, 4, 3)))
     model['b'].weight,model['table'].weight = model['a'].weight,nn.Parameter(model['c'].weight.data)
     model['table'].weight = model['c'].weight
     sparsify_model(model, .5)

@@ -23,7 +23,6 @@ from ..masks import Compressed, is_sparseable_module, n_active
 from ..patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from .analysis import live_units
 from ..select import Weight, is_transposed
-from ..storage.kernels import transposed_index
 from ..storage import index_misfit
 from ..utils import uncompiled
 
@@ -51,15 +50,11 @@ def sparse_weights(
 # %% ../../nbs/see/04a_mask_checks.ipynb #0e2576b1
 def _index_error(m):
     "Say what is wrong with the index of a compressed layer; empty if nothing is"
-    for k in ('crow', 'col', 't_crow', 't_col', 't_perm'):
+    for k in ('crow', 'col'):
         t = m._buffers.get(k)
         if t is None: return f'{k} missing'
         if t.device!=m.values.device: return f'{k} is on {t.device} and the values on {m.values.device}'
-    error = index_misfit(m, dict(values=m.values, crow=m.crow, col=m.col))
-    if error: return error
-    transposed = transposed_index(m.crow, m.col, m.shape[1:].numel())
-    same = all(map(torch.equal, transposed, (m.t_crow, m.t_col, m.t_perm)))
-    return '' if same else 'gradients are computed with another index than outputs'
+    return index_misfit(m, dict(values=m.values, crow=m.crow, col=m.col))
 
 def mask_error(
     w:Weight, # A weight with a mask, or that of a compressed layer

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
-from ..storage import SparseConv2d, SparseLinear
+from ..storage import min_sparsity
 from ..patterns import block_pattern, follows
 
 # %% ../../nbs/ship/02a_forms.ipynb #c22830e9
@@ -25,8 +25,10 @@ def sparse_form(
     module:nn.Module, # A masked `nn.Linear`, `nn.Conv2d`, or `Conv1D` of Hugging Face
 )->nn.Module: # `SparseLinear` or `SparseConv2d`
     "Make a compressed layer, whatever the pattern of the mask"
-    kind = SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear
-    return kind.from_masked(module)
+    reasons = {kind: kind._misfit(module) for kind in min_sparsity}
+    fits = [kind for kind,why in reasons.items() if not why]
+    if not fits: raise ValueError(f"module must be one of {', '.join(k.__name__.removeprefix('Sparse') for k in reasons)}, got {module}: leave it masked")
+    return fits[0].from_masked(module)
 
 # %% ../../nbs/ship/02a_forms.ipynb #c24ddea0
 class StoredLinear(nn.Module):

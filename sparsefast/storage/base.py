@@ -1,15 +1,14 @@
-"""What `SparseLinear` and `SparseConv2d` share: the stored weights and their index, the differentiable product, and the state
+"""What compressed layers share: the stored weights and their index, the differentiable product, and the state
 
 A masked layer multiplies by all its zeros. A compressed layer does not have them: it stores its active weights as one long parameter, `values`, and their positions as an index of 32-bit numbers. The output, the input gradient and the
 gradient of the values cost time in proportion to the number of active weights. Gradient and optimizer state shrink with them.
 
 A compressed layer is another *storage* of a masked layer, and nothing else. `from_masked` builds it from a masked layer, `to_masked` gives that layer back, bit for bit, and both train alike.
 
-A subclass says what its inputs are to a matrix product:
+A subclass says how it multiplies:
 
-- `_pieces(x)` gives one image's columns for `spmm`, their number, and the gaps between them;
-- `_pairs(g, x)` gives the pairs for `sddmm`, from output gradients and inputs;
-- `_back(g, size)` turns the gradient of the columns into that of an input of shape `size`;
+- `_multiply(values, bias, x, add, relu)` gives the outputs, with something added and ReLU applied if asked for;
+- `_input_grad(values, g, x)` and `_values_grad(g, x)` give the gradients of inputs and values from those of outputs;
 - `_dense_grad(g, x, rows)` gives some rows of the gradient of the dense weight;
 - `_dense_twin()` makes a masked layer's module, without weights and bias;
 - `_misfit(module)` says why the class does not serve a module, or `''`."""
@@ -26,38 +25,9 @@ from torch.autograd import forward_ad
 from fastcore.basics import patch
 from ..guard import MaskGuard
 from ..masks import Compressed, adopt_memory, check_mask, memory_name
-from .kernels import check_index, index_of, positions, sddmm, spmm, transposed, transposed_index
+from .kernels import check_index, finished, index_of, positions
 
 # %% ../../nbs/storage/01a_base.ipynb #034d9c01
-def _contiguous(x):
-    "Compute `x.contiguous()`, faster where a single matrix lies transposed"
-    if x.dim()!=3 or len(x)!=1 or x.is_contiguous():
-        return x.contiguous()
-    return transposed(x[0].t()).unsqueeze(0)
-
-def _forward(layer, values, bias, x):
-    "Multiply inputs: (images, outputs, columns)"
-    if len(x)==0: return x.new_zeros(0, layer._n_out, 0)
-    matrix = layer._matrix(values)
-    if len(x)==1:                                                  # without a copy
-        columns,n,gaps = layer._pieces(x.squeeze(0))
-        return spmm(*matrix, columns, n, bias, gaps=gaps).unsqueeze(0)
-    out = None
-    for i,image in enumerate(x):
-        columns,n,gaps = layer._pieces(image)
-        if out is None: out = x.new_empty(len(x), layer._n_out, n)
-        spmm(*matrix, columns, n, bias, out=out[i], gaps=gaps)
-    return out
-
-def _input_grad(layer, values, g, x):
-    "Compute the gradient of the inputs"
-    matrix = layer._matrix(values, back=True)
-    grads = [spmm(*matrix, image) for image in g]
-    grads = [layer._back(grad, x.shape[1:]) for grad in grads]
-    if len(grads)==1: return grads[0].view(x.shape)                # without a copy
-    if not grads: return torch.zeros_like(x)
-    return torch.stack(grads).view(x.shape)
-
 def _misuse():
     "Say what is being done that compressed layers are not made for; empty if nothing is"
     if torch._C._are_functorch_transforms_active(): return "go through the transforms of `torch.func`"
@@ -75,25 +45,21 @@ def _check_use(layer, what):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, bias, x, layer):
-        x = _contiguous(x)
         ctx.layer = layer
         ctx.save_for_backward(values, x)
-        return _forward(layer, values, bias, x.detach())
+        return layer._multiply(values, bias, x)
 
     @staticmethod
     def backward(ctx, g):
         layer,(values,x) = ctx.layer,ctx.saved_tensors
         if torch.is_grad_enabled(): _check_use(layer, "be differentiated twice (`create_graph=True`)")
-        g = _contiguous(g)
-        grad_values = grad_bias = grad_x = None
+        g,grads = g.contiguous(),[None]*4
         if ctx.needs_input_grad[0]:
-            grad_values = sddmm(layer.crow, layer.col, layer._pairs(g, x))
-            grad_values = grad_values.to(values.dtype)
+            grads[0] = layer._values_grad(g, x)
             if layer.kept: layer._held.append((g, x))
-        if ctx.needs_input_grad[1]:
-            grad_bias = g[0].sum(1) if len(g)==1 else g.sum((0,2))
-        if ctx.needs_input_grad[2]: grad_x = _input_grad(layer, values, g, x)
-        return grad_values, grad_bias, grad_x, None
+        if ctx.needs_input_grad[1]: grads[1] = g.sum([0, *range(2, g.dim())])
+        if ctx.needs_input_grad[2]: grads[2] = layer._input_grad(values, g, x)
+        return tuple(grads)
 
 # %% ../../nbs/storage/01a_base.ipynb #2451a3ba
 def _mask_of(module):
@@ -145,14 +111,13 @@ class SparseLayer(Compressed):
         self.dense_type = type(module)
         self.kept = False
         self._held = []
-        self._cached = None
+        self._cache = {}
         hooks = module._forward_pre_hooks.values()
         self._enforced = any(isinstance(h, MaskGuard) for h in hooks)
         self.values = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad)
         self.bias = module.bias
         self.register_buffer('weight_sparsity', module._buffers.get('weight_sparsity'))
         for n in ('crow', 'col'): self.register_buffer(n, None)
-        for n in ('t_crow', 't_col', 't_perm'): self.register_buffer(n, None, persistent=False)
         self._set_index(*index_of(mask.reshape(self._matrix_shape)))
         _take_over(module, self)
 
@@ -167,27 +132,22 @@ class SparseLayer(Compressed):
     @property
     def _matrix_shape(self): return self.shape[0], self.shape[1:].numel()
 
-    @property
-    def _n_out(self): return self.shape[int(self.swapped)]
-
     def _size(self, rows=None):
         "The shape of some rows of the weight"
         if rows is None: return self.shape
         return rows.stop-rows.start,*self.shape[1:]
 
     def _set_index(self, crow, col):
-        self.crow,self.col,self._cached = crow,col,None
-        turned = transposed_index(crow, col, self._matrix_shape[1])
-        self.t_crow,self.t_col,self.t_perm = turned
+        self.crow,self.col,self._cache = crow,col,{}
 
-    def _matrix(self, values, back=False):
-        "The matrix that multiplies inputs, or, with `back`, gradients of outputs"
-        index = self._buffers                                      # finding an attribute of a module takes longer
-        if back==self.swapped: return index['crow'], index['col'], values
-        values = values.index_select(0, index['t_perm'])
-        return index['t_crow'], index['t_col'], values
+    def _derived(self, key, make):
+        "What is computed of the index once, until the index changes"
+        col,had = self._buffers['col'],self._cache
+        if had.get('col') is not col or len(had)>16: self._cache = had = dict(col=col)
+        if key not in had: had[key] = make()
+        return had[key]
 
-    def __getstate__(self): return {**self.__dict__, '_held': [], '_cached': None}
+    def __getstate__(self): return {**self.__dict__, '_held': [], '_cache': {}}
 
 # %% ../../nbs/storage/01a_base.ipynb #1ca39106
 @patch
@@ -199,15 +159,15 @@ def _learns(self:SparseLayer, x):
     return self.bias is not None and self.bias.requires_grad
 
 @patch
-def _run(self:SparseLayer, x):
-    "Multiply inputs: (images, outputs, columns), differentiable where a gradient is to be computed"
+def _run(self:SparseLayer, x, add=None, relu=False):
+    "Multiply inputs, differentiable where a gradient is to be computed"
     if torch.is_autocast_enabled(x.device.type):                   # half precision is no faster, and some operations lack it
         x = x.to(self.values.dtype)
-        with torch.autocast(x.device.type, enabled=False): return self._run(x)
-    if not self._learns(x):
-        return _forward(self, self.values, self.bias, x)
+        with torch.autocast(x.device.type, enabled=False): return self._run(x, add, relu)
+    x = x.contiguous()
+    if not self._learns(x): return self._multiply(self.values.detach(), self.bias, x, add, relu)
     if self._held and self._begins(): self._held.clear()           # held for the dense gradient of an earlier step
-    return _Product.apply(self.values, self.bias, x, self)
+    return finished(_Product.apply(self.values, self.bias, x, self), add, relu)
 
 # %% ../../nbs/storage/01a_base.ipynb #4fc7af4e
 @patch

@@ -18,20 +18,20 @@ from ..masks import memory_name
 from ..guard import add_guards, guards
 from ..optim import opt_state, replace_param
 from .base import SparseLayer
-from .conv import SparseConv2d
+from .conv import SparseConv1d, SparseConv2d
 from .linear import SparseLinear
 from ..utils import as_module
 
 # %% ../../nbs/storage/04_convert.ipynb #3b13f276
 # sparsity below which the dense layer is as fast; measured: benchmarks/layers.py
-min_sparsity = {SparseLinear: .8, SparseConv2d: .9}
+min_sparsity = {SparseLinear: .8, SparseConv1d: .8, SparseConv2d: .8}
 
 def _served(m, owners):
     "The class that serves a masked module of a model, or `None`; `owners` counts the modules of each parameter"
     w = m._parameters.get('weight')
     if w is None or owners[w]>1 or 'weight_mask' not in m._buffers: return None
     if memory_name('weight', 'store') in m._buffers: return None
-    for kind in (SparseLinear, SparseConv2d):
+    for kind in min_sparsity:
         if not kind._misfit(m): return kind
 
 def _is_sparse_enough(m, kind, least):

@@ -12,7 +12,6 @@ __all__ = ['CompressedLayer']
 # %% ../../nbs/storage/01b_update.ipynb #f53654c3
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 import torch
 from fastcore.basics import patch
 from ..layer import Layer
@@ -20,7 +19,7 @@ from ..masks import nonzero_flat
 from ..optim import StateView, call_reset, opt_state
 from ..scores import reads
 from .base import SparseLayer
-from .kernels import index_at, sddmm
+from .kernels import index_at
 from ..utils import attribute
 
 # %% ../../nbs/storage/01b_update.ipynb #7cb94824
@@ -72,8 +71,7 @@ def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
 def _active_gradient(layer, whole):
     "The gradient of the values, as the backward passes gave it; `whole` is the dense one, or `None`"
     if whole is not None: return whole.view(-1).index_select(0, layer.positions())
-    pairs = chain.from_iterable(layer._pairs(g, x) for g,x in layer._held)
-    return sddmm(layer.crow, layer.col, pairs).to(layer.values.dtype)
+    return sum(layer._values_grad(g, x) for g,x in layer._held)
 
 def _factor(layer, whole):
     "The factor by which the gradient of the values has been multiplied since the backward pass"
@@ -191,7 +189,7 @@ def saved(self:CompressedLayer, new, opt):
     data,grad,held,buffers,had = self.p.data,self.p.grad,list(m._held),dict(m._buffers),dict(state)
     def put_back():
         m._set_values(data, grad)
-        m._held[:],m._cached = held,None
+        m._held[:] = held
         for now,before in ((m._buffers, buffers), (state, had)): now.clear(), now.update(before)
     return put_back
 
