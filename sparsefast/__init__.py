@@ -28,6 +28,7 @@ Modules:
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.noted`: Which weights had masks when they were made, and checks that they still have them
+- `sparsefast.ops`: The compiled loops, where there are any, and how operations of PyTorch are defined
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written

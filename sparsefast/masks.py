@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
+from .ops import compiled, define
 from .utils import check_fraction, maybe_float
 
 # %% ../nbs/01_masks.ipynb #15a50327
@@ -119,9 +120,6 @@ def sparse_params(
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
 
 # %% ../nbs/01_masks.ipynb #72c2f191
-try: from sparsefast import _kernels
-except ImportError: _kernels = None                                # the installation found no compiler
-
 _ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _same_layout(t, mask):
@@ -133,8 +131,8 @@ def _same_layout(t, mask):
 def _compiled(t, mask):
     "Mask by the compiled kernel; False where it does not serve"
     plain = type(t) in (torch.Tensor, nn.Parameter)                # others may have no memory
-    if _kernels is None or is_compiling() or not plain or not _same_layout(t, mask): return False
-    try: _kernels.zero_masked(t.data_ptr(), mask.data_ptr(), t.numel(), t.element_size())
+    if compiled() is None or is_compiling() or not plain or not _same_layout(t, mask): return False
+    try: compiled().zero_masked(t.data_ptr(), mask.data_ptr(), t.numel(), t.element_size())
     except RuntimeError: return False                              # nor has one of `torch.func`
     increment_version(t)                                           # so that autograd and guards see the write
     return True
@@ -161,12 +159,8 @@ def _fused(tensors, masks):
     torch._foreach_copy_(wide, masks)
     torch._foreach_mul_(bits, wide)
 
-if not hasattr(torch.ops.sparsefast, 'zero_masked_all_'):          # torch registers an operation once in a process
-    _lib = torch.library.Library('sparsefast', 'FRAGMENT')
-    _lib.define('zero_masked_all_(Tensor(a!)[] tensors, Tensor[] masks) -> ()')
-    _lib.impl('zero_masked_all_', _one_by_one, 'CPU')
-    _lib.impl('zero_masked_all_', lambda tensors, masks: None, 'Meta')
-    for device in ('CUDA', 'MPS', 'XPU'): _lib.impl('zero_masked_all_', _fused, device)
+define('zero_masked_all_(Tensor(a!)[] tensors, Tensor[] masks) -> ()', CPU=_one_by_one, Meta=lambda tensors, masks: None,
+       CUDA=_fused, MPS=_fused, XPU=_fused)
 
 @torch.no_grad()
 def zero_masked_all_(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.optimizer import Adam as fastAdam, SGD as fastSGD
 from helpers import PRESETS, backward, batches, learner, masked_are_zero, opt_tensors, plain_loop, snapshot, sparse_mlp
-from sparsefast import masks as M, topk
+from sparsefast import masks as M, ops, topk
 from sparsefast.callback import DynamicSparseTrainingCallback
 from sparsefast.guard import MaskGuard, enforce_masks, guards
 from sparsefast.masks import masked_params, sparse_params, zero_masked_, zero_masked_all_
@@ -34,7 +34,7 @@ def dirty(model): return [n for m,n,p,mask in masked_params(model) if (p[~mask]!
 @pytest.mark.parametrize('how', ['one', 'all', 'fused', 'plain'])
 def test_every_way_of_masking_is_masking(dtype, layout, how, monkeypatch):
     "`fused` is what an accelerator does, and works on a CPU too; `plain` is what is done without a compiled kernel"
-    if how=='plain': monkeypatch.setattr(M, '_kernels', None)
+    if how=='plain': monkeypatch.setattr(ops, '_kernels', None)
     t = (torch.randn(5,4,3,3)*10).to(dtype)
     if dtype.is_floating_point: t.view(-1)[::7],t.view(-1)[1::7],t.view(-1)[2::7] = math.nan,-math.inf,-0.
     mask = torch.rand(5,4,3,3)<.5
@@ -59,7 +59,7 @@ def test_weights_are_masked_without_memory():
     assert torch.equal(torch.func.vmap(lambda r: zero_masked_(r.clone(), mask))(t), want)
     assert torch.equal(torch.func.grad(lambda r: (zero_masked_(r.detach().clone(), mask)*r).sum())(t[0]), want[0])
 
-compiled = pytest.mark.skipif(M._kernels is None, reason='no compiled kernels')
+compiled = pytest.mark.skipif(ops._kernels is None, reason='no compiled kernels')
 
 @compiled
 @pytest.mark.parametrize('n', [0, 1, 7, 31, 64, 1000])
@@ -71,14 +71,14 @@ def test_the_kernel_writes_where_it_is_told_and_nowhere_else(n, size):
         t,mask = torch.randint(1, 100, (n+8,)).to(bits),torch.rand(n)<.3
         want = t.clone()
         want[offset:offset+n] *= mask
-        M._kernels.zero_masked(t[offset:].data_ptr(), mask.data_ptr(), n, size)
+        ops._kernels.zero_masked(t[offset:].data_ptr(), mask.data_ptr(), n, size)
         assert torch.equal(t, want)
 
 @compiled
 @pytest.mark.parametrize('n,size', [(-1, 4), (1, 3), (1, 0)])
 def test_the_kernel_refuses_other_sizes(n, size):
     t = torch.ones(4)
-    with pytest.raises(ValueError, match='size must be 1, 2, 4 or 8'): M._kernels.zero_masked(t.data_ptr(), t.data_ptr(), n, size)
+    with pytest.raises(ValueError, match='size must be 1, 2, 4 or 8'): ops._kernels.zero_masked(t.data_ptr(), t.data_ptr(), n, size)
 
 @compiled
 def test_the_kernel_is_not_given_what_it_cannot_read(monkeypatch):
@@ -669,6 +669,7 @@ def test_fsdp_1_is_refused_by_name_before_anything_is_computed():
 import os, torch, torch.distributed as dist
 dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from sparsefast import ops
 from sparsefast.all import *
 def said(f):
     try: f(); print('nothing')

@@ -62,7 +62,8 @@ print(*sorted({m.split('.')[0] for m in set(sys.modules)-before}-set(sys.stdlib_
     assert done.returncode==0 and set(done.stdout.split())<={'sparsefast','fastai','torch','safetensors'}, done.stdout+done.stderr
 
 MAY_IMPORT = {
-    'masks': '',
+    'masks': 'ops',
+    'ops': '',
     'topk': 'masks',
     'optim': 'masks',
     'patterns': 'masks topk',
@@ -104,7 +105,7 @@ MAY_IMPORT = {
     'see.doctor': 'callback checks copies guard masks methods optim see.mask_checks',
     'see.figures': '',
     'see.flops': 'masks storage',
-    'see.mask_checks': 'checks layer masks patterns see.analysis select storage storage.kernels',
+    'see.mask_checks': 'checks layer masks patterns see.analysis select storage',
     'see.plots': 'see.analysis see.figures storage',
     'see.recorder': 'callback layer masks see.analysis see.flops',
     'ship.chains': '',
@@ -117,10 +118,11 @@ MAY_IMPORT = {
     'ship.shrink': 'masks ship.chains',
     'ship.timing': '',
     'storage.base': 'guard masks storage.kernels',
-    'storage.conv': 'storage.base storage.kernels',
+    'storage.conv': 'storage.base storage.kernels storage.planes',
     'storage.convert': 'guard masks optim storage.base storage.conv storage.linear',
-    'storage.kernels': 'masks',
+    'storage.kernels': 'masks ops',
     'storage.linear': 'storage.base storage.kernels',
+    'storage.planes': 'ops storage.kernels',
     'storage.update': 'layer masks optim scores storage.base storage.kernels',
 }
 def imported(module):
@@ -145,7 +147,7 @@ def test_compressed_layers_are_found_by_all_their_paths():
     assert importlib.import_module('sparsefast.storage.layers') is storage is importlib.import_module('sparsefast.layers')
     from sparsefast.storage.layers import SparseLinear
     assert SparseLinear is importlib.import_module('sparsefast.storage.linear').SparseLinear
-    names = {'min_sparsity','SparseLayer','SparseLinear','index_misfit','SparseConv2d','to_sparse_layers','to_masked_layers','as_masked'}
+    names = {'min_sparsity','SparseLayer','SparseLinear','index_misfit','SparseConv1d','SparseConv2d','to_sparse_layers','to_masked_layers','as_masked'}
     assert set(storage.__all__)==names and all(hasattr(storage, n) for n in names)
 
 def test_old_names_of_the_command_line():

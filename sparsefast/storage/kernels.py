@@ -10,15 +10,15 @@ Elsewhere, and where the installation found no compiler, `embedding_bag` and `to
 
 # %% auto #0
 __all__ = ['cache', 'product', 'sampled', 'index_at', 'index_of', 'positions', 'transposed_index', 'check_index', 'kernel_of',
-           'check_fits', 'run_kernel', 'as_csr', 'finished', 'define', 'spmm', 'sddmm']
+           'check_fits', 'run_kernel', 'as_csr', 'finished', 'spmm', 'sddmm']
 
-# %% ../../nbs/storage/01_kernels.ipynb #c263f445
+# %% ../../nbs/storage/01_kernels.ipynb #1c3c0d4d
 import numpy as np
 import torch, warnings
 from torch.nn import functional as F
 from scipy.sparse import csr_matrix
-from .. import masks
 from ..masks import nonzero_flat
+from ..ops import compiled, define
 
 # %% ../../nbs/storage/01_kernels.ipynb #134c560c
 def index_at(
@@ -90,12 +90,12 @@ def check_index(
     if (positions(crow, col, n_col).diff()<=0).any():
         raise ValueError("col must rise within each row, got columns that repeat or fall")
 
-# %% ../../nbs/storage/01_kernels.ipynb #e4615096
+# %% ../../nbs/storage/01_kernels.ipynb #3ff9df17
 def kernel_of(
     values:torch.Tensor, # Active values
 )->str: # 'compiled' or 'torch'
     "Name what multiplies by these values"
-    serves = masks._kernels is not None and values.is_cpu and values.dtype in (torch.float32, torch.float64)
+    serves = compiled() is not None and values.is_cpu and values.dtype in (torch.float32, torch.float64)
     return 'compiled' if serves else 'torch'
 
 def check_fits(
@@ -108,7 +108,7 @@ def check_fits(
     if t is None or t.dtype==like.dtype and t.device==like.device and t.shape==shape: return
     raise ValueError(f"{name} must be {like.dtype} of shape {tuple(shape)} on {like.device}, got {t.dtype} of shape {tuple(t.shape)} on {t.device}")
 
-# %% ../../nbs/storage/01_kernels.ipynb #fd1f4079
+# %% ../../nbs/storage/01_kernels.ipynb #b2374039
 _no_images = (0,)*20
 cache = 1<<16                                                      # bytes of inputs that a block has; measured: benchmarks/layers.py
 
@@ -137,7 +137,7 @@ def run_kernel(
     if crow.dtype!=torch.int32 or at.dtype!=torch.int32: raise ValueError(f"crow and at must be int32, got {crow.dtype} and {at.dtype}")
     mode = int(relu) if grads is None else 2
     tensors = [_address(t) for t in (values, bias, x, g, add, y, grads)]
-    masks._kernels.product(like.element_size(), torch.get_num_threads(), _address(crow), _address(at), len(at), *tensors, *sizes, mode,
+    compiled().product(like.element_size(), torch.get_num_threads(), _address(crow), _address(at), len(at), *tensors, *sizes, mode,
                            *images, limit, images is _no_images)
 
 # %% ../../nbs/storage/01_kernels.ipynb #37c487dc
@@ -184,21 +184,9 @@ def _spmm(crow, col, values, x, bias, add, relu):
     run_kernel(crow, col, x, sizes, n_in, values.contiguous(), bias, x.contiguous(), None, add, y, relu=relu)
     return y
 
-# %% ../../nbs/storage/01_kernels.ipynb #c5e8d27e
-def define(
-    schema:str, # Name, arguments and results of the operation
-    f, # What it does, on every device
-    meta, # What it gives on the meta device: tensors of the right shape
-)->None:
-    "Define an operation of PyTorch in the namespace `sparsefast`; torch registers one once in a process"
-    name = schema.split('(')[0]
-    if hasattr(torch.ops.sparsefast, name): return
-    masks._lib.define(schema)
-    masks._lib.impl(name, f, 'CompositeExplicitAutograd')
-    masks._lib.impl(name, meta, 'Meta')
-
-define('spmm(Tensor crow, Tensor col, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu) -> Tensor', _spmm,
-       lambda crow, col, values, x, bias, add, relu: x.new_empty(len(x), len(crow)-1))
+# %% ../../nbs/storage/01_kernels.ipynb #c875ff85
+define('spmm(Tensor crow, Tensor col, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu) -> Tensor',
+       CompositeExplicitAutograd=_spmm, Meta=lambda crow, col, values, x, bias, add, relu: x.new_empty(len(x), len(crow)-1))
 
 def spmm(
     crow:torch.Tensor, # Row starts
@@ -215,7 +203,7 @@ def spmm(
 # the earlier name of `spmm`
 product = spmm
 
-# %% ../../nbs/storage/01_kernels.ipynb #fe4f1e30
+# %% ../../nbs/storage/01_kernels.ipynb #ee0f598b
 def _sddmm_torch(crow, col, g, x):
     "By `sampled_addmm` where torch has it, else by a dense product"
     dtype = torch.promote_types(g.dtype, torch.float32)
@@ -232,7 +220,8 @@ def _sddmm(crow, col, g, x):
     run_kernel(crow, col, x, (n_row, n_in, n, cache//256), n_in, x=x.contiguous(), g=g.contiguous(), grads=grads)
     return grads
 
-define('sddmm(Tensor crow, Tensor col, Tensor g, Tensor x) -> Tensor', _sddmm, lambda crow, col, g, x: x.new_empty(len(col)))
+define('sddmm(Tensor crow, Tensor col, Tensor g, Tensor x) -> Tensor',
+       CompositeExplicitAutograd=_sddmm, Meta=lambda crow, col, g, x: x.new_empty(len(col)))
 
 def sddmm(
     crow:torch.Tensor, # Row starts

@@ -14,14 +14,15 @@ The kernel makes the planes and writes outputs where they belong. This room comp
 __all__ = ['Window', 'Images', 'slot', 'forward_images', 'backward_images', 'forward_offsets', 'backward_index', 'convolve',
            'convolve_back', 'convolve_values']
 
-# %% ../../nbs/storage/01c_planes.ipynb #70105202
+# %% ../../nbs/storage/01c_planes.ipynb #8b626cc2
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from .kernels import cache, check_fits, define, run_kernel
+from .kernels import cache, check_fits, run_kernel
+from ..ops import define
 
 _widest = 64                                                       # columns of a tile, float32
 
@@ -204,16 +205,16 @@ def _convolve_values(crow, at, g, x, settings):
 
 def _window(settings): return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
 
-# %% ../../nbs/storage/01c_planes.ipynb #835f40ea
+# %% ../../nbs/storage/01c_planes.ipynb #ac974284
 def _output(crow, x, settings):
     return x.new_empty(len(x), len(crow)-1, *_window(settings).out_size(*x.shape[2:]))
 
 define('convolve(Tensor crow, Tensor at, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu, SymInt[] settings) -> Tensor',
-       _convolve, lambda crow, at, values, x, bias, add, relu, settings: _output(crow, x, settings))
+       CompositeExplicitAutograd=_convolve, Meta=lambda crow, at, values, x, bias, add, relu, settings: _output(crow, x, settings))
 define('convolve_back(Tensor crow, Tensor at, Tensor values, Tensor g, SymInt[] size, SymInt[] settings) -> Tensor',
-       _convolve_back, lambda crow, at, values, g, size, settings: g.new_empty(size))
+       CompositeExplicitAutograd=_convolve_back, Meta=lambda crow, at, values, g, size, settings: g.new_empty(size))
 define('convolve_values(Tensor crow, Tensor at, Tensor g, Tensor x, SymInt[] settings) -> Tensor',
-       _convolve_values, lambda crow, at, g, x, settings: x.new_empty(len(at)))
+       CompositeExplicitAutograd=_convolve_values, Meta=lambda crow, at, g, x, settings: x.new_empty(len(at)))
 
 def convolve(
     crow:torch.Tensor, # Row starts
