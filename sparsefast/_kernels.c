@@ -43,6 +43,7 @@
 #define ALWAYS inline
 #endif
 
+#define GRAIN (1 << 18)                          /* products of two numbers for which another thread pays: some ten microseconds */
 #define POINTER(a) ((void *)(uintptr_t)(a))
 
 /* ---- threads: PyTorch's own pool, where its OpenMP is GNU's or LLVM's and can be found; else one ---- */
@@ -99,15 +100,19 @@ typedef struct { ptrdiff_t column, length, place; } run;
 #define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #include "_products.h"
 
-/* True if rows lie within the values, and offsets rise within rows, from 0 to below `limit`: then nothing is read out of bounds */
+/* True if rows lie within the values, offsets are from 0 to below `limit`, and, where `rises` says so, rise within rows:
+   then nothing is read out of bounds. Plain sums over all offsets, which compilers make vectors of. */
 WIDE static int is_index(const int32_t *crow, const int32_t *at, ptrdiff_t n_row, int64_t nnz, int64_t limit, int rises) {
-    int bad = crow[0] < 0 || crow[n_row] > nnz;
+    uint32_t bad = crow[0] < 0 || crow[n_row] > nnz, falls = 0, may_fall = 0, below = (uint32_t)limit;
     for (ptrdiff_t r = 0; r < n_row; r++) bad |= crow[r] > crow[r + 1];
-    if (bad) return 0;
-    for (ptrdiff_t r = 0; rises && r < n_row; r++)
-        for (ptrdiff_t j = crow[r] + 1; j < crow[r + 1]; j++) bad |= at[j] <= at[j - 1];
-    for (ptrdiff_t j = crow[0]; j < crow[n_row]; j++) bad |= (at[j] < 0) | (at[j] >= limit);
-    return !bad;
+    if (bad || limit < 0 || limit > INT32_MAX) return 0;
+    ptrdiff_t first = crow[0], last = crow[n_row];
+    for (ptrdiff_t j = first; j < last; j++) bad |= (uint32_t)at[j] >= below;
+    if (!rises) return !bad;
+    for (ptrdiff_t j = first + 1; j < last; j++) falls += at[j] <= at[j - 1];
+    for (ptrdiff_t r = 1; r < n_row; r++)                             /* a row may begin below the end of the one before */
+        if (crow[r] > first && crow[r] < crow[r + 1]) may_fall += at[crow[r]] <= at[crow[r] - 1];
+    return !bad && falls == may_fall;
 }
 
 /* product(size, threads, crow, at, nnz, values, bias, x, g, add, y, grads, n_row, n_in, n, block, relu, *images, limit, rises)
@@ -122,7 +127,7 @@ static PyObject *product(PyObject *module, PyObject *args) {
     for (Py_ssize_t i = 0; i < ALL; i++) a[i] = (int64_t)PyLong_AsUnsignedLongLongMask(PyTuple_GetItem(args, i));
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    if (!is_index(POINTER(a[2]), POINTER(a[3]), a[12], a[4], a[ALL - 2], (int)a[ALL - 1])) failed = 2;
+    if (!is_index(POINTER(a[2]), POINTER(a[3]), a[12], a[4], a[ALL - 2], a[ALL - 1] && a[14] > 1)) failed = 2;
     else failed = a[0] == 4 ? run_job_float(a, (int)a[1]) : run_job_double(a, (int)a[1]);
     Py_END_ALLOW_THREADS
     if (failed == 1) return PyErr_NoMemory();
