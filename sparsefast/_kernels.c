@@ -16,24 +16,13 @@
 #include <dlfcn.h>
 #endif
 
-/* GCC on Linux compiles a function once for each of these processors and picks one when the library is loaded.
-   Elsewhere it is compiled for the processor that the compiler takes as its baseline. */
+/* GCC on Linux compiles a loop once for each of these processors and picks one when the library is loaded */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#if __GNUC__ >= 12
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#pragma GCC diagnostic ignored "-Wpsabi"         /* vectors are passed between inlined functions only */
-#define SCALAR __attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize")))    /* gathers are slower */
-#define UNROLL _Pragma("GCC unroll 8")
 #else
 #define WIDE
-#define SCALAR
-#define UNROLL
 #endif
-
-/* Vectors as a type: GCC from 12 on, and clang */
+/* Vectors as a type: GCC from 12 on, and clang. Others compile plain loops. */
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 #define VECTORS
 #define ALWAYS inline __attribute__((always_inline))
@@ -41,6 +30,14 @@
 #define ALWAYS __forceinline
 #else
 #define ALWAYS inline
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define UNROLL _Pragma("GCC unroll 16")
+#define SCALAR __attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize")))    /* gathers are slower */
+#pragma GCC diagnostic ignored "-Wpsabi"         /* vectors are passed between inlined functions only */
+#else
+#define UNROLL
+#define SCALAR
 #endif
 
 #define GRAIN (1 << 18)                          /* products of two numbers for which another thread pays: some ten microseconds */
@@ -82,27 +79,66 @@ typedef struct {
 } images;
 typedef struct { ptrdiff_t column, length, place; } run;
 
-#define JOIN(a, b) a##_##b
-#define NAMED(f, t) JOIN(f, t)
-#define NAME(f) NAMED(f, T)
-#define T float
-#define LANES 16
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+/* ---- the products: for each kind of processor, float and double ---- */
+#define JOIN(a, b, c) a##_##b##_##c
+#define NAMED(f, t, v) JOIN(f, t, v)
+#define NAME(f) NAMED(f, T, VARIANT)
+/* Numbers of two vectors in turn: their first halves, and their second ones */
+#define LOW(a, b) NAMED(low, T, BYTES)(a, b)
+#define HIGH(a, b) NAMED(high, T, BYTES)(a, b)
+#define low_float_64(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define high_float_64(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define low_float_32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define high_float_32(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define low_float_16(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define high_float_16(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define low_double_64 low_float_32
+#define high_double_64 high_float_32
+#define low_double_32 low_float_16
+#define high_double_32 high_float_16
+#define low_double_16(a, b) __builtin_shufflevector(a, b, 0, 2)
+#define high_double_16(a, b) __builtin_shufflevector(a, b, 1, 3)
+
+#if defined(VECTORS) && defined(__x86_64__)
+#define BY_PROCESSOR
+#define BYTES 64
+#define TILE 256
+#define VARIANT avx512
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
 #include "_products.h"
-#undef T
-#undef LANES
-#undef LOW
-#undef HIGH
-#define T double
-#define LANES 8
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#undef BYTES
+#undef VARIANT
+#undef TARGET
+#define BYTES 32
+#define VARIANT avx2
+#define TARGET __attribute__((target("avx2,fma")))
 #include "_products.h"
+#undef BYTES
+#undef TILE
+#undef VARIANT
+#undef TARGET
+#endif
+#define BYTES 16
+#define TILE 128
+#define VARIANT plain
+#define TARGET
+#include "_products.h"
+
+static int (*run_float)(const int64_t *, int) = run_job_float_plain, (*run_double)(const int64_t *, int) = run_job_double_plain;
+static const char *variant = "plain";
+static void find_processor(void) {
+#ifdef BY_PROCESSOR
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return;
+    run_float = run_job_float_avx2, run_double = run_job_double_avx2, variant = "AVX2";
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512bw")) return;
+    run_float = run_job_float_avx512, run_double = run_job_double_avx512, variant = "AVX-512";
+#endif
+}
 
 /* True if rows lie within the values, offsets are from 0 to below `limit`, and, where `rises` says so, rise within rows:
    then nothing is read out of bounds. Plain sums over all offsets, which compilers make vectors of. */
-WIDE static int is_index(const int32_t *crow, const int32_t *at, ptrdiff_t n_row, int64_t nnz, int64_t limit, int rises) {
+static int is_index(const int32_t *crow, const int32_t *at, ptrdiff_t n_row, int64_t nnz, int64_t limit, int rises) {
     uint32_t bad = crow[0] < 0 || crow[n_row] > nnz, falls = 0, may_fall = 0, below = (uint32_t)limit;
     for (ptrdiff_t r = 0; r < n_row; r++) bad |= crow[r] > crow[r + 1];
     if (bad || limit < 0 || limit > INT32_MAX) return 0;
@@ -128,7 +164,7 @@ static PyObject *product(PyObject *module, PyObject *args) {
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     if (!is_index(POINTER(a[2]), POINTER(a[3]), a[12], a[4], a[ALL - 2], a[ALL - 1] && a[14] > 1)) failed = 2;
-    else failed = a[0] == 4 ? run_job_float(a, (int)a[1]) : run_job_double(a, (int)a[1]);
+    else failed = a[0] == 4 ? run_float(a, (int)a[1]) : run_double(a, (int)a[1]);
     Py_END_ALLOW_THREADS
     if (failed == 1) return PyErr_NoMemory();
     if (failed == 2) return PyErr_Format(PyExc_ValueError, "the index must have rows within its values and offsets that rise within each row, below %lld", (long long)a[ALL - 2]);
@@ -173,5 +209,8 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
 PyMODINIT_FUNC PyInit__kernels(void) {
     find_threads();
-    return PyModule_Create(&definition);
+    find_processor();
+    PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddStringConstant(module, "processor", variant)) Py_CLEAR(module);
+    return module;
 }

@@ -1,7 +1,18 @@
-/* The products of `_kernels.c` for one type of number: T is the type, NAME(f) the name of f for it, LANES how many
-   numbers are in 64 bytes. A tile is a matrix with one input or output a row, and up to FULL columns: examples of a
-   linear layer, pixels of a convolution. */
-#define FULL (4 * LANES)
+/* The products of `_kernels.c`, for one kind of processor and one type of number: VARIANT is the processor, BYTES and
+   TARGET its vectors, T the type, NAME(f) the name of f for both. A tile is a matrix with one input or output a row, and up to
+   FULL columns: examples of a linear layer, pixels of a convolution. */
+#ifndef T
+#define T float
+#include "_products.h"
+#undef T
+#define T double
+#include "_products.h"
+#undef T
+#else
+
+#define LANES ((ptrdiff_t)(BYTES / sizeof(T)))
+#define FULL ((ptrdiff_t)(TILE / sizeof(T)))
+#define INSIDE TARGET static ALWAYS
 
 typedef struct {
     const int32_t *crow, *at;              /* rows of the matrix; where what an active weight multiplies begins */
@@ -15,42 +26,41 @@ typedef struct {
 /* ---- y[row] += sum over active weights of value * x[offset * scale], in rows first to last, until offsets reach `bound` ----
    `next` has the place in each row from which it goes on. */
 #ifdef VECTORS
-typedef T NAME(whole) __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-typedef T NAME(half) __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-#define AT(kind, p) (*(NAME(kind) *)(p))
-#define ROWS(f, kind, lanes, n, u) \
-    static ALWAYS void NAME(f)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y) { \
+typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+#define AT(p) (*(NAME(vector) *)(p))
+#define ROWS(n, u) \
+    INSIDE void NAME(rows_##n)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y) { \
         const int32_t *at = k->at, *crow = k->crow; \
         const T *values = k->values; \
-        for (ptrdiff_t r = first; r < last; r++, y += n * lanes) { \
+        for (ptrdiff_t r = first; r < last; r++, y += n * LANES) { \
             ptrdiff_t j = next[r], end = crow[r + 1]; \
             if (r + 4 < last) { __builtin_prefetch(at + next[r + 4]); __builtin_prefetch(values + next[r + 4]); } \
             if (j >= end || at[j] >= bound) continue; \
-            NAME(kind) s[u][n]; \
-            UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(kind, y + i * lanes); \
-            UNROLL for (int m = 1; m < u; m++) UNROLL for (int i = 0; i < n; i++) s[m][i] = (NAME(kind)){0}; \
+            NAME(vector) s[u][n]; \
+            UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(y + i * LANES); \
+            UNROLL for (int m = 1; m < u; m++) UNROLL for (int i = 0; i < n; i++) s[m][i] = (NAME(vector)){0}; \
             for (; j + u <= end && at[j + u - 1] < bound; j += u) \
                 UNROLL for (int m = 0; m < u; m++) UNROLL for (int i = 0; i < n; i++) \
-                    s[m][i] += values[j + m] * AT(kind, x + at[j + m] * scale + i * lanes); \
+                    s[m][i] += values[j + m] * AT(x + at[j + m] * scale + i * LANES); \
             for (; j < end && at[j] < bound; j++) UNROLL for (int i = 0; i < n; i++) \
-                s[0][i] += values[j] * AT(kind, x + at[j] * scale + i * lanes); \
+                s[0][i] += values[j] * AT(x + at[j] * scale + i * LANES); \
             UNROLL for (int m = 1; m < u; m++) UNROLL for (int i = 0; i < n; i++) s[0][i] += s[m][i]; \
-            UNROLL for (int i = 0; i < n; i++) AT(kind, y + i * lanes) = s[0][i]; \
+            UNROLL for (int i = 0; i < n; i++) AT(y + i * LANES) = s[0][i]; \
             next[r] = (int32_t)j; \
         } \
     }
-ROWS(rows_4, whole, LANES, 4, 1)
-ROWS(rows_2, whole, LANES, 2, 2)
-ROWS(rows_1, whole, LANES, 1, 4)
-ROWS(rows_half, half, LANES / 2, 1, 4)
-static ALWAYS void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
-    if (w == FULL) NAME(rows_4)(k, first, last, next, bound, x, scale, y);
-    else if (w == FULL / 2) NAME(rows_2)(k, first, last, next, bound, x, scale, y);
-    else if (w == FULL / 4) NAME(rows_1)(k, first, last, next, bound, x, scale, y);
-    else NAME(rows_half)(k, first, last, next, bound, x, scale, y);
+ROWS(1, 4)
+ROWS(2, 2)
+ROWS(4, 1)
+ROWS(8, 1)
+INSIDE void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
+    if (w == 8 * LANES) NAME(rows_8)(k, first, last, next, bound, x, scale, y);
+    else if (w == 4 * LANES) NAME(rows_4)(k, first, last, next, bound, x, scale, y);
+    else if (w == 2 * LANES) NAME(rows_2)(k, first, last, next, bound, x, scale, y);
+    else NAME(rows_1)(k, first, last, next, bound, x, scale, y);
 }
 #else
-static void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
+INSIDE void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
     for (ptrdiff_t r = first; r < last; r++, y += w)
         for (; next[r] < k->crow[r + 1] && k->at[next[r]] < bound; next[r]++) {
             const T value = k->values[next[r]], *from = x + k->at[next[r]] * scale;
@@ -61,36 +71,35 @@ static void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int3
 
 /* ---- grads[j] += dot product of row r of g and what value j multiplies, in the same order ---- */
 #ifdef VECTORS
-static ALWAYS NAME(half) NAME(folded)(const T *g, const T *x, ptrdiff_t w) {      /* whose sum is the dot product */
-    NAME(whole) s = AT(whole, g) * AT(whole, x);
-    for (ptrdiff_t i = LANES; i < w; i += LANES) s += AT(whole, g + i) * AT(whole, x + i);
-    const T *both = (const T *)&s;
-    return AT(half, both) + AT(half, both + LANES / 2);
+INSIDE NAME(vector) NAME(folded)(const T *g, const T *x, ptrdiff_t w) {           /* whose sum is the dot product */
+    NAME(vector) s = AT(g) * AT(x);
+    for (ptrdiff_t i = LANES; i < w; i += LANES) s += AT(g + i) * AT(x + i);
+    return s;
 }
-/* Some vectors into one that has their sums */
-static ALWAYS NAME(half) NAME(sums)(NAME(half) *v) {
-    UNROLL for (int n = LANES / 4; n; n /= 2) UNROLL for (int i = 0; i < n; i++) v[i] = LOW(v[i], v[i + n]) + HIGH(v[i], v[i + n]);
+/* As many vectors as one has numbers, into one that has their sums */
+INSIDE NAME(vector) NAME(sums)(NAME(vector) *v) {
+    UNROLL for (int n = LANES / 2; n; n /= 2) UNROLL for (int i = 0; i < n; i++) v[i] = LOW(v[i], v[i + n]) + HIGH(v[i], v[i + n]);
     return v[0];
 }
 #endif
-static ALWAYS void NAME(dots)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, const T *g, ptrdiff_t w) {
+INSIDE void NAME(dots)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, const T *g, ptrdiff_t w) {
     const int32_t *at = k->at;
     T *grads = k->grads;
     for (ptrdiff_t r = first; r < last; r++, g += w) {
         ptrdiff_t j = next[r], end = k->crow[r + 1];
 #ifdef VECTORS
-        enum { S = LANES / 2 };
+        enum { S = LANES };
         for (; j + S <= end && at[j + S - 1] < bound; j += S) {
-            NAME(half) v[S];
+            NAME(vector) v[S];
             UNROLL for (int m = 0; m < S; m++) v[m] = NAME(folded)(g, x + at[j + m] * scale, w);
-            AT(half, grads + j) += NAME(sums)(v);
+            AT(grads + j) += NAME(sums)(v);
         }
 #endif
         for (; j < end && at[j] < bound; j++) {
             const T *from = x + at[j] * scale;
             T sum = 0;
 #ifdef VECTORS
-            NAME(half) v = NAME(folded)(g, from, w);
+            NAME(vector) v = NAME(folded)(g, from, w);
             UNROLL for (int m = 0; m < S; m++) sum += v[m];
 #else
             for (ptrdiff_t i = 0; i < w; i++) sum += g[i] * from[i];
@@ -102,19 +111,19 @@ static ALWAYS void NAME(dots)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t las
 }
 
 /* ---- y[j, i] = x[i, j], for a matrix of n_row x n_col ---- */
-static ALWAYS void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t n_col, T *y, ptrdiff_t y_step) {
+INSIDE void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t n_col, T *y, ptrdiff_t y_step) {
     ptrdiff_t i = 0, j;
 #ifdef VECTORS
-    enum { S = LANES / 2 };
+    enum { S = LANES };
     for (; i + S <= n_row; i += S) {
         for (j = 0; j + S <= n_col; j += S) {
-            NAME(half) v[S], u[S];
-            UNROLL for (int m = 0; m < S; m++) v[m] = AT(half, x + (i + m) * x_step + j);
+            NAME(vector) v[S], u[S];
+            UNROLL for (int m = 0; m < S; m++) v[m] = AT(x + (i + m) * x_step + j);
             UNROLL for (int n = 1; n < S; n *= 2) {
                 UNROLL for (int m = 0; m < S / 2; m++) { u[2 * m] = LOW(v[m], v[m + S / 2]); u[2 * m + 1] = HIGH(v[m], v[m + S / 2]); }
                 UNROLL for (int m = 0; m < S; m++) v[m] = u[m];
             }
-            UNROLL for (int m = 0; m < S; m++) AT(half, y + (j + m) * y_step + i) = v[m];
+            UNROLL for (int m = 0; m < S; m++) AT(y + (j + m) * y_step + i) = v[m];
         }
         for (; j < n_col; j++) for (int m = 0; m < S; m++) y[j * y_step + i + m] = x[(i + m) * x_step + j];
     }
@@ -123,7 +132,7 @@ static ALWAYS void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptr
 }
 
 /* ---- images: the padded planes of a channel, one for each phase of the stride, images one below the other ---- */
-static ALWAYS void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n, T *out) {
+INSIDE void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n, T *out) {
     const images *im = &k->im;
     memset(out, 0, (size_t)im->room * sizeof(T));
     for (ptrdiff_t c = 0; c < k->n_in; c++) for (ptrdiff_t i = 0; i < n; i++) {
@@ -140,7 +149,7 @@ static ALWAYS void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n
     }
 }
 /* The runs of output pixels among columns begin to end, of which those before `from` do not count */
-static ALWAYS int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t from, run *out) {
+INSIDE int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t from, run *out) {
     int n = 0;
     for (ptrdiff_t line = (from > begin ? from : begin) / im->pitch; line * im->pitch < end; line++) {
         ptrdiff_t y = line % im->slot, left = line * im->pitch + im->x0, right = line * im->pitch + im->x1;
@@ -157,15 +166,15 @@ static ALWAYS int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin,
 }
 
 /* ---- a share of the work: some tiles, or some rows of all of them ---- */
-static ALWAYS ptrdiff_t NAME(width)(ptrdiff_t left) {                 /* of the tile that comes next: at most a quarter idle, or the narrowest */
+INSIDE ptrdiff_t NAME(width)(ptrdiff_t left) {                 /* of the tile that comes next: at most a quarter idle, or the narrowest */
     ptrdiff_t w = FULL;
-    while (w > FULL / 8 && w / 2 >= left) w /= 2;
-    return w > FULL / 8 && left <= w / 4 * 3 ? w / 2 : w;
+    while (w > LANES && w / 2 >= left) w /= 2;
+    return w > LANES && left <= w / 4 * 3 ? w / 2 : w;
 }
-static ALWAYS void NAME(rectify)(T *y, ptrdiff_t n) { for (ptrdiff_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] : y[i] == y[i] ? 0 : y[i]; }
+INSIDE void NAME(rectify)(T *y, ptrdiff_t n) { for (ptrdiff_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] : y[i] == y[i] ? 0 : y[i]; }
 
 /* A tile of examples: t to t + used, of w columns */
-static ALWAYS void NAME(examples)(const NAME(job) *k, ptrdiff_t t, ptrdiff_t used, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, T *x, T *y) {
+INSIDE void NAME(examples)(const NAME(job) *k, ptrdiff_t t, ptrdiff_t used, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, T *x, T *y) {
     ptrdiff_t block = k->block * FULL / w;
     if (used < w) memset(x, 0, (size_t)(block * w) * sizeof(T));
     if (k->sampled) {
@@ -187,7 +196,7 @@ static ALWAYS void NAME(examples)(const NAME(job) *k, ptrdiff_t t, ptrdiff_t use
     }
 }
 /* A tile of the pixels of some images: columns t to t + w, of which from `from` to `end` count */
-static ALWAYS void NAME(pixels)(const NAME(job) *k, ptrdiff_t image, ptrdiff_t t, ptrdiff_t from, ptrdiff_t end, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, const T *x, T *y) {
+INSIDE void NAME(pixels)(const NAME(job) *k, ptrdiff_t image, ptrdiff_t t, ptrdiff_t from, ptrdiff_t end, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, const T *x, T *y) {
     const images *im = &k->im;
     run all[FULL];
     int n = NAME(runs)(im, image, t, t + w < end ? t + w : end, from, all);
@@ -215,11 +224,11 @@ static ALWAYS void NAME(pixels)(const NAME(job) *k, ptrdiff_t image, ptrdiff_t t
         else for (ptrdiff_t i = 0; i < length; i++) to[i * im->to_right] = sum[i];
     }
 }
-static ALWAYS void NAME(begin)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, ptrdiff_t w, int32_t *next, T *y) {
+INSIDE void NAME(begin)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, ptrdiff_t w, int32_t *next, T *y) {
     memcpy(next + first, k->crow + first, (size_t)(last - first) * sizeof(int32_t));
     if (!k->sampled) for (ptrdiff_t r = first; r < last; r++) for (ptrdiff_t i = 0; i < w; i++) *y++ = k->bias ? k->bias[r] : 0;
 }
-WIDE static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
+TARGET static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
     NAME(job) *k = job;
     const images *im = &k->im;
     ptrdiff_t groups = im->at_once ? (k->n + im->at_once - 1) / im->at_once : (k->n + FULL - 1) / FULL;
@@ -240,7 +249,6 @@ WIDE static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
             else planes = k->x + image * k->n_in * im->plane;          /* they lie there already */
             for (ptrdiff_t w; from < columns; from = t) {
                 w = NAME(width)(columns - t);
-                if (k->sampled && w < LANES) w = LANES;
                 if (!room && t + w > columns) t = columns - w;         /* nothing is read past the end */
                 NAME(begin)(k, first, last, w, next, y);
                 NAME(pixels)(k, image, t, from, columns, w, first, last, next, planes, y);
@@ -250,7 +258,6 @@ WIDE static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
             ptrdiff_t end = (group + 1) * FULL < k->n ? (group + 1) * FULL : k->n;
             for (ptrdiff_t t = group * FULL, w; t < end; t += w) {
                 w = NAME(width)(end - t);
-                if (k->sampled && w < LANES) w = LANES;
                 NAME(begin)(k, first, last, w, next, y);
                 NAME(examples)(k, t, end - t < w ? end - t : w, w, first, last, next, x, y);
             }
@@ -259,7 +266,7 @@ WIDE static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
     free(x); free(y); free(next);
 }
 /* One example: spmv */
-SCALAR static void NAME(vector)(void *job, ptrdiff_t part, ptrdiff_t parts) {
+TARGET SCALAR static void NAME(one)(void *job, ptrdiff_t part, ptrdiff_t parts) {
     const NAME(job) *k = job;
     const T *v = k->values, *x = k->x;
     const int32_t *at = k->at;
@@ -281,8 +288,13 @@ static int NAME(run_job)(const int64_t *a, int threads) {
     int64_t columns = k.im.at_once ? k.n * k.im.slot * k.im.pitch : k.n, enough = 1 + a[4] * (columns > 8 ? columns : 8) / GRAIN;
     if (threads > enough) threads = (int)enough;
     if (k.sampled) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
-    if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(NAME(vector), &k, threads);
+    if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(NAME(one), &k, threads);
     else in_parallel(NAME(share), &k, threads);
     return k.failed;
 }
 #undef FULL
+#undef LANES
+#undef INSIDE
+#undef AT
+#undef ROWS
+#endif
