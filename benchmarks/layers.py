@@ -3,11 +3,9 @@
     python benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
     python benchmarks/layers.py --table                                 # prints the latest rows as tables
 
-Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `ops` (which product for how many
-columns, from which `kernels.few` and `_widths` come), `widths` (how many columns of an image at a time), `parts` and `single` (what of a sparse layer is its product, in a transformer and for a batch of one), `turned` (up to where a batch that lies in rows is turned as a whole, from which `_whole_turned` and
-`_widest_turned` come). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `conv_train` (training steps of ResNet-18 on small images). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, ctypes, importlib, itertools, json, math, os, platform, random, re, statistics, subprocess, sys, time, warnings
+import argparse, copy, ctypes, importlib, itertools, json, os, platform, random, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -16,7 +14,7 @@ from sparsefast.core import *
 from sparsefast.storage import *
 from sparsefast.masks import sparse_params
 from sparsefast.methods import DSTMethod
-from sparsefast.storage.kernels import as_csr, index_of
+from sparsefast import ops
 
 out = Path(__file__).with_suffix('.jsonl')
 
@@ -46,7 +44,7 @@ def interleaved(fs, rounds, least=.004):
 
 def write(part, threads, **row):
     import onnxruntime
-    row = dict(part=part, threads=threads, **row, cpu=cpu(), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
+    row = dict(part=part, threads=threads, **row, cpu=cpu(), kernel=getattr(ops._kernels, 'processor', 'torch'), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
     with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
     print(json.dumps({k: v for k,v in row.items() if k not in ('cpu','torch','onnxruntime','when')}), flush=True)
 
@@ -162,6 +160,31 @@ def other_mlp(h, s, folder):
     import sparselab
     return nn.Sequential(sparselab.SparseLinear(784, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, h, sparsity=s), nn.ReLU(), sparselab.SparseLinear(h, 10, sparsity=s))
 
+def in_turns(runs, x, y, rounds, block):
+    "name -> milliseconds of a step, with an update amortised over 100 steps, and quartiles of the ratio to dense"
+    for r in runs.values(): r(x, y), r(x, y)
+    ts,extra = {k: [] for k in runs}, {}
+    for _ in range(rounds):
+        for k,r in runs.items():
+            r(x, y)                                                  # the other one's data leaves the cache
+            start = time.perf_counter()
+            for _ in range(block): r(x, y)
+            ts[k].append((time.perf_counter()-start)*1e3/block)
+    for k in ('sparse', 'masked'):                                   # a step that looks at gradients and rewires, in place of an ordinary one
+        extra[k] = []
+        for _ in range(block):
+            runs[k].n = 98
+            runs[k](x, y)
+            start = time.perf_counter()
+            runs[k](x, y)
+            extra[k].append((time.perf_counter()-start)*1e3)
+    row = {}
+    for k in runs:
+        u = statistics.median(extra[k]) if k in extra else 0
+        whole = [t if k not in extra else (99*t+u)/100 for t in ts[k]]
+        row[k] = dict(ms=round(statistics.median(whole), 3), update_ms=round(u, 2), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(ts['dense'], whole)])])
+    return row
+
 def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers=('sgd', 'adam'), **kw):
     "Ordinary steps in interleaved rounds; then whole periods of an update and what comes before it, to amortise the update over 100 steps"
     x,y = torch.randn(128, 784),torch.randint(10, (128,))
@@ -174,35 +197,15 @@ def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers
                 if kind=='sparse': to_sparse_layers(model, least=0.)
                 return Run(other_mlp(h, s, other) if kind=='sparselab' else model, opt, kind in ('masked', 'sparse'))
             runs = {k: make(k) for k in ('dense', 'sparse', 'masked', *(['sparselab'] if other else []))}
-            for r in runs.values(): r(x, y), r(x, y)
-            ts,extra = {k: [] for k in runs}, {}
-            for _ in range(rounds):
-                for k,r in runs.items():
-                    r(x, y)                                                  # the other one's data leaves the cache
-                    start = time.perf_counter()
-                    for _ in range(block): r(x, y)
-                    ts[k].append((time.perf_counter()-start)*1e3/block)
-            for k in ('sparse', 'masked'):                                   # a step that looks at gradients and rewires, in place of an ordinary one
-                extra[k] = []
-                for _ in range(block):
-                    runs[k].n = 98
-                    runs[k](x, y)
-                    start = time.perf_counter()
-                    runs[k](x, y)
-                    extra[k].append((time.perf_counter()-start)*1e3)
-            row = {}
-            for k in runs:
-                u = statistics.median(extra[k]) if k in extra else 0
-                whole = [t if k not in extra else (99*t+u)/100 for t in ts[k]]
-                row[k] = dict(ms=round(statistics.median(whole), 3), update_ms=round(u, 2), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(ts['dense'], whole)])])
-            write('train', threads, hidden=h, batch=128, sparsity=s, opt=opt, **row)
+            write('train', threads, hidden=h, batch=128, sparsity=s, opt=opt, **in_turns(runs, x, y, rounds, block))
 
 # ------------------------------------------------------------ memory
 def tensors(model, opt):
-    "Bytes of weights, gradients, optimizer state and what a sparse layer has besides"
-    seen = {}
-    for t in [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *(v for st in opt.state.values() for v in st.values() if torch.is_tensor(v))]: seen[t.data_ptr()] = t.numel()*t.element_size()
-    return sum(seen.values())
+    "Bytes of weights, gradients, optimizer state and what a sparse layer has besides: its index, and what is derived from it"
+    derived = [t for m in model.modules() for v in getattr(m, '_cache', {}).values() for t in (v if isinstance(v, tuple) else (v,))]
+    state = [v for st in opt.state.values() for v in st.values() if torch.is_tensor(v)]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return sum({t.data_ptr(): t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers(), *grads, *state, *derived]}.values())
 
 def risen(f):
     "Bytes that the process grows by at most while `f()` runs"
@@ -237,79 +240,21 @@ def memory(threads, **kw):
         most = {k: v['resident']+max(v['step'], v.get('update', 0)) for k,v in row.items()}
         write('memory', threads, hidden=h, sparsity=s, opt='adam', **row, of_dense={k: round(m/most['dense'], 3) for k,m in most.items()})
 
-# ------------------------------------------------------------ which product
-@torch.no_grad()
-def ops(threads, rounds=7, **kw):
-    def bag(crow, col, v, x, w):
-        if w>=x.shape[1]: return torch.embedding_bag(x, col, crow, False, 0, False, v, True)[0]
-        res = x.new_empty(len(crow)-1, x.shape[1])
-        for o,p in zip(res.split(w, 1), x.split(w, 1)): o.copy_(torch.embedding_bag(p.contiguous(), col, crow, False, 0, False, v, True)[0])
-        return res
-    for o,i in ((1024,1024), (1024,2048), (768,3072), (4096,4096), (1024,8192)):
-        crow,col = index_of(torch.rand(o, i)>.9)
-        v = torch.randn(len(col))
-        m = as_csr(crow, col, v, i)
-        for n in (1, 2, 8, 16, 32, 128):
-            x = torch.randn(i, n)
-            write('ops', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'bag': lambda: bag(crow, col, v, x, 1000), 'csr': lambda: m@x, **{f'bag{w}': lambda w=w: bag(crow, col, v, x, w) for w in (32, 64) if w<n}}, rounds))
-
-# ------------------------------------------------------------ how many columns at a time
-@torch.no_grad()
-def widths(threads, rounds=7, **kw):
-    "Convolutions of one image by pieces of several widths, of which `kernels` takes the best: windows are copied out, 1x1 convolutions need no copy if they are not cut up"
-    from sparsefast.storage import conv as L, kernels as S
-    for i,o,k,side in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (64,256,1,56), (256,64,1,56), (512,128,1,28), (1024,256,1,14)):
-        m,x = nn.Conv2d(i, o, k, padding=k//2, bias=False), torch.randn(1, i, side, side)
-        sparsify_model(m, .95)
-        layer,chosen = SparseConv2d.from_masked(m),(S.width, S._whole)
-        def by(w):
-            def f():
-                S.width = L.width = (lambda n_row, n=None, windows=False, cpu=True: S.rounded(-(-n//-(-n//w))) if n else w) if w else chosen[0]
-                S._whole = 0 if w else chosen[1]
-                layer(x)
-            return f
-        fs = {'chosen': by(None), **{str(w): by(w) for w in (64, 128, 256, 512, 1024)}}
-        write('widths', threads, shape=[o, i, k, k], pixels=side, sparsity=.95, **interleaved(fs, rounds))
-        by(None)()
-
-@torch.no_grad()
-def turned(threads, rounds=15, **kw):
-    "Linear layers on batches that lie in rows: turned as a whole, or by pieces"
-    from sparsefast.storage import kernels as S
-    chosen = S._whole_turned,S._widest_turned
-    for o,i in ((384,384), (1536,384), (3072,768), (1024,1024), (384,1536), (768,3072)):
-        sparsify_model(m := nn.Linear(i, o), .9)
-        layer = SparseLinear.from_masked(m)
-        def by(limits, x):
-            def f():
-                S._whole_turned,S._widest_turned = limits
-                layer(x)
-            return f
-        for n in (32, 64, 128, 197, 256, 394, 512):
-            x = torch.randn(1, n, i)
-            write('turned', threads, shape=[o, i], sparsity=.9, columns=n, **interleaved({'pieces': by((0, 0), x), 'whole': by((math.inf, math.inf), x), 'chosen': by(chosen, x)}, rounds))
-    S._whole_turned,S._widest_turned = chosen
-
-@torch.no_grad()
-def parts(threads, rounds=25, **kw):
-    "The linear layers of a vision transformer of width 384, for one image of 197 tokens: what the sparse product itself takes, of inputs that lie as it wants them"
-    for o,i in ((1152,384), (384,384), (1536,384), (384,1536)):
-        for s in (.9, .95):
-            sparsify_model(m := nn.Linear(i, o), s)
-            layer,x,columns = SparseLinear.from_masked(m),torch.randn(1, 197, i), torch.randn(i, 208)
-            crow,col,v = layer.crow,layer.col,layer.values.detach()
-            write('parts', threads, shape=[o, i], sparsity=s, columns=197, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x),
-                                                                                          'product': lambda: torch.embedding_bag(columns, col, crow, False, 0, False, v, True)[0]}, rounds))
-
-@torch.no_grad()
-def single(threads, rounds=25, **kw):
-    "A batch of one in a layer that the cache holds: what of a sparse layer is torch's product of a sparse matrix and a vector"
-    for o,i in ((1024,1024), (768,3072)):
-        for s in (.9, .95):
-            sparsify_model(m := nn.Linear(i, o), s)
-            layer,x = SparseLinear.from_masked(m),torch.randn(1, i)
-            csr,v = as_csr(layer.crow, layer.col, layer.values.detach(), i),x[0]
-            write('single', threads, shape=[o, i], sparsity=s, batch=1, **interleaved({'dense': lambda: m.forward(x), 'sparse': lambda: layer(x), 'product': lambda: csr.mv(v)}, rounds))
+# ------------------------------------------------------------ training convolutions
+def conv_train(threads, rounds=5, only=None, **kw):
+    "Whole training steps of ResNet-18 on 32x32 images, its first convolution 3x3 without pooling, batch 64; SGD with momentum, an update each 100 steps amortised"
+    import torchvision
+    x,y = torch.randn(64, 3, 32, 32),torch.randint(10, (64,))
+    for s in only or (.9, .95):
+        def make(kind):
+            torch.manual_seed(0)
+            model = torchvision.models.resnet18(num_classes=10)
+            model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False),nn.Identity()
+            if kind!='dense': sparsify_model(model, s, exclude=['conv1', 'fc'])
+            if kind=='sparse': to_sparse_layers(model, least=0.)
+            return Run(model, 'sgd', kind!='dense')
+        runs = {k: make(k) for k in ('dense', 'sparse', 'masked')}
+        write('conv_train', threads, batch=64, pixels=32, sparsity=s, opt='sgd', **in_turns(runs, x, y, rounds, 1))
 
 # ------------------------------------------------------------ tables
 def table():
@@ -328,7 +273,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'ops', 'widths', 'turned', 'parts', 'single'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'conv_train'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')

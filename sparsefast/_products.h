@@ -22,17 +22,24 @@ typedef struct {
     int relu, sampled, failed;              /* sampled: the gradients are wanted */
     images im;
 } NAME(job);
+typedef struct {                            /* what one thread has: some rows, and memory of its own */
+    const NAME(job) *k;
+    ptrdiff_t first, last, w;               /* rows; columns of the tile */
+    int32_t *next;                          /* place in each row from which it goes on */
+    T *x, *y;                               /* inputs; sums, or gradients of outputs, of the tile */
+} NAME(part);
 
-/* ---- y[row] += sum over active weights of value * x[offset * scale], in rows first to last, until offsets reach `bound` ----
-   `next` has the place in each row from which it goes on. */
+/* ---- y[row] += sum over active weights of value * x[offset * scale], until offsets reach `bound` ---- */
 #ifdef VECTORS
 typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 #define AT(p) (*(NAME(vector) *)(p))
 #define ROWS(n, u) \
-    INSIDE void NAME(rows_##n)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y) { \
-        const int32_t *at = k->at, *crow = k->crow; \
-        const T *values = k->values; \
-        for (ptrdiff_t r = first; r < last; r++, y += n * LANES) { \
+    INSIDE void NAME(rows_##n)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) { \
+        const int32_t *at = p->k->at, *crow = p->k->crow; \
+        int32_t *next = p->next; \
+        const T *values = p->k->values; \
+        T *y = p->y; \
+        for (ptrdiff_t r = p->first, last = p->last; r < last; r++, y += n * LANES) { \
             ptrdiff_t j = next[r], end = crow[r + 1]; \
             if (r + 4 < last) { __builtin_prefetch(at + next[r + 4]); __builtin_prefetch(values + next[r + 4]); } \
             if (j >= end || at[j] >= bound) continue; \
@@ -53,18 +60,19 @@ ROWS(1, 4)
 ROWS(2, 2)
 ROWS(4, 1)
 ROWS(8, 1)
-INSIDE void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
-    if (w == 8 * LANES) NAME(rows_8)(k, first, last, next, bound, x, scale, y);
-    else if (w == 4 * LANES) NAME(rows_4)(k, first, last, next, bound, x, scale, y);
-    else if (w == 2 * LANES) NAME(rows_2)(k, first, last, next, bound, x, scale, y);
-    else NAME(rows_1)(k, first, last, next, bound, x, scale, y);
+INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    if (p->w == 8 * LANES) NAME(rows_8)(p, bound, x, scale);
+    else if (p->w == 4 * LANES) NAME(rows_4)(p, bound, x, scale);
+    else if (p->w == 2 * LANES) NAME(rows_2)(p, bound, x, scale);
+    else NAME(rows_1)(p, bound, x, scale);
 }
 #else
-INSIDE void NAME(rows)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, T *y, ptrdiff_t w) {
-    for (ptrdiff_t r = first; r < last; r++, y += w)
-        for (; next[r] < k->crow[r + 1] && k->at[next[r]] < bound; next[r]++) {
-            const T value = k->values[next[r]], *from = x + k->at[next[r]] * scale;
-            for (ptrdiff_t i = 0; i < w; i++) y[i] += value * from[i];
+INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    T *y = p->y;
+    for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w)
+        for (int32_t *j = p->next + r; *j < p->k->crow[r + 1] && p->k->at[*j] < bound; ++*j) {
+            const T value = p->k->values[*j], *from = x + p->k->at[*j] * scale;
+            for (ptrdiff_t i = 0; i < p->w; i++) y[i] += value * from[i];
         }
 }
 #endif
@@ -82,11 +90,13 @@ INSIDE NAME(vector) NAME(sums)(NAME(vector) *v) {
     return v[0];
 }
 #endif
-INSIDE void NAME(dots)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int32_t *next, int32_t bound, const T *x, ptrdiff_t scale, const T *g, ptrdiff_t w) {
-    const int32_t *at = k->at;
-    T *grads = k->grads;
-    for (ptrdiff_t r = first; r < last; r++, g += w) {
-        ptrdiff_t j = next[r], end = k->crow[r + 1];
+INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    const int32_t *at = p->k->at;
+    const T *g = p->y;
+    T *grads = p->k->grads;
+    ptrdiff_t w = p->w;
+    for (ptrdiff_t r = p->first; r < p->last; r++, g += w) {
+        ptrdiff_t j = p->next[r], end = p->k->crow[r + 1];
 #ifdef VECTORS
         enum { S = LANES };
         for (; j + S <= end && at[j + S - 1] < bound; j += S) {
@@ -106,7 +116,7 @@ INSIDE void NAME(dots)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, int3
 #endif
             grads[j] += sum;
         }
-        next[r] = (int32_t)j;
+        p->next[r] = (int32_t)j;
     }
 }
 
@@ -173,96 +183,95 @@ INSIDE ptrdiff_t NAME(width)(ptrdiff_t left) {                 /* of the tile th
 }
 INSIDE void NAME(rectify)(T *y, ptrdiff_t n) { for (ptrdiff_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] : y[i] == y[i] ? 0 : y[i]; }
 
-/* A tile of examples: t to t + used, of w columns */
-INSIDE void NAME(examples)(const NAME(job) *k, ptrdiff_t t, ptrdiff_t used, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, T *x, T *y) {
-    ptrdiff_t block = k->block * FULL / w;
-    if (used < w) memset(x, 0, (size_t)(block * w) * sizeof(T));
-    if (k->sampled) {
-        if (used < w) memset(y, 0, (size_t)((last - first) * w) * sizeof(T));
-        NAME(turn)(k->g + t * k->n_row + first, k->n_row, used, last - first, y, w);
-    }
-    for (ptrdiff_t c = 0; c < k->n_in; c += block) {
-        ptrdiff_t end = c + block < k->n_in ? c + block : k->n_in;
-        NAME(turn)(k->x + t * k->n_in + c, k->n_in, used, end - c, x, w);
-        if (k->sampled) NAME(dots)(k, first, last, next, (int32_t)end, x - c * w, w, y, w);
-        else NAME(rows)(k, first, last, next, (int32_t)end, x - c * w, w, y, w);
+/* Begin a tile: biases, or zeros where the gradients of outputs are to come */
+INSIDE void NAME(begin)(const NAME(part) *p) {
+    T *y = p->y;
+    memcpy(p->next + p->first, p->k->crow + p->first, (size_t)(p->last - p->first) * sizeof(int32_t));
+    for (ptrdiff_t r = p->first; r < p->last; r++)
+        for (ptrdiff_t i = 0; i < p->w; i++) *y++ = p->k->bias && !p->k->sampled ? p->k->bias[r] : 0;
+}
+INSIDE void NAME(block)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    if (p->k->sampled) NAME(dots)(p, bound, x, scale);
+    else NAME(rows)(p, bound, x, scale);
+}
+
+/* A tile of examples, t to t + used */
+INSIDE void NAME(examples)(const NAME(part) *p, ptrdiff_t t, ptrdiff_t used) {
+    const NAME(job) *k = p->k;
+    ptrdiff_t w = p->w, n_in = k->n_in, n_row = k->n_row, block = k->block * FULL / w, rows = p->last - p->first;
+    if (used < w) memset(p->x, 0, (size_t)(block * w) * sizeof(T));
+    if (k->sampled) NAME(turn)(k->g + t * n_row + p->first, n_row, used, rows, p->y, w);
+    for (ptrdiff_t c = 0; c < n_in; c += block) {
+        ptrdiff_t end = c + block < n_in ? c + block : n_in;
+        NAME(turn)(k->x + t * n_in + c, n_in, used, end - c, p->x, w);
+        NAME(block)(p, (int32_t)end, p->x - c * w, w);
     }
     if (k->sampled) return;
-    NAME(turn)(y, w, last - first, used, k->y + t * k->n_row + first, k->n_row);
+    NAME(turn)(p->y, w, rows, used, k->y + t * n_row + p->first, n_row);
     if (k->add || k->relu) for (ptrdiff_t e = t; e < t + used; e++) {
-        T *to = k->y + e * k->n_row + first;
-        if (k->add) for (ptrdiff_t i = 0; i < last - first; i++) to[i] += k->add[e * k->n_row + first + i];
-        if (k->relu) NAME(rectify)(to, last - first);
+        ptrdiff_t place = e * n_row + p->first;
+        if (k->add) for (ptrdiff_t i = place; i < place + rows; i++) k->y[i] += k->add[i];
+        if (k->relu) NAME(rectify)(k->y + place, rows);
     }
 }
 /* A tile of the pixels of some images: columns t to t + w, of which from `from` to `end` count */
-INSIDE void NAME(pixels)(const NAME(job) *k, ptrdiff_t image, ptrdiff_t t, ptrdiff_t from, ptrdiff_t end, ptrdiff_t w, ptrdiff_t first, ptrdiff_t last, int32_t *next, const T *x, T *y) {
+INSIDE void NAME(pixels)(const NAME(part) *p, const T *x, ptrdiff_t image, ptrdiff_t t, ptrdiff_t from, ptrdiff_t end) {
+    const NAME(job) *k = p->k;
     const images *im = &k->im;
-    run all[FULL];
-    int n = NAME(runs)(im, image, t, t + w < end ? t + w : end, from, all);
-    if (k->sampled) {
-        memset(y, 0, (size_t)((last - first) * w) * sizeof(T));
-        for (ptrdiff_t r = first; r < last; r++) for (int m = 0; m < n; m++) {
-            const T *g = k->g + r * im->to_row + all[m].place;
-            T *to = y + (r - first) * w + all[m].column;
-            for (ptrdiff_t i = 0; i < all[m].length; i++) to[i] = g[i];
-        }
-    }
     ptrdiff_t every = k->n_in * im->down * im->right * im->plane;
-    for (ptrdiff_t c = 0; c < every; c += k->block) {
-        int32_t bound = c + k->block < every ? (int32_t)(c + k->block) : INT32_MAX;
-        if (k->sampled) NAME(dots)(k, first, last, next, bound, x + t, 1, y, w);
-        else NAME(rows)(k, first, last, next, bound, x + t, 1, y, w);
+    run all[FULL];
+    int n = NAME(runs)(im, image, t, t + p->w < end ? t + p->w : end, from, all);
+    T *y = p->y;
+    if (k->sampled) for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) for (int m = 0; m < n; m++) {
+        const T *g = k->g + r * im->to_row + all[m].place;
+        for (ptrdiff_t i = 0; i < all[m].length; i++) y[all[m].column + i] = g[i];
     }
-    if (k->sampled) return;
-    for (ptrdiff_t r = first; r < last; r++, y += w) for (int m = 0; m < n; m++) {
-        T *to = k->y + r * im->to_row + all[m].place, *sum = y + all[m].column;
-        ptrdiff_t length = all[m].length;
-        if (k->add) for (ptrdiff_t i = 0; i < length; i++) sum[i] += k->add[to - k->y + i];
+    for (ptrdiff_t c = 0; c < every; c += k->block)
+        NAME(block)(p, c + k->block < every ? (int32_t)(c + k->block) : INT32_MAX, x + t, 1);
+    if (!k->sampled) for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) for (int m = 0; m < n; m++) {
+        ptrdiff_t place = r * im->to_row + all[m].place, length = all[m].length, step = im->to_right;
+        T *sum = y + all[m].column, *to = k->y + place;
+        if (k->add) for (ptrdiff_t i = 0; i < length; i++) sum[i] += k->add[place + i];
         if (k->relu) NAME(rectify)(sum, length);
-        if (im->to_right == 1) for (ptrdiff_t i = 0; i < length; i++) to[i] = sum[i];
-        else for (ptrdiff_t i = 0; i < length; i++) to[i * im->to_right] = sum[i];
+        if (step == 1) for (ptrdiff_t i = 0; i < length; i++) to[i] = sum[i];
+        else for (ptrdiff_t i = 0; i < length; i++) to[i * step] = sum[i];
     }
 }
-INSIDE void NAME(begin)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t last, ptrdiff_t w, int32_t *next, T *y) {
-    memcpy(next + first, k->crow + first, (size_t)(last - first) * sizeof(int32_t));
-    if (!k->sampled) for (ptrdiff_t r = first; r < last; r++) for (ptrdiff_t i = 0; i < w; i++) *y++ = k->bias ? k->bias[r] : 0;
+INSIDE void NAME(group_of_examples)(NAME(part) *p, ptrdiff_t group) {
+    ptrdiff_t end = (group + 1) * FULL < p->k->n ? (group + 1) * FULL : p->k->n;
+    for (ptrdiff_t t = group * FULL; t < end; t += p->w) {
+        p->w = NAME(width)(end - t);
+        NAME(begin)(p);
+        NAME(examples)(p, t, end - t < p->w ? end - t : p->w);
+    }
+}
+INSIDE void NAME(group_of_images)(NAME(part) *p, ptrdiff_t group) {
+    const NAME(job) *k = p->k;
+    const images *im = &k->im;
+    ptrdiff_t image = group * im->at_once, n = k->n - image < im->at_once ? k->n - image : im->at_once;
+    ptrdiff_t t = im->y0 * im->pitch, columns = ((n - 1) * im->slot + im->y1 - 1) * im->pitch + im->x1;
+    const T *x = p->x ? p->x : k->x + image * k->n_in * im->plane;    /* without memory of its own: images lie in planes already */
+    if (p->x) NAME(planes)(k, image, n, p->x);
+    for (ptrdiff_t from = t; from < columns; from = t += p->w) {
+        p->w = NAME(width)(columns - t);
+        if (!p->x && t + p->w > columns) t = columns - p->w;           /* nothing is read past the end */
+        NAME(begin)(p);
+        NAME(pixels)(p, x, image, t, from, columns);
+    }
 }
 TARGET static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
     NAME(job) *k = job;
-    const images *im = &k->im;
-    ptrdiff_t groups = im->at_once ? (k->n + im->at_once - 1) / im->at_once : (k->n + FULL - 1) / FULL;
-    ptrdiff_t first = 0, last = k->n_row, group = part, step = parts;  /* parts are groups of columns if there are enough, else rows */
-    if (k->sampled || groups < parts) {
-        first = k->n_row * part / parts, last = k->n_row * (part + 1) / parts, group = 0, step = 1;
-    }
-    size_t room = im->at_once ? (size_t)im->room : (size_t)(k->block * FULL);
+    ptrdiff_t at_once = k->im.at_once ? k->im.at_once : FULL, groups = (k->n + at_once - 1) / at_once;
+    int by_rows = k->sampled || groups < parts;                        /* else threads share groups of columns */
+    ptrdiff_t first = by_rows ? k->n_row * part / parts : 0, last = by_rows ? k->n_row * (part + 1) / parts : k->n_row;
+    size_t room = k->im.at_once ? (size_t)k->im.room : (size_t)(k->block * FULL);
     T *x = room ? malloc(room * sizeof(T)) : NULL, *y = malloc((size_t)(last - first + 1) * FULL * sizeof(T));
     int32_t *next = malloc((size_t)(k->n_row + 1) * sizeof(int32_t));
+    NAME(part) p = {k, first, last, FULL, next, x, y};
     if ((room && !x) || !y || !next) k->failed = 1;
-    else for (; group < groups; group += step) {
-        if (im->at_once) {
-            ptrdiff_t image = group * im->at_once, n = k->n - image < im->at_once ? k->n - image : im->at_once;
-            ptrdiff_t t = im->y0 * im->pitch, columns = ((n - 1) * im->slot + im->y1 - 1) * im->pitch + im->x1, from = t;
-            const T *planes = x;
-            if (room) NAME(planes)(k, image, n, x);
-            else planes = k->x + image * k->n_in * im->plane;          /* they lie there already */
-            for (ptrdiff_t w; from < columns; from = t) {
-                w = NAME(width)(columns - t);
-                if (!room && t + w > columns) t = columns - w;         /* nothing is read past the end */
-                NAME(begin)(k, first, last, w, next, y);
-                NAME(pixels)(k, image, t, from, columns, w, first, last, next, planes, y);
-                t += w;
-            }
-        } else {
-            ptrdiff_t end = (group + 1) * FULL < k->n ? (group + 1) * FULL : k->n;
-            for (ptrdiff_t t = group * FULL, w; t < end; t += w) {
-                w = NAME(width)(end - t);
-                NAME(begin)(k, first, last, w, next, y);
-                NAME(examples)(k, t, end - t < w ? end - t : w, w, first, last, next, x, y);
-            }
-        }
-    }
+    else for (ptrdiff_t group = by_rows ? 0 : part; group < groups; group += by_rows ? 1 : parts)
+        if (k->im.at_once) NAME(group_of_images)(&p, group);
+        else NAME(group_of_examples)(&p, group);
     free(x); free(y); free(next);
 }
 /* One example: spmv */
