@@ -485,9 +485,11 @@ def test_a_scaler_changes_nothing(preset, fused, by_hand):
 
 def test_beside_the_callback_is_refused():
     learn = learner(cbs=DynamicSparseTrainingCallback(**SET_presets))
-    opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
-    with pytest.raises(ValueError, match='has a callback with one already'): attach('set', learn, opt, 1000)
-    assert attached_to(opt) is None
+    opt,before = torch.optim.SGD(learn.model.parameters(), lr=.1),snapshot(learn.model)
+    with pytest.raises(ValueError, match='has a callback with one already'): attach(method_of('SET'), learn, opt, 1000)
+    assert attached_to(opt) is None and not opt._optimizer_step_pre_hooks and not changed(before, snapshot(learn.model))
+    learn.remove_cb(DynamicSparseTrainingCallback)
+    assert attached_to(opt) is None and attached_to(attach(method_of('SET'), learn, opt, 1000).opt)
 
 # ------------------------------------------------------------ torch.compile of the step
 @pytest.mark.parametrize('preset', ['RigL', 'SET'])
