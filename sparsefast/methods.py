@@ -41,7 +41,9 @@ def _may_update(layers, t):
 @patch
 def _layers(self:DSTMethod, modules, opt, find=sparse_layers):
     "List the layers in the form that the method needs; refuse what would go wrong at any step"
-    layers = find(modules)
+    found = find_layers(modules)
+    if not found: raise_findings(run_checks(Case(modules, found), [check_orphans, check_lost]))
+    layers = found or find(modules)                                # which refuses a model that never had masks
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_momentum, check_storage]))
     return [ExploringLayer.of(l, self.explore_pct) for l in layers] if self.explore_pct else layers
 
