@@ -19,6 +19,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.attach.Attached._closure': ('attach.html#attached._closure', 'sparsefast/attach.py'),
                                    'sparsefast.attach.Attached._hold': ('attach.html#attached._hold', 'sparsefast/attach.py'),
                                    'sparsefast.attach.Attached._load': ('attach.html#attached._load', 'sparsefast/attach.py'),
+                                   'sparsefast.attach.Attached._own_layers': ('attach.html#attached._own_layers', 'sparsefast/attach.py'),
                                    'sparsefast.attach.Attached._prepare': ('attach.html#attached._prepare', 'sparsefast/attach.py'),
                                    'sparsefast.attach.Attached._save': ('attach.html#attached._save', 'sparsefast/attach.py'),
                                    'sparsefast.attach.Attached._time': ('attach.html#attached._time', 'sparsefast/attach.py'),

@@ -1,5 +1,5 @@
 "Loops that own the call of the optimizer's step"
-import copy, io, json, re
+import copy, gc, io, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -461,6 +461,56 @@ def test_attached_and_stepped_by_hand_is_refused():
     backward(model, *batches(1)[0])
     with pytest.raises(ValueError, match='attached'): method_of('SET').step(model, opt, 1, total=40)
     assert attached.step==0 and not changed(before, snapshot(model))
+
+def go(model, opt, n=1):
+    for x,y in batches(n): backward(model, x, y); opt.step()
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_two_optimizers_attached_to_one_model_are_refused(preset):
+    "The one that came first, as soon as it steps, before anything changes; after a `remove` all is well"
+    model = sparse_mlp()
+    first,second = (torch.optim.SGD(model.parameters(), lr=.05, momentum=.9) for _ in range(2))
+    a = attach(method_of(preset), model, first, 40)
+    go(model, first, 3)
+    b,before = attach(method_of(preset), model, second, 40),snapshot(model, first)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=r"`weight` of .*must be rewired by one optimizer.*step 3 of 40.*step 0 of 40.*`remove\(\)`.*modules that it alone trains"): first.step()
+    assert not changed(before, snapshot(model, first)) and a.step==3
+    go(model, second, 20)                                                                # a second phase of a training needs no `remove`
+    assert b.step==20 and masked_are_zero(model)
+    b.remove()
+    go(model, first)
+    assert a.step==4
+
+def test_two_optimizers_with_parts_of_one_model():
+    "Each attached to its part: as two trainings. Each attached to the whole: refused"
+    def parts(model): return model[:2],model[2:]
+    def opts(model): return [torch.optim.SGD(part.parameters(), lr=.05, momentum=.9) for part in parts(model)]
+    model = sparse_mlp()
+    n,first,both = nnz(model),masks(model),opts(model)
+    all_of_them = [attach(method_of('RigL'), part, opt, 40) for part,opt in zip(parts(model), both)]
+    for x,y in batches(30):
+        backward(model, x, y)
+        for opt in both: opt.step()
+        assert masked_are_zero(model)
+    assert nnz(model)==n and not any(torch.equal(a, b) for a,b in zip(first, masks(model))) and [a.step for a in all_of_them]==[30, 30]
+    model = sparse_mlp()
+    both = opts(model)
+    with pytest.warns(UserWarning, match='does not know'): kept = [attach(method_of('RigL'), model, opt, 40) for opt in both]
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match='must be rewired by one optimizer'): both[0].step()
+
+def test_an_attached_optimizer_that_is_gone_or_has_another_model_is_in_nobodys_way():
+    model = sparse_mlp()
+    opt,other = (torch.optim.SGD(model.parameters(), lr=.05) for _ in range(2))
+    a = attach(method_of('SET'), model, opt, 40)
+    attach(method_of('SET'), model, other, 40)
+    twin = copy.deepcopy(model)
+    b = attach(method_of('SET'), twin, third := torch.optim.SGD(twin.parameters(), lr=.05), 40)
+    del other
+    gc.collect()
+    go(model, opt); go(twin, third); go(model, opt)
+    assert (a.step, b.step)==(2, 1)
 
 # ------------------------------------------------------------ a scaler and a fused optimizer
 @pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
