@@ -19,7 +19,7 @@ from .checks import (Case, check_lost, check_momentum, check_orphans, check_star
                                raise_findings, run_checks, step_checks, update_checks)
 from .exploration import ExploringLayer
 from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gradients
-from .guard import vouch
+from .guard import look_at_copies, vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
 from .method import DSTMethod
 from .optim import attached_to, momentum
@@ -141,6 +141,7 @@ def _before(self:DSTMethod, modules, layers, opt, t):
     if t.step>1: raise_findings(found)                             # at the first step all has been checked
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
+    if self.due(t) or t.is_last: look_at_copies(modules)
     self._look_ahead(layers, t)
     live = [l for l in layers if l.has_gradient]
     sum_gradients(self, live, t)
