@@ -88,9 +88,7 @@ def check(self:DSTMethod,
     total:int=None, # Optimizer steps in this training, if known
 )->None:
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
-    case = Case(modules, [], opt, self, total)
-    raise_findings(run_checks(case, [check_orphans, check_lost]))
-    raise_findings(run_checks(case._replace(layers=self._layers(modules, opt))))
+    raise_findings(run_checks(Case(modules, self._layers(modules, opt), opt, self, total)))
 
 @patch
 @torch.no_grad()
