@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.optim.refusal': ('optim.html#refusal', 'sparsefast/optim.py'),
                                   'sparsefast.optim.replace_param': ('optim.html#replace_param', 'sparsefast/optim.py'),
                                   'sparsefast.optim.reset_state': ('optim.html#reset_state', 'sparsefast/optim.py'),
+                                  'sparsefast.optim.scaled_step': ('optim.html#scaled_step', 'sparsefast/optim.py'),
                                   'sparsefast.optim.slow_weights': ('optim.html#slow_weights', 'sparsefast/optim.py'),
                                   'sparsefast.optim.state_tensors': ('optim.html#state_tensors', 'sparsefast/optim.py'),
                                   'sparsefast.optim.unscale': ('optim.html#unscale', 'sparsefast/optim.py')},

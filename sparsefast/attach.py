@@ -74,9 +74,10 @@ class Attached:
     def _begin(self):
         "Do what comes before the step, once its gradients are there"
         layers = self._own_layers()
-        if not unscale(self.opt): return                           # a gradient overflowed, and there will be no step
+        if not unscale(self.opt): return self._hold()              # a gradient overflowed, so there is no step; torch's fused SGD would spoil its state
         if self._loaded: self.method.enforce(self.modules, self.opt)
         self.step,self._loaded = self.step+1,False
+        self.method._begin(self.modules, layers, self.opt, self._time())
         self._goes_on = self.method._before(self.modules, layers, self.opt, self._time())
         if not self._goes_on: self._hold()
 

@@ -22,7 +22,7 @@ from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gr
 from .guard import look_at_copies, vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
 from .method import DSTMethod
-from .optim import attached_to, momentum
+from .optim import attached_to, momentum, scaled_step
 from .plan import target_counts
 from .rewire import rewire
 from .training_time import Time
@@ -123,8 +123,9 @@ def _check_end(self:DSTMethod, layers, opt, t):
                       "use a shorter batches_per_update", stacklevel=4)
 
 @patch
-def _begin(self:DSTMethod, modules, layers, opt):
+def _begin(self:DSTMethod, modules, layers, opt, t):
     "Check and clean up before the first step"
+    if t.step>1: return
     self.check(modules, opt)
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_start]))
     self.enforce(modules, opt)                                     # a dense checkpoint knows weights that are gone now
@@ -134,7 +135,6 @@ def _begin(self:DSTMethod, modules, layers, opt):
 @torch.no_grad()
 def _before(self:DSTMethod, modules, layers, opt, t):
     "Prepare the gradients, or update in the step's place; True if the optimizer should step"
-    if t.step==1: self._begin(modules, layers, opt)
     found = list(run_checks(Case(modules, layers, opt, self), update_checks if self.due(t) else step_checks))
     if t.step>1: raise_findings(found)                             # at the first step all has been checked
     for l in layers:
@@ -173,8 +173,9 @@ def before_step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step
     "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
-    t = Time.of(step, pct, total)
-    return self._before(modules, self._layers(modules, opt), opt, t)
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
+    self._begin(modules, layers, opt, t)
+    return self._before(modules, layers, opt, t)
 
 @patch
 def after_step(self:DSTMethod,
@@ -191,14 +192,19 @@ def after_step(self:DSTMethod,
 @patch
 def step(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer; with a gradient scaler, which leaves steps out, use `attach`
+    opt, # Its optimizer
     step:int, # Optimizer step, from 1
     pct:float=None, # Share of training done before it, `(step-1)/total`, in place of `total`
     total:int=None, # Optimizer steps in the whole training
-)->None:
+    scaler=None, # A gradient scaler, if there is one: then the call stands in `scaler.step(opt)`'s place
+)->bool: # False if the scaler has left the step out, which then is not one to count
     "Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place"
     if attached_to(opt): raise ValueError(f"{attached_to(opt)} is attached, and acts by itself: call `opt.step()`")
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
-    if self._before(modules, layers, opt, t):
-        opt.step()
-        self._after(modules, layers, opt, t)
+    self._begin(modules, layers, opt, t)
+    def act(take):
+        if self._before(modules, layers, opt, t):
+            take()
+            self._after(modules, layers, opt, t)
+        return True
+    return act(opt.step) if scaler is None else scaled_step(scaler, opt, act)

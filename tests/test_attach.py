@@ -533,6 +533,57 @@ def test_a_scaler_changes_nothing(preset, fused, by_hand):
         assert not changed(snapshot(model, opt), snapshot(twin, other))
     assert attached.step==38 and scaler.get_scale()!=2.**12
 
+@pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['', 'unscaled by hand'])
+def test_a_step_that_knows_its_scaler(preset, fused, by_hand):
+    "The run of the plain loop, bit for bit, and of `attach`; a step that overflows changes nothing but the scale, also the first and one with an update"
+    model,twin,third = (model_of(preset) for _ in range(3))
+    opt,other,last = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9, fused=fused) for m in (model, twin, third))
+    make = partial(torch.amp.GradScaler, 'cpu', init_scale=2.**12, growth_interval=7)
+    scaler,beside,m,step = make(),make(),any_method(preset),1
+    attached,sched = attach(any_method(preset), third, last, 40),torch.optim.lr_scheduler.ConstantLR(opt, 1.)
+    over = (0, 8, 9, 20)                                                                  # where each eighth step is an update, two of these are the eighth
+    for i,(x,y) in enumerate(batches(40)):
+        for net,o,s in ((model, opt, scaler), (third, last, beside)):
+            o.zero_grad()
+            s.scale(F.cross_entropy(net(x), y)*(float('inf') if i in over else 1.)).backward()
+            if by_hand: s.unscale_(o)
+        before,scale = snapshot(model, opt),scaler.get_scale()
+        taken = m.step(model, opt, step, total=40, scaler=scaler)
+        scaler.update()
+        beside.step(last)
+        beside.update()
+        assert taken is (i not in over)
+        if not taken:
+            assert not changed(before, snapshot(model, opt)) and scaler.get_scale()==scale/2
+            continue
+        backward(twin, x, y)
+        assert m.step(twin, other, step, total=40) is True
+        assert not changed(snapshot(model, opt), snapshot(twin, other)) and not changed(snapshot(model), snapshot(third))        # torch's fused SGD by itself leaves its momentum uninitialized when its first step overflows
+        sched.step()
+        step += 1
+    assert step==37 and attached.step==36 and all(p.isfinite().all() for p in model.parameters())
+
+@pytest.mark.parametrize('scheduled', [False, True])
+def test_a_step_with_a_scaler_leaves_the_optimizer_as_it_was(scheduled):
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None): raise RuntimeError('out of memory')
+    model,scaler = sparse_mlp(),torch.amp.GradScaler('cpu', init_scale=8.)
+    opt = Broken(model.parameters(), lr=.1)
+    if scheduled: torch.optim.lr_scheduler.ConstantLR(opt)
+    was = dict(vars(opt))
+    scaler.scale(F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1])).backward()
+    with pytest.raises(RuntimeError, match='out of memory'): method_of('SET').step(model, opt, 1, total=40, scaler=scaler)
+    assert ('step' in vars(opt))==scheduled and vars(opt).get('step') is was.get('step')
+    off,opt = torch.amp.GradScaler('cpu', enabled=False),torch.optim.SGD(model.parameters(), lr=.1)
+    assert method_of('SET').step(model, opt, 1, total=40, scaler=off) and masked_are_zero(model) and 'step' not in vars(opt)
+
+def test_a_scaler_that_leaves_out_the_first_step_checks_before_it():
+    model,scaler = sparse_mlp(),torch.amp.GradScaler('cpu')
+    scaler.scale(F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1])*float('inf')).backward()
+    with pytest.raises(ValueError, match='one history for all weights'): method_of('SET').step(model, torch.optim.LBFGS(model.parameters()), 1, total=40, scaler=scaler)
+
 def test_beside_the_callback_is_refused():
     learn = learner(cbs=DynamicSparseTrainingCallback(**SET_presets))
     opt,before = torch.optim.SGD(learn.model.parameters(), lr=.1),snapshot(learn.model)
