@@ -15,6 +15,7 @@ __all__ = ['Attached', 'attach']
 
 # %% ../nbs/05b_attach.ipynb #4012cea4
 import sys
+from weakref import WeakValueDictionary
 import torch
 from torch import nn
 from .optim import attached_to, inner_opt, opt_params, unscale
@@ -36,6 +37,7 @@ def _wrapped(args, kwargs, wrap):
     if len(args)>1 and callable(args[1]): return (args[0], wrap(args[1]), *args[2:]),kwargs
 
 _count = 'sparsefast_step'                                         # in the first group, where every kind of checkpoint keeps it
+_at_work = WeakValueDictionary()                                   # id of a sparse weight -> the `Attached` that came to it last
 
 class Attached:
     "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
@@ -50,6 +52,7 @@ class Attached:
         self._goes_on,self._held,self._loaded = None,[],False
         self._hooks = [opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after),
                        opt.register_state_dict_post_hook(self._save), opt.register_load_state_dict_pre_hook(self._load)]
+        for l in method._layers(modules, opt): _at_work[id(l.p)] = self
 
     def _time(self): return Time.of(self.step, total=self.total)
 
@@ -70,11 +73,23 @@ class Attached:
 
     def _begin(self):
         "Do what comes before the step, once its gradients are there"
-        if not unscale(self.opt): return                           # a gradient overflowed, and there will be no step
+        layers = self._own_layers()
+        if not unscale(self.opt): return self._hold()              # a gradient overflowed, so there is no step; torch's fused SGD would spoil its state
         if self._loaded: self.method.enforce(self.modules, self.opt)
         self.step,self._loaded = self.step+1,False
-        self._goes_on = self.method.before_step(self.modules, self.opt, self._time())
+        self.method._begin(self.modules, layers, self.opt, self._time())
+        self._goes_on = self.method._before(self.modules, layers, self.opt, self._time())
         if not self._goes_on: self._hold()
+
+    def _own_layers(self):
+        "List the sparse weights; refuse those to which another has been attached since"
+        layers = self.method._layers(self.modules, self.opt)
+        for l in layers:
+            other = _at_work.setdefault(id(l.p), self)
+            if other is not self:
+                raise ValueError(f"`{l.name}` of {l.module} must be rewired by one optimizer, and {self} and {other} are "
+                                 "attached: call `remove()` of one, or attach each to modules that it alone trains")
+        return layers
 
     def _hold(self):
         "Take the gradients away, as the update takes the step's place: an optimizer skips what has none"
@@ -107,6 +122,7 @@ class Attached:
     def remove(self):
         "End the method's work; the masks stay"
         for h in self._hooks: h.remove()
+        for k in [k for k,v in _at_work.items() if v is self]: del _at_work[k]
 
     def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
 

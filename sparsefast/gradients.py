@@ -41,7 +41,7 @@ def set_aside(
 )->None:
     "Copy the gradients of all weights"
     for l in layers:
-        for g,_ in l.pairs(gradient=True): l.remember('dense', g.clone())
+        for g,_ in l.pairs(gradient=True): l.remember('dense', g.clone(), saved=False)
 
 def put_back(
     layers, # `Layer` each

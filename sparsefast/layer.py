@@ -56,9 +56,10 @@ class Layer:
 def remember(self:Layer,
     what:str, # Its name
     t:torch.Tensor, # What to remember
+    saved:bool=True, # False to leave it out of the model's state
 )->None:
     "Save something beside the parameter"
-    self.module.register_buffer(memory_name(self.name, what), t)
+    self.module.register_buffer(memory_name(self.name, what), t, persistent=saved)
 
 @patch
 def recall(self:Layer,

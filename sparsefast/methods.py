@@ -19,10 +19,10 @@ from .checks import (Case, check_lost, check_momentum, check_orphans, check_star
                                raise_findings, run_checks, step_checks, update_checks)
 from .exploration import ExploringLayer
 from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gradients
-from .guard import vouch
+from .guard import look_at_copies, vouch
 from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
 from .method import DSTMethod
-from .optim import attached_to, momentum
+from .optim import attached_to, momentum, scaled_step
 from .plan import target_counts
 from .rewire import rewire
 from .training_time import Time
@@ -41,7 +41,9 @@ def _may_update(layers, t):
 @patch
 def _layers(self:DSTMethod, modules, opt, find=sparse_layers):
     "List the layers in the form that the method needs; refuse what would go wrong at any step"
-    layers = find(modules)
+    found = find_layers(modules)
+    if not found: raise_findings(run_checks(Case(modules, found), [check_orphans, check_lost]))
+    layers = found or find(modules)                                # which refuses a model that never had masks
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_momentum, check_storage]))
     return [ExploringLayer.of(l, self.explore_pct) for l in layers] if self.explore_pct else layers
 
@@ -86,9 +88,7 @@ def check(self:DSTMethod,
     total:int=None, # Optimizer steps in this training, if known
 )->None:
     "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
-    case = Case(modules, [], opt, self, total)
-    raise_findings(run_checks(case, [check_orphans, check_lost]))
-    raise_findings(run_checks(case._replace(layers=self._layers(modules, opt))))
+    raise_findings(run_checks(Case(modules, self._layers(modules, opt), opt, self, total)))
 
 @patch
 @torch.no_grad()
@@ -123,8 +123,9 @@ def _check_end(self:DSTMethod, layers, opt, t):
                       "use a shorter batches_per_update", stacklevel=4)
 
 @patch
-def _begin(self:DSTMethod, modules, layers, opt):
+def _begin(self:DSTMethod, modules, layers, opt, t):
     "Check and clean up before the first step"
+    if t.step>1: return
     self.check(modules, opt)
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_start]))
     self.enforce(modules, opt)                                     # a dense checkpoint knows weights that are gone now
@@ -134,11 +135,11 @@ def _begin(self:DSTMethod, modules, layers, opt):
 @torch.no_grad()
 def _before(self:DSTMethod, modules, layers, opt, t):
     "Prepare the gradients, or update in the step's place; True if the optimizer should step"
-    if t.step==1: self._begin(modules, layers, opt)
     found = list(run_checks(Case(modules, layers, opt, self), update_checks if self.due(t) else step_checks))
     if t.step>1: raise_findings(found)                             # at the first step all has been checked
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
+    if self.due(t) or t.is_last: look_at_copies(modules)
     self._look_ahead(layers, t)
     live = [l for l in layers if l.has_gradient]
     sum_gradients(self, live, t)
@@ -172,8 +173,9 @@ def before_step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step
     "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
-    t = Time.of(step, pct, total)
-    return self._before(modules, self._layers(modules, opt), opt, t)
+    t,layers = Time.of(step, pct, total),self._layers(modules, opt)
+    self._begin(modules, layers, opt, t)
+    return self._before(modules, layers, opt, t)
 
 @patch
 def after_step(self:DSTMethod,
@@ -190,14 +192,19 @@ def after_step(self:DSTMethod,
 @patch
 def step(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules
-    opt, # Its optimizer; with a gradient scaler, which leaves steps out, use `attach`
+    opt, # Its optimizer
     step:int, # Optimizer step, from 1
     pct:float=None, # Share of training done before it, `(step-1)/total`, in place of `total`
     total:int=None, # Optimizer steps in the whole training
-)->None:
+    scaler=None, # A gradient scaler, if there is one: then the call stands in `scaler.step(opt)`'s place
+)->bool: # False if the scaler has left the step out, which then is not one to count
     "Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place"
     if attached_to(opt): raise ValueError(f"{attached_to(opt)} is attached, and acts by itself: call `opt.step()`")
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
-    if self._before(modules, layers, opt, t):
-        opt.step()
-        self._after(modules, layers, opt, t)
+    self._begin(modules, layers, opt, t)
+    def act(take):
+        if self._before(modules, layers, opt, t):
+            take()
+            self._after(modules, layers, opt, t)
+        return True
+    return act(opt.step) if scaler is None else scaled_step(scaler, opt, act)

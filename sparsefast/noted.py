@@ -15,6 +15,7 @@ from itertools import chain
 from torch import nn
 from .findings import Case, Finding
 from .masks import Compressed
+from .ranks import is_sharded
 from .utils import as_modules, uncompiled
 
 # %% ../nbs/01f_noted.ipynb #08c43e6a
@@ -73,7 +74,7 @@ def check_orphans(
     "Find masks whose parameter is gone: a parametrization, a weight norm or torch's pruning takes its name away"
     for path,m in parts(case):
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
-            if f'{n}_sparsity' in m._buffers and m._parameters.get(n) is None:
+            if f'{n}_sparsity' in m._buffers and m._parameters.get(n) is None and not is_sharded(m):
                 what = (f'its module has a mask for `{n}`, which is no plain parameter any more '
                         '(parametrized, weight-normed or pruned since)')
                 todo = 'undo that, or call `unsparsify_model` before doing it'

@@ -8,7 +8,7 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 
 # %% auto #0
 __all__ = ['inner_opt', 'attached_to', 'param_lists', 'opt_params', 'opt_state', 'slow_weights', 'state_tensors',
-           'keeps_momentum', 'momentum', 'unscale', 'reset_state', 'call_reset', 'refusal', 'StateView',
+           'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'reset_state', 'call_reset', 'refusal', 'StateView',
            'replace_param']
 
 # %% ../nbs/01d_optim.ipynb #483eb92c
@@ -111,6 +111,22 @@ def unscale(
     torch._foreach_div_(grads, scale)
     opt.grad_scale = None
     return True
+
+def scaled_step(
+    scaler, # A gradient scaler
+    opt, # A torch optimizer
+    f, # Called with the optimizer's own step, in whose place it stands
+)->bool: # False if a gradient has overflowed, so that there is no step
+    "Have a scaler step, if it does at all, by a function"
+    step,own,taken = opt.step,'step' in vars(opt),[]               # schedulers put a step of theirs into the optimizer
+    def instead():
+        if unscale(opt): taken.append(f(step))
+    opt.step = instead
+    try: scaler.step(opt)
+    finally:
+        if own: opt.step = step
+        else: del opt.step
+    return bool(taken)
 
 # %% ../nbs/01d_optim.ipynb #01e1d26f
 @torch.no_grad()

@@ -52,6 +52,8 @@ def find_owners(
 )->tuple: # (parameter -> the first `Weight` that has it, `Weight` -> name); a `ValueError` if there is none
     "Find the parameters to make sparse"
     names = _chosen(model, exclude, additional_types, depthwise)
+    for w,n in names.items():
+        if w.p is None: check_whole(w.module, n)
     check_plain(names)
     owners = {}
     for w,n in names.items():

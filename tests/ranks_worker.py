@@ -114,6 +114,44 @@ def zero(rank):
         except ValueError as e: out[what] = str(e)
     return dict(own=own, **out)
 
+def fsdp(rank):
+    "FullyShardedDataParallel, with its own parameters and with the model's, around the model and around each layer: what is said"
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    said,((x,y),) = {},data(1, 8)
+    def note(name, f):
+        try: said[name] = f() or 'nothing'
+        except ValueError as e: said[name] = str(e)
+    for kw in (dict(use_orig_params=o, auto_wrap_policy=policy, device_id=torch.device('cpu')) for o in (False, True) for policy in (None, ModuleWrapPolicy({nn.Linear}))):
+        def made(model, **more):
+            model = FSDP(model, **kw, **more)
+            return model,torch.optim.SGD(model.parameters(), lr=.1)
+        def stepped(model, step=1, **more):
+            model,opt = made(model, **more)
+            F.cross_entropy(model(x), y).backward()
+            method_of('RigL').step(model, opt, step, total=24)
+        def seen(*args): raise AssertionError('computed')
+        def watched(train):
+            model = net()
+            for m in model: m.register_forward_hook(seen)
+            made(model)[0].train(train)(x)
+        def partly():
+            model = mlp(8, 24, 20, 3)
+            sparsify_model(model, .6, exclude=[model[0]])
+            stepped(model, 20, ignored_modules=[model[2], model[4]])
+            assert masked_are_zero(model)
+        name = f'{kw["use_orig_params"]} {kw["auto_wrap_policy"] is not None} '
+        for train in (True, False): note(f'{name}forward {train}', lambda: watched(train))
+        for step in (1, 20): note(f'{name}step {step}', lambda: stepped(net(enforce=False), step))
+        note(f'{name}check', lambda: method_of('RigL').check(*made(net()), 24))
+        note(f'{name}attach', lambda: attach(method_of('RigL'), *made(net()), 24) and None)
+        note(f'{name}enforce', lambda: method_of('RigL').enforce(*made(net())))
+        note(f'{name}sparsify', lambda: sparsify_model(made(mlp(8, 24, 20, 3))[0], .6) and None)
+        note(f'{name}sparsify inner', lambda: sparsify_model(made(mlp(8, 24, 20, 3))[0].module, .6) and None)
+        note(f'{name}doctor', lambda: '; '.join(f.message for f in sparse_doctor(made(net())[0])))
+        note(f'{name}unsharded', partly)
+    return said
+
 def in_fastai(rank, folder):
     "distrib_ctx, with the one place patched where stock fastai needs CUDA"
     from fastai import distributed as fd
@@ -133,7 +171,7 @@ def in_fastai(rank, folder):
 
 adamw = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=.1)
 CASES = {f'{p}{"" if a==1 else "_accumulated"}': (lambda r, p=p, a=a: plain(r, p, accumulate=a)) for p in PRESETS for a in (1, 2)}
-CASES |= dict(doctor=doctor, zero=zero, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
+CASES |= dict(doctor=doctor, zero=zero, fsdp=fsdp, seeds=lambda r: plain(r, 'RigL', seeds=(0, 5)), late=late, adamw=lambda r: plain(r, 'SNFS', opt_f=adamw), float64=lambda r: plain(r, 'RigL', dtype=torch.float64),
               float64_accumulated=lambda r: plain(r, 'RigL', dtype=torch.float64, accumulate=2), messages=messages, other_layers=other_layers, local=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score),
               unwrapped=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score, told=lambda model: model), listed=lambda r: plain(r, 'SET', keep_score_f=local_score, grow_score_f=local_score, told=lambda model: [model[0], model[2], model[4]]),
               averaged=lambda r: plain(r, 'RigL', grad_steps=3, replaces_step=False))

@@ -1,5 +1,5 @@
 "Loops that own the call of the optimizer's step"
-import copy, io, json, re
+import copy, gc, io, json, re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -462,6 +462,56 @@ def test_attached_and_stepped_by_hand_is_refused():
     with pytest.raises(ValueError, match='attached'): method_of('SET').step(model, opt, 1, total=40)
     assert attached.step==0 and not changed(before, snapshot(model))
 
+def go(model, opt, n=1):
+    for x,y in batches(n): backward(model, x, y); opt.step()
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_two_optimizers_attached_to_one_model_are_refused(preset):
+    "The one that came first, as soon as it steps, before anything changes; after a `remove` all is well"
+    model = sparse_mlp()
+    first,second = (torch.optim.SGD(model.parameters(), lr=.05, momentum=.9) for _ in range(2))
+    a = attach(method_of(preset), model, first, 40)
+    go(model, first, 3)
+    b,before = attach(method_of(preset), model, second, 40),snapshot(model, first)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=r"`weight` of .*must be rewired by one optimizer.*step 3 of 40.*step 0 of 40.*`remove\(\)`.*modules that it alone trains"): first.step()
+    assert not changed(before, snapshot(model, first)) and a.step==3
+    go(model, second, 20)                                                                # a second phase of a training needs no `remove`
+    assert b.step==20 and masked_are_zero(model)
+    b.remove()
+    go(model, first)
+    assert a.step==4
+
+def test_two_optimizers_with_parts_of_one_model():
+    "Each attached to its part: as two trainings. Each attached to the whole: refused"
+    def parts(model): return model[:2],model[2:]
+    def opts(model): return [torch.optim.SGD(part.parameters(), lr=.05, momentum=.9) for part in parts(model)]
+    model = sparse_mlp()
+    n,first,both = nnz(model),masks(model),opts(model)
+    all_of_them = [attach(method_of('RigL'), part, opt, 40) for part,opt in zip(parts(model), both)]
+    for x,y in batches(30):
+        backward(model, x, y)
+        for opt in both: opt.step()
+        assert masked_are_zero(model)
+    assert nnz(model)==n and not any(torch.equal(a, b) for a,b in zip(first, masks(model))) and [a.step for a in all_of_them]==[30, 30]
+    model = sparse_mlp()
+    both = opts(model)
+    with pytest.warns(UserWarning, match='does not know'): kept = [attach(method_of('RigL'), model, opt, 40) for opt in both]
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match='must be rewired by one optimizer'): both[0].step()
+
+def test_an_attached_optimizer_that_is_gone_or_has_another_model_is_in_nobodys_way():
+    model = sparse_mlp()
+    opt,other = (torch.optim.SGD(model.parameters(), lr=.05) for _ in range(2))
+    a = attach(method_of('SET'), model, opt, 40)
+    attach(method_of('SET'), model, other, 40)
+    twin = copy.deepcopy(model)
+    b = attach(method_of('SET'), twin, third := torch.optim.SGD(twin.parameters(), lr=.05), 40)
+    del other
+    gc.collect()
+    go(model, opt); go(twin, third); go(model, opt)
+    assert (a.step, b.step)==(2, 1)
+
 # ------------------------------------------------------------ a scaler and a fused optimizer
 @pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
 @pytest.mark.parametrize('fused', [False, True])
@@ -483,11 +533,64 @@ def test_a_scaler_changes_nothing(preset, fused, by_hand):
         assert not changed(snapshot(model, opt), snapshot(twin, other))
     assert attached.step==38 and scaler.get_scale()!=2.**12
 
+@pytest.mark.parametrize('preset', ['RigL', 'RigL_avg', 'SR_STE', 'SNFS'])
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('by_hand', [False, True], ids=['', 'unscaled by hand'])
+def test_a_step_that_knows_its_scaler(preset, fused, by_hand):
+    "The run of the plain loop, bit for bit, and of `attach`; a step that overflows changes nothing but the scale, also the first and one with an update"
+    model,twin,third = (model_of(preset) for _ in range(3))
+    opt,other,last = (torch.optim.SGD(m.parameters(), lr=.05, momentum=.9, fused=fused) for m in (model, twin, third))
+    make = partial(torch.amp.GradScaler, 'cpu', init_scale=2.**12, growth_interval=7)
+    scaler,beside,m,step = make(),make(),any_method(preset),1
+    attached,sched = attach(any_method(preset), third, last, 40),torch.optim.lr_scheduler.ConstantLR(opt, 1.)
+    over = (0, 8, 9, 20)                                                                  # where each eighth step is an update, two of these are the eighth
+    for i,(x,y) in enumerate(batches(40)):
+        for net,o,s in ((model, opt, scaler), (third, last, beside)):
+            o.zero_grad()
+            s.scale(F.cross_entropy(net(x), y)*(float('inf') if i in over else 1.)).backward()
+            if by_hand: s.unscale_(o)
+        before,scale = snapshot(model, opt),scaler.get_scale()
+        taken = m.step(model, opt, step, total=40, scaler=scaler)
+        scaler.update()
+        beside.step(last)
+        beside.update()
+        assert taken is (i not in over)
+        if not taken:
+            assert not changed(before, snapshot(model, opt)) and scaler.get_scale()==scale/2
+            continue
+        backward(twin, x, y)
+        assert m.step(twin, other, step, total=40) is True
+        assert not changed(snapshot(model, opt), snapshot(twin, other)) and not changed(snapshot(model), snapshot(third))        # torch's fused SGD by itself leaves its momentum uninitialized when its first step overflows
+        sched.step()
+        step += 1
+    assert step==37 and attached.step==36 and all(p.isfinite().all() for p in model.parameters())
+
+@pytest.mark.parametrize('scheduled', [False, True])
+def test_a_step_with_a_scaler_leaves_the_optimizer_as_it_was(scheduled):
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None): raise RuntimeError('out of memory')
+    model,scaler = sparse_mlp(),torch.amp.GradScaler('cpu', init_scale=8.)
+    opt = Broken(model.parameters(), lr=.1)
+    if scheduled: torch.optim.lr_scheduler.ConstantLR(opt)
+    was = dict(vars(opt))
+    scaler.scale(F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1])).backward()
+    with pytest.raises(RuntimeError, match='out of memory'): method_of('SET').step(model, opt, 1, total=40, scaler=scaler)
+    assert ('step' in vars(opt))==scheduled and vars(opt).get('step') is was.get('step')
+    off,opt = torch.amp.GradScaler('cpu', enabled=False),torch.optim.SGD(model.parameters(), lr=.1)
+    assert method_of('SET').step(model, opt, 1, total=40, scaler=off) and masked_are_zero(model) and 'step' not in vars(opt)
+
+def test_a_scaler_that_leaves_out_the_first_step_checks_before_it():
+    model,scaler = sparse_mlp(),torch.amp.GradScaler('cpu')
+    scaler.scale(F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1])*float('inf')).backward()
+    with pytest.raises(ValueError, match='one history for all weights'): method_of('SET').step(model, torch.optim.LBFGS(model.parameters()), 1, total=40, scaler=scaler)
+
 def test_beside_the_callback_is_refused():
     learn = learner(cbs=DynamicSparseTrainingCallback(**SET_presets))
-    opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
-    with pytest.raises(ValueError, match='has a callback with one already'): attach('set', learn, opt, 1000)
-    assert attached_to(opt) is None
+    opt,before = torch.optim.SGD(learn.model.parameters(), lr=.1),snapshot(learn.model)
+    with pytest.raises(ValueError, match='has a callback with one already'): attach(method_of('SET'), learn, opt, 1000)
+    assert attached_to(opt) is None and not opt._optimizer_step_pre_hooks and not changed(before, snapshot(learn.model))
+    learn.remove_cb(DynamicSparseTrainingCallback)
+    assert attached_to(opt) is None and attached_to(attach(method_of('SET'), learn, opt, 1000).opt)
 
 # ------------------------------------------------------------ torch.compile of the step
 @pytest.mark.parametrize('preset', ['RigL', 'SET'])

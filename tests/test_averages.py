@@ -4,7 +4,7 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
-from helpers import masked_are_zero, masks, nnz, plain_loop, same_masks, sparse_mlp
+from helpers import backward, batches, masked_are_zero, masks, nnz, plain_loop, same_masks, sparse_mlp
 from sparsefast.average import follow_masks
 from sparsefast.copies import MaskFollower
 from sparsefast.guard import enforce_masks, guards
@@ -233,11 +233,126 @@ def test_inside_the_model_that_trains():
     twin = copy.deepcopy(net)
     twin.load_state_dict(net.state_dict())
 
-@pytest.mark.parametrize('kind', ['copied buffers', 'followed'])
+# ------------------------------------------------------------ averages that nobody runs, and that come back into the model
+def said(f):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        f()
+    return [str(w.message) for w in seen if 'copy of a sparse model' in str(w.message)]
+
+@pytest.mark.parametrize('rule', RULES)
+def test_the_model_looks_at_its_averages(rule):
+    "While it trains, once, whether they are run or not"
+    make,update = RULES[rule]
+    model = sparse_mlp()
+    average = make(model)
+    told = said(lambda: train(model, average, update))
+    assert len(told)==(rule in UNION) and all('averaged like numbers' in t and 'use_buffers=False' in t and 'follow_masks' in t for t in told)
+    follow_masks(average, model)
+    assert not said(lambda: train(model, average, update))
+
+def test_one_update_is_enough_and_the_last_step_looks():
+    make,update = RULES['torch_one']
+    model = sparse_mlp()
+    average = make(model)
+    def go(): plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), DSTMethod(**{**SET_presets, 'batches_per_update': 5}), 8, lambda step: update(average, model))
+    assert len(said(go))==1
+
+def test_masks_averaged_without_a_trace():
+    model = sparse_mlp()
+    average = copy.deepcopy(model)
+    def every(step):
+        for a,b in zip([*average.parameters(), *average.buffers()], [*model.parameters(), *model.buffers()]): a.data.copy_(D*a.data+(1-D)*b)
+    assert len(said(lambda: plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), MOVING(), 24, every)))==1
+
+def test_masks_that_only_shrink():
+    "Then the average has as many active weights as it had at first"
+    make,update = RULES['torch_one']
+    model = sparse_mlp()
+    unsparsify_model(model); sparsify_model(model, .8, initial_sparsity=.2)
+    average,best = make(model),copy.deepcopy(model)
+    def every(step):
+        update(average, model)
+        if step in (1, 8, 14): best.load_state_dict(model.state_dict())
+    def go(): plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), DSTMethod(**{**GMP_presets, 'batches_per_update': 3}), 20, every)
+    assert len(said(go))==1 and sum(nnz(average))>sum(nnz(model))
+
+def test_copies_that_are_no_averages_are_looked_at_in_silence():
+    model = sparse_mlp()
+    snapshot,best,twin,other = (copy.deepcopy(model) for _ in range(4))
+    def every(step):
+        if step%7==0: best.load_state_dict(model.state_dict())
+        plain_loop(twin, torch.optim.SGD(twin.parameters(), lr=.2), MOVING(), 1)
+        plain_loop(other, torch.optim.SGD(other.parameters(), lr=.2), None, 1)
+    assert not said(lambda: plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), MOVING(), 24, every))
+
+def test_a_state_that_was_averaged_is_refused():
+    "Masks that became numbers between 0 and 1; before anything is loaded"
+    model = sparse_mlp()
+    state = copy.deepcopy(model.state_dict())
+    def every(step):
+        for k,v in model.state_dict().items(): state[k] = D*state[k]+(1-D)*v
+    plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), MOVING(), 12, every)
+    for net,prefix in ((model, ''), (nn.ModuleDict(dict(net=model)), 'net.')):
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match=rf'`{prefix}0.weight_mask` must be ones and zeros, got an average of masks: .*take the masks from the model'): net.load_state_dict({prefix+k: v for k,v in state.items()})
+        assert all(torch.equal(a, b) for a,b in zip(before.values(), net.state_dict().values()))
+    model.load_state_dict({k: v if k.endswith('weight') else model.state_dict()[k].double() for k,v in state.items()})
+    model(X)
+    assert masked_are_zero(model) and not any(m._load_state_dict_pre_hooks for m in bake(model).modules())
+
+def compressed(): to_sparse_layers(model := sparse_mlp(), least=0.); return model
+STORED = dict(params=(copy.deepcopy, params_only), silent=(copy.deepcopy, silently), torch_=RULES['torch_'], v2=RULES['v2'])
+@pytest.mark.parametrize('rule', STORED)
+@pytest.mark.parametrize('run', ['in training', 'afterwards', 'each time', 'training mode'])
+def test_averages_of_compressed_layers(rule, run):
+    "An update moves values to other places: said at the next update, or when the average is run"
+    make,update = STORED[rule]
+    model = compressed()
+    average = make(model)
+    def each(step):
+        update(average, model)
+        if run=='each time':
+            with torch.no_grad(): average.eval()(X)
+    def go(n, **kw): plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), DSTMethod(**{**SET_presets, 'batches_per_update': 5, **kw}), n, each)
+    assert not said(lambda: go(4))
+    told = said(lambda: go(20 if run=='in training' else 9, stop_pct=.9))
+    if run in ('afterwards', 'training mode'):
+        told = said(lambda: average.train(run=='training mode')(X))
+        average.eval()
+    assert len(told)==1 and 'compressed' in told[0] and 'to_masked_layers' in told[0], told
+    assert [f.kind for f in sparse_doctor(getattr(average, 'module', average)) if f.kind=='average']
+    enforce_masks(getattr(average, 'module', average))
+    assert not said(lambda: average(X))
+
+def test_an_average_of_compressed_layers_is_looked_at_whenever_it_runs():
+    model = compressed()
+    average,opt = copy.deepcopy(model),torch.optim.SGD(model.parameters(), lr=.2)
+    def run():
+        with torch.no_grad(): average.eval()(X)
+    def go(steps):
+        for step in steps:
+            backward(model, *batches(1)[0])
+            DSTMethod(**{**SET_presets, 'batches_per_update': 5}).step(model, opt, step, total=100)
+            params_only(average, model)
+    assert [len(said(f)) for f in (run, lambda: go(range(1, 5)), run, lambda: go([5, 6]), run, run)]==[0, 0, 0, 0, 1, 0]
+
+def test_copies_of_compressed_layers_that_are_no_averages():
+    model = compressed()
+    snapshot,twin,static = (copy.deepcopy(model) for _ in range(3))
+    plain_loop(twin, torch.optim.SGD(twin.parameters(), lr=.2), MOVING(), 3)
+    def every(step): plain_loop(twin, torch.optim.SGD(twin.parameters(), lr=.2), MOVING(), 1)
+    def go():
+        plain_loop(static, torch.optim.SGD(static.parameters(), lr=.2), MOVING(stop_pct=0.), 3)
+        plain_loop(model, torch.optim.SGD(model.parameters(), lr=.2), MOVING(), 12, every)
+        for m in (snapshot, twin, static): m.eval()(X)
+    assert not said(go)
+
+@pytest.mark.parametrize('kind', ['numbers', 'copied buffers', 'followed'])
 def test_lightnings_average(kind, tmp_path):
+    "By default it averages buffers like numbers, and copies them into the model: said while the model trains"
     L = pytest.importorskip('lightning.pytorch')
     from lightning.pytorch.callbacks import EMAWeightAveraging
-    from helpers import batches
     class Lit(L.LightningModule):
         def __init__(self): super().__init__(); self.net,self.step,self.seen = sparse_mlp(),0,[]; self.automatic_optimization = False
         def training_step(self, batch, i):
@@ -253,9 +368,13 @@ def test_lightnings_average(kind, tmp_path):
         def setup(self, trainer, pl_module, stage):
             super().setup(trainer, pl_module, stage)
             if stage=='fit': follow_masks(self._average_model, pl_module)
-    lit,cb = Lit(),EMAWeightAveraging(decay=D, use_buffers=False) if kind=='copied buffers' else SparseEMA(decay=D)
+    lit,cb = Lit(),SparseEMA(decay=D) if kind=='followed' else EMAWeightAveraging(decay=D, use_buffers=kind=='numbers')
     n,first = sum(nnz(lit.net)),masks(lit.net)
     data = batches(12)
-    L.Trainer(max_epochs=1, callbacks=[cb], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accelerator='cpu').fit(lit, iter(data), torch.utils.data.DataLoader(data[:1], batch_size=None))
+    told = said(lambda: L.Trainer(max_epochs=1, callbacks=[cb], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accelerator='cpu').fit(lit, iter(data), torch.utils.data.DataLoader(data[:1], batch_size=None)))
+    if kind=='numbers':
+        assert len(told)==1 and 'averaged like numbers' in told[0] and 'use_buffers=False' in told[0] and sum(nnz(lit.net))>n
+        return
+    assert not told
     with torch.no_grad(): lit.net.eval()(X)
     assert sum(nnz(lit.net))==n and not same_masks(first, masks(lit.net)) and masked_are_zero(lit.net) and set(lit.seen)=={n}

@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 import reference
-from helpers import batches, mlp, plain_loop
+from helpers import backward, batches, mlp, plain_loop
 from sparsefast.attach import attach
 from sparsefast.guard import enforce_masks
 from sparsefast.masks import *
@@ -289,6 +289,32 @@ def test_a_vanished_mask_is_an_error(how, layer):
         with pytest.raises(ValueError, match='weight'): f()
     found = [f for f in sparse_doctor(model) if f.severity=='fault']
     assert {f.kind for f in found}<={'lost mask', 'orphan'} and any(layer in f.where for f in found)
+
+def all_deleted(model):
+    for i in (0, 2, 4): del model[i].weight_mask
+def all_swapped(model):
+    for i in (0, 2, 4): model[i] = nn.Linear(model[i].in_features, model[i].out_features)
+def all_normed(model):
+    for i in (0, 2, 4): torch.nn.utils.parametrizations.weight_norm(model[i])
+@pytest.mark.parametrize('how', [all_deleted, all_swapped, all_normed], ids=lambda f: f.__name__)
+def test_all_masks_at_once(how):
+    "Named like one: in a loop, attached, and before a training; a model that never had masks gets the general word"
+    def made():
+        sparsify_model(model := net(), .6)
+        return model,torch.optim.SGD(model.parameters(), lr=.01)
+    named = r'^0.weight: |`weight` of .*: (its|there)'
+    todo = '.*(add_mask|unsparsify_model)'
+    model,opt = made()
+    with pytest.raises(ValueError, match=f'({named}){todo}'): steps(model, opt, 7, lambda: how(model))
+    model,opt = made()
+    attached = attach(method(), model, opt, 30)
+    how(model)
+    backward(model, *batches(1)[0])
+    with pytest.raises(ValueError, match=f'({named}){todo}'): opt.step()
+    attached.remove()
+    for f in (method().check, lambda *a: method().update(*a, 10, total=30), lambda *a: method().step(*a, 1, total=30)):
+        with pytest.raises(ValueError, match=f'({named}){todo}'): f(model, opt)
+    with pytest.raises(ValueError, match='model must have a mask to train with, got none'): method().step(unsparsify_model(made()[0]), opt, 2, total=30)
 
 def test_the_way_out_is_to_say_so():
     model = net()

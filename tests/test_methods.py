@@ -830,3 +830,22 @@ def test_a_layer_that_was_empty_already_gives_no_warning(recwarn):
     backward(model, *batches(1)[0])
     method().update(model, TORCH_OPTS['sgd'](model.parameters()), 8, .1)
     assert not [w for w in recwarn if 'removed every weight' in str(w.message)] and not model[0].weight_mask.any()
+
+# ------------------------------------------------------------ an optimizer that fails at a step that an update follows
+def test_a_step_that_fails_leaves_no_gradient_in_the_state():
+    "The copy of the dense gradient is no part of a saved state, and is gone after the next update; an earlier version's state that has it loads"
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None): raise RuntimeError('out of memory')
+    model = sparse_mlp()
+    names,m = set(model.state_dict()),method(replaces_step=False)
+    backward(model, *batches(1)[0])
+    with pytest.raises(RuntimeError, match='out of memory'): m.step(model, Broken(model.parameters(), lr=.1), 8, total=40)
+    assert any('dst_dense' in n for n,_ in model.named_buffers()) and set(model.state_dict())==names
+    sparse_mlp().load_state_dict(model.state_dict())
+    old = {**model.state_dict(), '0.weight_dst_dense': torch.ones(24, 8)}
+    other = sparse_mlp()
+    other.load_state_dict(old)
+    for net in (model, other):
+        backward(net, *batches(1)[0])
+        m.step(net, torch.optim.SGD(net.parameters(), lr=.1), 16, total=40)
+        assert set(net.state_dict())==names and not any('dst_dense' in n for n,_ in net.named_buffers())

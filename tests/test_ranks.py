@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     launch(folder, *worker.CASES)
     return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(2)]
 
-EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers', 'doctor', 'zero')]
+EQUAL = [n for n in worker.CASES if n not in ('messages', 'other_layers', 'doctor', 'zero', 'fsdp')]
 @pytest.mark.parametrize('name', EQUAL)
 def test_equal_on_both(name, results):
     a,b = results(name)
@@ -48,6 +48,14 @@ def test_zero_redundancy(results):
     assert all(r['own']>0 for r in found) and sum(r['own'] for r in found)==4*6
     for r in found:
         assert 'ZeroRedundancyOptimizer: a process has the momentum of its own parameters only' in r['momentum'] and 'works during the backward pass' in r['overlap'] and 'convert the model first' in r['convert']
+
+def test_fsdp_1_is_refused_by_name(results):
+    "On both, before anything is computed, whoever asks; a layer that it leaves alone trains"
+    for said in results('fsdp'):
+        assert len(said)==4*11
+        for name,text in said.items():
+            if name.endswith('unsharded'): assert text=='nothing'
+            else: assert 'sharded over processes' in text and 'DistributedDataParallel' in text and 'leave this layer unsharded' in text and 'parametrized' not in text, (name, text)
 
 def test_the_doctor_compares(results):
     for r in results('doctor'):

@@ -104,6 +104,37 @@ def test_outputs_used_twice():
     small,_ = same(model, torch.randn(2, 2, 7, 7).double())
     assert small.a.out_channels==3                                                        # 2, one of 0, 1, 3, and 5; 4 has no listener left
 
+@pytest.mark.parametrize('biases,n', [((-1., .3), 6), ((.3, -1.), 6), ((-1., -.5), 5), ((1., .3), 5)])
+def test_units_are_merged_only_if_one_serves_all_users(biases, n):
+    "Through SiLU a negative constant is the largest of them, and through ReLU it is zero, while the other one is not"
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 3, padding=1), nn.Conv2d(6, 3, 1)
+        def forward(self, x): x = self.a(x); return self.b(F.silu(x)) + self.c(torch.relu(x))
+    torch.manual_seed(0)
+    model = lively(Fork())
+    kill(model.a, [1, 4])
+    model.a.bias.data[[1, 4]] = torch.tensor(biases).double()
+    small,_ = same(model, torch.randn(2, 2, 7, 7).double())
+    assert small.a.out_channels==n
+
+def test_a_layer_with_two_places_stays():
+    "The example shows one way through the model; its other place may serve another"
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.norm,self.leaves_early = nn.Linear(5, 8), nn.Linear(8, 5), nn.LayerNorm(8), False
+            self.exit = nn.Sequential(self.a, self.norm)
+        def forward(self, x): return self.exit(x) if self.leaves_early else self.b(F.relu(self.a(x)))
+    torch.manual_seed(0)
+    model,x = lively(Early()),torch.randn(4, 5).double()
+    kill(model.a, [1, 5])
+    small,cuts = shrink_model(model, x)
+    assert cuts=={}
+    model.leaves_early = small.leaves_early = True
+    assert torch.equal(model(x), small(x))
+
 class Net(nn.Module):
     def __init__(self, kind):
         super().__init__()

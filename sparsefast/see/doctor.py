@@ -18,7 +18,6 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from ..callback import DynamicSparseTrainingCallback
 from ..checks import Case, Finding, run_checks
-from ..copies import todo_copy
 from ..guard import guard_places, guards
 from ..masks import masked_params
 from ..methods import DSTMethod
@@ -158,8 +157,8 @@ def check_copies(
     "Find an average of a model, or a target network, whose masks are not those of the model; where that is alive"
     for m,_,guard in guards(case.model):
         if guard.whole is not None or guard.origin is None: continue
-        cut,what = guard.origin.problem(guard._pairs()) or (False, '')
-        if what: yield Finding('fault' if cut else 'warning', 'average', case.names.get(m) or type(m).__name__, what, todo_copy)
+        cut,*said = guard.origin.problem(guard._modules()) or (False,)
+        if said: yield Finding('fault' if cut else 'warning', 'average', case.names.get(m) or type(m).__name__, *said)
 
 
 # %% ../../nbs/see/05_doctor.ipynb #26c44ed0

@@ -21,6 +21,7 @@ from ..checks import Case, Finding, check_lost
 from ..layer import Layer
 from ..masks import Compressed, is_sparseable_module, n_active
 from ..patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
+from ..ranks import is_sharded
 from .analysis import live_units
 from ..select import Weight, is_transposed
 from ..storage import index_misfit
@@ -64,6 +65,7 @@ def mask_error(
     if isinstance(w.module, Compressed):
         error = _index_error(w.module)
         return ('index', f'the index does not fit the values: {error}') if error else None
+    if is_sharded(w.module if p is None else p): return 'sharded','the weight is sharded over processes, and masks need it whole'
     if p is None: return 'orphan','the parameter is gone'
     if mask.dtype!=torch.bool: return 'dtype',f'the mask is {mask.dtype}, not torch.bool'
     if mask.shape!=p.shape: return 'shape',f'the mask has shape {tuple(mask.shape)} and the parameter {tuple(p.shape)}'
@@ -85,6 +87,7 @@ def sound_layers(
 # %% ../../nbs/see/04a_mask_checks.ipynb #eedcc9d7
 # What to do about a broken mask or index, by kind of finding
 _fixes = dict(
+    sharded= 'train with `DistributedDataParallel`, or leave this layer unsharded',
     dtype  = 'call `.bool()` on the mask; `model.to(dtype)` leaves masks as they are',
     shape  = 'was the parameter replaced after `sparsify_model`? Give it a mask of its shape: `add_mask(module, name, mask)`',
     device = 'move the whole model: `model.to(device)`',
