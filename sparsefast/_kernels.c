@@ -24,7 +24,6 @@
 #else
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-#pragma GCC diagnostic ignored "-Wpsabi"         /* vectors are passed between inlined functions only */
 #define SCALAR __attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize")))    /* gathers are slower */
 #define UNROLL _Pragma("GCC unroll 8")
 #else
@@ -36,6 +35,7 @@
 /* Vectors as a type: GCC from 12 on, and clang */
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 #define VECTORS
+#pragma GCC diagnostic ignored "-Wpsabi"         /* vectors are passed between inlined functions only */
 #define ALWAYS inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define ALWAYS __forceinline

@@ -278,7 +278,7 @@ static int NAME(run_job)(const int64_t *a, int threads) {
     NAME(job) k = {POINTER(a[2]), POINTER(a[3]), POINTER(a[5]), POINTER(a[6]), POINTER(a[7]), POINTER(a[8]), POINTER(a[9]), POINTER(a[10]), POINTER(a[11]),
                    a[12], a[13], a[14], a[15], a[16] == 1, a[16] == 2, 0, {0}};
     memcpy(&k.im, a + 17, sizeof k.im);
-    if (k.sampled) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
+    if (k.sampled && a[4]) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
     if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(NAME(vector), &k, threads);
     else in_parallel(NAME(share), &k, threads);
     return k.failed;

@@ -79,9 +79,8 @@ def slot(
 def _check(window, size):
     "Raise a `ValueError` unless images of this size can be convolved so"
     numbers = sum(window, ())
-    if len(size)!=4 or len(numbers)!=10 or any(a<b for a,b in zip(numbers, (1,)*6+(0,)*4)):
-        raise ValueError(f"settings must be kernel, stride and dilation, two numbers each of at least 1, and 4 paddings of at least 0, for images of 4 dimensions, "
-                         f"got {numbers} for images of shape {size}")
+    if len(size)!=4 or any(a<b for a,b in zip(numbers, (1,)*6+(0,)*4)):
+        raise ValueError(f"kernel, stride and dilation must be at least 1, padding at least 0, and images have 4 dimensions, got {window} and shape {size}")
     if size[1]<1 or min(window.out_size(*size[2:]))<1: raise ValueError(f"images must have channels, and be no smaller than the kernel, got shape {size} for {window}")
 
 def _planes(n, channels, size, before, stride, slots, reach):
@@ -195,11 +194,10 @@ def _convolve(crow, at, values, x, bias, add, relu, settings):
 
 def _convolve_back(crow, at, values, g, size, settings):
     window,size = _window(settings),tuple(size)
-    all_images = backward_images(window, size, g.shape[1])
-    n,c,*high_wide = size
-    n_out = g.shape[1]
+    (n,c,*high_wide),(_,n_out,*_),phases = size,g.shape,window.stride[0]*window.stride[1]
+    if n_rows(crow, at)!=c*phases: raise ValueError(f"crow must have {c*phases} rows, one for each phase and channel, got {len(crow)-1}")
+    all_images = backward_images(window, size, n_out)
     check_fits('values', values, g, (len(at),)), check_fits('g', g, g, (n, n_out, *window.out_size(*high_wide)))
-    if n_rows(crow, at)!=c*len(all_images): raise ValueError(f"crow must have {c*len(all_images)} rows, one for each phase and channel, got {len(crow)-1}")
     lines = ceil(window.kernel[0]/window.stride[0])
     sizes,limit = _sizes(all_images[0], c, n_out, n, lines)        # the same for all
     x = g.new_empty(size)
@@ -216,7 +214,9 @@ def _convolve_values(crow, at, g, x, settings):
     run_kernel(crow, at, x, sizes, limit, x=x, g=g, grads=grads, images=images)
     return grads
 
-def _window(settings): return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
+def _window(settings):
+    if len(settings)!=10: raise ValueError(f"settings must be 10 numbers: kernel, stride, dilation and 4 paddings, got {len(settings)}")
+    return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
 
 # %% ../../nbs/storage/01c_planes.ipynb #835f40ea
 def _output(crow, x, settings):
