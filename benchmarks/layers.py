@@ -202,7 +202,7 @@ def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers
 # ------------------------------------------------------------ memory
 def tensors(model, opt):
     "Bytes of weights, gradients, optimizer state and what a sparse layer has besides: its index, and what is derived from it"
-    derived = [t for m in model.modules() for v in getattr(m, '_cache', {}).values() for t in (v if isinstance(v, tuple) else (v,))]
+    derived = [t for m in model.modules() for v in getattr(m, '_cache', {}).values() for t in (v if isinstance(v, tuple) else (v,)) if torch.is_tensor(t)]
     state = [v for st in opt.state.values() for v in st.values() if torch.is_tensor(v)]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return sum({t.data_ptr(): t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers(), *grads, *state, *derived]}.values())

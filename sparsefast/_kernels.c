@@ -139,9 +139,9 @@ static void find_processor(void) {
 /* True if rows lie within the values, offsets are from 0 to below `limit`, and, where `rises` says so, rise within rows:
    then nothing is read out of bounds. Plain sums over all offsets, which compilers make vectors of. */
 static int is_index(const int32_t *crow, const int32_t *at, ptrdiff_t n_row, int64_t nnz, int64_t limit, int rises) {
-    uint32_t bad = crow[0] < 0 || crow[n_row] > nnz, falls = 0, may_fall = 0, below = (uint32_t)limit;
+    uint32_t bad = crow[0] < 0 || crow[n_row] > nnz, falls = 0, may_fall = 0, below = (uint32_t)(limit < (int64_t)1 << 31 ? limit : (int64_t)1 << 31);
     for (ptrdiff_t r = 0; r < n_row; r++) bad |= crow[r] > crow[r + 1];
-    if (bad || limit < 0 || limit > INT32_MAX) return 0;
+    if (bad || limit < 0) return 0;
     ptrdiff_t first = crow[0], last = crow[n_row];
     for (ptrdiff_t j = first; j < last; j++) bad |= (uint32_t)at[j] >= below;
     if (!rises) return !bad;

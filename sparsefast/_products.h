@@ -296,7 +296,7 @@ static int NAME(run_job)(const int64_t *a, int threads) {
     memcpy(&k.im, a + 17, sizeof k.im);
     int64_t columns = k.im.at_once ? k.n * k.im.slot * k.im.pitch : k.n, enough = 1 + a[4] * (columns > 8 ? columns : 8) / GRAIN;
     if (threads > enough) threads = (int)enough;
-    if (k.sampled) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
+    if (k.sampled && a[4]) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
     if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(NAME(one), &k, threads);
     else in_parallel(NAME(share), &k, threads);
     return k.failed;

@@ -31,7 +31,7 @@ from .console import check_choice, check_number, check_options, first_line, numb
 from ..ship.deploy import SpeedTable, to_fastest
 from ..ship.files import load_sparse
 from ..masks import sparse_params
-from ..storage import as_masked
+from ..storage import as_masked, to_masked_layers
 from .models import make_model, nets
 from ..ship.shrink import shape_like
 from ..sparsify import sparsify_model
@@ -99,6 +99,7 @@ def sparse_model(
     else:
         model = make_model(what, size, channels, classes)
         sparsify_model(model, sparsity, dists[dist])
+    to_masked_layers(model)
     if not sparse_params(model):
         hint = '' if sparsity else ': use a --sparsity above 0'
         raise ValueError(f"what must be a sparse model, got '{what}' with no masks{hint}")

@@ -143,7 +143,8 @@ class SparseLayer(Compressed):
     def _derived(self, key, make):
         "What is computed of the index once, until the index changes"
         col,had = self._buffers['col'],self._cache
-        if had.get('col') is not col or len(had)>16: self._cache = had = dict(col=col)
+        version = 0 if col.is_inference() else col._version
+        if had.get('col') is not col or had['version']!=version or len(had)>16: self._cache = had = dict(col=col, version=version)
         if key not in had: had[key] = make()
         return had[key]
 

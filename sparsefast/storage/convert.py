@@ -1,6 +1,6 @@
 """`to_sparse_layers` compresses the layers of a masked model where that wins; `to_masked_layers` gives the masked model back
 
-`to_sparse_layers` is what a user calls. It puts a [`SparseLinear`](02_linear.ipynb) or [`SparseConv2d`](03_conv.ipynb) in the place of each masked layer that is sparse enough to be faster so, and carries the optimizer's state along.
+`to_sparse_layers` is what a user calls. It puts a [`SparseLinear`](02_linear.ipynb), [`SparseConv1d` or `SparseConv2d`](03_conv.ipynb) in the place of each masked layer that is sparse enough to be faster so, and carries the optimizer's state along.
 
 A layer stays masked if no compressed layer serves it, if its weight is used in two places, or if it is too dense to win."""
 

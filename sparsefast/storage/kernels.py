@@ -10,9 +10,9 @@ Elsewhere, and where the installation found no compiler, `embedding_bag` and `to
 
 # %% auto #0
 __all__ = ['cache', 'product', 'sampled', 'index_at', 'index_of', 'positions', 'transposed_index', 'check_index', 'kernel_of',
-           'check_fits', 'run_kernel', 'as_csr', 'finished', 'spmm', 'sddmm']
+           'check_fits', 'n_rows', 'run_kernel', 'as_csr', 'finished', 'spmm', 'sddmm']
 
-# %% ../../nbs/storage/01_kernels.ipynb #1c3c0d4d
+# %% ../../nbs/storage/01_kernels.ipynb #c263f445
 import numpy as np
 import torch, warnings
 from torch.nn import functional as F
@@ -90,7 +90,7 @@ def check_index(
     if (positions(crow, col, n_col).diff()<=0).any():
         raise ValueError("col must rise within each row, got columns that repeat or fall")
 
-# %% ../../nbs/storage/01_kernels.ipynb #3ff9df17
+# %% ../../nbs/storage/01_kernels.ipynb #e4615096
 def kernel_of(
     values:torch.Tensor, # Active values
 )->str: # 'compiled' or 'torch'
@@ -108,14 +108,21 @@ def check_fits(
     if t is None or t.dtype==like.dtype and t.device==like.device and t.shape==shape: return
     raise ValueError(f"{name} must be {like.dtype} of shape {tuple(shape)} on {like.device}, got {t.dtype} of shape {tuple(t.shape)} on {t.device}")
 
-# %% ../../nbs/storage/01_kernels.ipynb #b2374039
+# %% ../../nbs/storage/01_kernels.ipynb #fd1f4079
 _no_images = (0,)*20
 cache = 1<<16                                                      # bytes of inputs that a block has; measured: benchmarks/layers.py
 
-def _address(t):
-    if t is None: return 0
-    if not t.is_contiguous(): raise ValueError(f"tensors of a kernel must be contiguous, got strides {t.stride()} of shape {tuple(t.shape)}")
-    return t.data_ptr()
+def _contiguous(t): return t if t is None or t.is_contiguous() else t.contiguous()
+def _address(t): return 0 if t is None else t.data_ptr()
+
+def n_rows(
+    crow:torch.Tensor, # Row starts
+    at:torch.Tensor, # Columns or offsets
+)->int:
+    "Number of rows of an index; raise a `ValueError` if it cannot be one"
+    if crow.dtype==at.dtype==torch.int32 and crow.dim()==at.dim()==1 and crow.device==at.device and len(crow): return len(crow)-1
+    raise ValueError(f"crow and at must be int32 of one dimension on one device, and crow not empty, got {crow.dtype} and {at.dtype}, "
+                     f"shapes {tuple(crow.shape)} and {tuple(at.shape)}, {crow.device} and {at.device}")
 
 def run_kernel(
     crow:torch.Tensor, # Row starts
@@ -133,11 +140,11 @@ def run_kernel(
     relu:bool=False, # True to set negative outputs to zero
     images=_no_images, # How images lie in memory; by default there are none
 )->None:
-    "Run the compiled kernel, which checks the index; whoever calls has checked shapes, and that images fit"
-    if crow.dtype!=torch.int32 or at.dtype!=torch.int32: raise ValueError(f"crow and at must be int32, got {crow.dtype} and {at.dtype}")
+    "Run the compiled kernel, which checks the numbers of the index; whoever calls has checked shapes, and that images fit"
+    if kernel_of(like)=='torch' or not crow.is_cpu: raise ValueError(f"the kernel must be there, and serves float32 and float64 on a CPU, got {like.dtype} on {like.device}, and an index on {crow.device}")
     mode = int(relu) if grads is None else 2
-    tensors = [_address(t) for t in (values, bias, x, g, add, y, grads)]
-    compiled().product(like.element_size(), torch.get_num_threads(), _address(crow), _address(at), len(at), *tensors, *sizes, mode,
+    crow,at,*tensors = [_contiguous(t) for t in (crow, at, values, bias, x, g, add, y, grads)]
+    compiled().product(like.element_size(), torch.get_num_threads(), crow.data_ptr(), at.data_ptr(), len(at), *map(_address, tensors), *sizes, mode,
                            *images, limit, images is _no_images)
 
 # %% ../../nbs/storage/01_kernels.ipynb #37c487dc
@@ -160,11 +167,14 @@ def _has_csr(values, n):
     return values.is_cuda and values.dtype in (torch.float32, torch.float64) and (n>=128 or values.numel()>=1<<19)
 
 def finished(
-    y:torch.Tensor, # A product, changed in place
+    y:torch.Tensor, # A product, changed in place where no gradient is to be computed
     add:torch.Tensor=None, # What to add
     relu:bool=False, # True to set negative numbers to zero
-)->torch.Tensor: # `y`
+)->torch.Tensor: # `y`, or a new tensor
     "Add to a product and apply ReLU"
+    if y.requires_grad:                                            # it may be a view, which autograd lets nobody change
+        y = y if add is None else y+add
+        return y.relu() if relu else y
     if add is not None: y += add
     return y.relu_() if relu else y
 
@@ -175,16 +185,16 @@ def _spmm_torch(crow, col, values, x, bias, add, relu):
     return finished(y if bias is None else y.add_(bias), add, relu)
 
 def _spmm(crow, col, values, x, bias, add, relu):
-    n,n_in,n_row = *x.shape,len(crow)-1
+    n,n_in,n_row = *x.shape,n_rows(crow, col)
     check_fits('x', x, values, (n, n_in)), check_fits('values', values, values, (len(col),))
     check_fits('bias', bias, values, (n_row,)), check_fits('add', add, values, (n, n_row))
     if kernel_of(values)=='torch': return _spmm_torch(crow, col, values, x, bias, add, relu)
     y = x.new_empty(n, n_row)
     sizes = n_row, n_in, n, cache//256
-    run_kernel(crow, col, x, sizes, n_in, values.contiguous(), bias, x.contiguous(), None, add, y, relu=relu)
+    run_kernel(crow, col, x, sizes, n_in, values, bias, x, None, add, y, relu=relu)
     return y
 
-# %% ../../nbs/storage/01_kernels.ipynb #c875ff85
+# %% ../../nbs/storage/01_kernels.ipynb #c5e8d27e
 define('spmm(Tensor crow, Tensor col, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu) -> Tensor',
        CompositeExplicitAutograd=_spmm, Meta=lambda crow, col, values, x, bias, add, relu: x.new_empty(len(x), len(crow)-1))
 
@@ -203,7 +213,7 @@ def spmm(
 # the earlier name of `spmm`
 product = spmm
 
-# %% ../../nbs/storage/01_kernels.ipynb #ee0f598b
+# %% ../../nbs/storage/01_kernels.ipynb #fe4f1e30
 def _sddmm_torch(crow, col, g, x):
     "By `sampled_addmm` where torch has it, else by a dense product"
     dtype = torch.promote_types(g.dtype, torch.float32)
@@ -213,11 +223,11 @@ def _sddmm_torch(crow, col, g, x):
     return (g@x).view(-1).index_select(0, positions(crow, col, x.shape[1]))
 
 def _sddmm(crow, col, g, x):
-    (n,n_in),n_row = x.shape,len(crow)-1
+    (n,n_in),n_row = x.shape,n_rows(crow, col)
     check_fits('g', g, x, (n, n_row))
     if kernel_of(x)=='torch': return _sddmm_torch(crow, col, g, x).to(x.dtype)
     grads = x.new_empty(len(col))
-    run_kernel(crow, col, x, (n_row, n_in, n, cache//256), n_in, x=x.contiguous(), g=g.contiguous(), grads=grads)
+    run_kernel(crow, col, x, (n_row, n_in, n, cache//256), n_in, x=x, g=g, grads=grads)
     return grads
 
 define('sddmm(Tensor crow, Tensor col, Tensor g, Tensor x) -> Tensor',

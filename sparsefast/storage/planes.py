@@ -14,14 +14,14 @@ The kernel makes the planes and writes outputs where they belong. This room comp
 __all__ = ['Window', 'Images', 'slot', 'forward_images', 'backward_images', 'forward_offsets', 'backward_index', 'convolve',
            'convolve_back', 'convolve_values']
 
-# %% ../../nbs/storage/01c_planes.ipynb #8b626cc2
+# %% ../../nbs/storage/01c_planes.ipynb #70105202
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from .kernels import cache, check_fits, run_kernel
+from .kernels import cache, check_fits, n_rows, run_kernel
 from ..ops import define
 
 _widest = 64                                                       # columns of a tile, float32
@@ -77,6 +77,13 @@ def slot(
     "Compute how many pixels an image needs, if the next one's padding serves for the rest"
     return ceil(max(before+n, seen-before, out*stride)/stride)
 
+def _check(window, size):
+    "Raise a `ValueError` unless images of this size can be convolved so"
+    numbers = sum(window, ())
+    if len(size)!=4 or any(a<b for a,b in zip(numbers, (1,)*6+(0,)*4)):
+        raise ValueError(f"kernel, stride and dilation must be at least 1, padding at least 0, and images have 4 dimensions, got {window} and shape {size}")
+    if size[1]<1 or min(window.out_size(*size[2:]))<1: raise ValueError(f"images must have channels, and be no smaller than the kernel, got shape {size} for {window}")
+
 def _planes(n, channels, size, before, stride, slots, reach):
     "The first part of `Images`"
     phases,(high,wide) = channels*stride[0]*stride[1],slots
@@ -92,7 +99,8 @@ def forward_images(
     size:tuple, # (images, channels, height, width)
     n_out:int, # Channels of the output
 )->Images:
-    "Lay images out for the outputs of a convolution"
+    "Lay images out for the outputs of a convolution; a `ValueError` if there are none"
+    _check(window, size)
     n,c,*high_wide = size
     out = window.out_size(*high_wide)
     before,reach = window.padding[::2],[d*(k-1) for k,d in zip(window.kernel, window.dilation)]
@@ -110,7 +118,8 @@ def backward_images(
     size:tuple, # (images, channels, height, width) of the inputs
     n_out:int, # Channels of the output
 )->list: # `Images` for each phase
-    "Lay gradients of outputs out for the gradient of inputs"
+    "Lay gradients of outputs out for the gradient of inputs; a `ValueError` if there are none"
+    _check(window, size)
     (n,c,*high_wide),(s,t),before = size,window.stride,window.padding[::2]
     out = window.out_size(*high_wide)
     reach = tuple(d*(k-1)//s for k,d,s in zip(window.kernel, window.dilation, window.stride))
@@ -169,43 +178,48 @@ def _sizes(images, n_row, channels, n, lines):
     "(rows, channels, images, offsets in a block) for the kernel, and the limit of offsets"
     per_channel = images.down*images.right*images.plane
     block = max(1, cache//(lines*5*_widest))*per_channel           # a run has a quarter more than its tile
-    limit = channels*per_channel if images.room else (channels-1)*per_channel+1
+    limit = channels*per_channel-images.at_once*images.slot*images.pitch+1     # from there, a run of all columns ends with the planes
     if limit+images.room>=2**31: raise ValueError(f"images must have fewer than 2**31 numbers in their planes, got {images.room}: make the batch smaller")
     return (n_row, channels, n, block), limit
 
 def _convolve(crow, at, values, x, bias, add, relu, settings):
-    window = _window(settings)
+    window,n_row = _window(settings),n_rows(crow, at)
+    images = forward_images(window, tuple(x.shape), n_row)
     n,c,*high_wide = x.shape
-    size = n, len(crow)-1, *window.out_size(*high_wide)
+    size = n, n_row, *window.out_size(*high_wide)
     check_fits('values', values, x, (len(at),)), check_fits('bias', bias, x, size[1:2]), check_fits('add', add, x, size)
-    images,y = forward_images(window, tuple(x.shape), size[1]),x.new_empty(size)
-    sizes,limit = _sizes(images, size[1], c, n, _lines(window))
+    sizes,limit = _sizes(images, n_row, c, n, _lines(window))
+    y = x.new_empty(size)
     run_kernel(crow, at, x, sizes, limit, values, bias, x, None, add, y, relu=relu, images=images)
     return y
 
 def _convolve_back(crow, at, values, g, size, settings):
     window,size = _window(settings),tuple(size)
-    n,c,*high_wide = size
-    n_out = g.shape[1]
+    (n,c,*high_wide),(_,n_out,*_),phases = size,g.shape,window.stride[0]*window.stride[1]
+    if n_rows(crow, at)!=c*phases: raise ValueError(f"crow must have {c*phases} rows, one for each phase and channel, got {len(crow)-1}")
+    all_images = backward_images(window, size, n_out)
     check_fits('values', values, g, (len(at),)), check_fits('g', g, g, (n, n_out, *window.out_size(*high_wide)))
-    x,lines = g.new_empty(size),ceil(window.kernel[0]/window.stride[0])
-    for i,images in enumerate(backward_images(window, size, n_out)):
-        sizes,limit = _sizes(images, c, n_out, n, lines)
+    lines = ceil(window.kernel[0]/window.stride[0])
+    sizes,limit = _sizes(all_images[0], c, n_out, n, lines)        # the same for all
+    x = g.new_empty(size)
+    for i,images in enumerate(all_images):
         run_kernel(crow[i*c:(i+1)*c+1], at, g, sizes, limit, values, x=g, y=x, images=images)
     return x
 
 def _convolve_values(crow, at, g, x, settings):
-    window,n_row = _window(settings),len(crow)-1
+    window,n_row = _window(settings),n_rows(crow, at)
+    images,grads = forward_images(window, tuple(x.shape), n_row),x.new_empty(len(at))
     n,c,*high_wide = x.shape
     check_fits('g', g, x, (n, n_row, *window.out_size(*high_wide)))
-    images,grads = forward_images(window, tuple(x.shape), n_row),x.new_empty(len(at))
     sizes,limit = _sizes(images, n_row, c, n, _lines(window))
     run_kernel(crow, at, x, sizes, limit, x=x, g=g, grads=grads, images=images)
     return grads
 
-def _window(settings): return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
+def _window(settings):
+    if len(settings)!=10: raise ValueError(f"settings must be 10 numbers: kernel, stride, dilation and 4 paddings, got {len(settings)}")
+    return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
 
-# %% ../../nbs/storage/01c_planes.ipynb #ac974284
+# %% ../../nbs/storage/01c_planes.ipynb #835f40ea
 def _output(crow, x, settings):
     return x.new_empty(len(x), len(crow)-1, *_window(settings).out_size(*x.shape[2:]))
 
