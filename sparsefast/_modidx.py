@@ -938,6 +938,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sparsefast.ship.fold._is_traced': ('ship/fold.html#_is_traced', 'sparsefast/ship/fold.py'),
                                       'sparsefast.ship.fold._key': ('ship/fold.html#_key', 'sparsefast/ship/fold.py'),
                                       'sparsefast.ship.fold._look': ('ship/fold.html#_look', 'sparsefast/ship/fold.py'),
+                                      'sparsefast.ship.fold._own_conv': ('ship/fold.html#_own_conv', 'sparsefast/ship/fold.py'),
                                       'sparsefast.ship.fold._pays': ('ship/fold.html#_pays', 'sparsefast/ship/fold.py'),
                                       'sparsefast.ship.fold._quicken_pools': ('ship/fold.html#_quicken_pools', 'sparsefast/ship/fold.py'),
                                       'sparsefast.ship.fold._scaled': ('ship/fold.html#_scaled', 'sparsefast/ship/fold.py'),

@@ -65,11 +65,14 @@ def _takes(model, layers, example_input):
     def look(m, args):
         x = args[0] if args else None
         if not torch.is_tensor(x): return
+        name = names[m]
         how = x.shape,x.stride(),x.dtype
-        seen[names[m]][how] += 1
+        seen[name][how] += 1
     names = {m: n for n,m in layers.items()}
     with ExitStack() as hooks:
-        for m in names: hooks.enter_context(m.register_forward_pre_hook(look))
+        for m in names:
+            handle = m.register_forward_pre_hook(look)
+            hooks.enter_context(handle)
         _call(model, example_input)
     return seen
 
@@ -158,7 +161,8 @@ def _check_forms(forms, device):
     if isinstance(forms, dict): return forms
     cuda = device.type=='cuda'
     if forms is None: forms = all_forms if cuda else ['sparse']
-    names = [forms] if isinstance(forms, str) else forms
+    names = forms
+    if isinstance(forms, str): names = [forms]
     for f in names:
         if f not in all_forms:
             raise ValueError(f"forms must be some of {', '.join(all_forms)}, or a dict of functions, got {f!r}")
@@ -195,7 +199,8 @@ def to_fastest(
 )->tuple: # (copy of the model in evaluation mode, `SpeedTable`)
     "Put each layer into the form that is fastest on this machine for inputs like this one"
     model = as_module(model)
-    if not list(masked_params(model)):
+    masked = list(masked_params(model))
+    if not masked:
         raise ValueError(f"{type(model).__name__} has no masks: call `sparsify_model` or `load_sparse` first")
     if not margin>=1:
         raise ValueError(f"margin must be 1 or more, got {margin!r}")
@@ -225,10 +230,10 @@ def _fold_all(fast, rows, example_input):
     "Fold what there is, and get rows that say so"
     chains,res = fold(fast, example_input), []
     for r in rows:
-        c = chains.get(r.name)
-        is_in = c is not None and (r.form!='dense' or c.norm is not None)
-        folds = str(c) if is_in else ''
-        res.append(r._replace(folds=folds))
+        c = chains.get(r.name, FoldChain())
+        if r.form=='dense' and c.norm is None: c = FoldChain()
+        r = r._replace(folds=str(c))
+        res.append(r)
     return res
 
 def _settle(dense, fast, rows, swaps, example_input, out, seconds, device):
@@ -251,7 +256,7 @@ def _settle(dense, fast, rows, swaps, example_input, out, seconds, device):
         swaps = swaps[:half]
     if not swaps and (gain<1 or not is_folded(fast)):                                 # the same layers: what differs is chance
         unfold(fast)
-        rows = [r._replace(folds='') for r in rows]
+        for i,r in enumerate(rows): rows[i] = r._replace(folds='')
         whole.update(fast=whole['dense'], gain=(1., 1., 1.))
     kernel = kernel_of(next(fast.parameters()))
     return fast, SpeedTable(rows, whole, _machine(fast, device), kernel)
@@ -264,7 +269,9 @@ def from_fastest(
     "Undo `to_fastest`"
     model = unfold(as_module(model))
     stored = [m for m in model.modules() if hasattr(m, 'to_masked')]
-    for m in stored: model = _replace(model, m, m.to_masked())
+    for m in stored:
+        masked = m.to_masked()
+        model = _replace(model, m, masked)
     hooks = enforce_masks(model)
     if not enforce_mask: hooks.remove()
     return model

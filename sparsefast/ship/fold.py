@@ -32,9 +32,13 @@ def scale_and_shift(
     "Compute what a batch norm in evaluation multiplies by and adds"
     mean,var = norm.running_mean.double(),norm.running_var.double()
     scale = (var+norm.eps).rsqrt()
-    if norm.weight is not None: scale = scale*norm.weight.detach().double()
+    if norm.weight is not None:
+        w = norm.weight.detach()
+        scale = scale*w.double()
     shift = -mean*scale
-    if norm.bias is not None: shift = shift+norm.bias.detach().double()
+    if norm.bias is not None:
+        b = norm.bias.detach()
+        shift = shift+b.double()
     return scale, shift
 
 # %% ../../nbs/ship/02d_fold.ipynb #2f3f2fbf
@@ -57,8 +61,9 @@ def fold_norm(
     bias = shift if layer.bias is None else shift+scale*layer.bias.detach()
     old = layer._parameters[name]
     copy = deepcopy(layer, {id(t): t for t in (old, *layer._buffers.values())})
-    for n,t in ((name, new), ('bias', bias)):
-        setattr(copy, n, nn.Parameter(t.to(old.dtype), requires_grad=False))
+    for n,t in {name: new, 'bias': bias}.items():
+        p = nn.Parameter(t.to(old.dtype), requires_grad=False)
+        setattr(copy, n, p)
     return copy
 
 # %% ../../nbs/ship/02d_fold.ipynb #456e9b72
@@ -89,7 +94,8 @@ def _fuse(gm, found):
     if found.norm is not None: layer = fold_norm(layer, found.norm)
     name = f'{first.target}__{first.name}'
     gm.add_submodule(name, Fused(layer, found.relu))
-    inputs = first.args if found.add is None else (*first.args, found.add)
+    inputs = first.args
+    if found.add is not None: inputs = *inputs,found.add
     with gm.graph.inserting_after(last): new = gm.graph.call_module(name, inputs)
     new.meta = last.meta
     last.replace_all_uses_with(new)
@@ -123,14 +129,21 @@ class Pool(nn.Module):
         y = self.pool(x.contiguous(memory_format=torch.channels_last))
         return y.contiguous() if self.back or x.is_contiguous() else y
 
+def _own_conv(node):
+    "The dense convolution of a fused layer with one user, on a CPU"
+    fused = called(node)
+    if not isinstance(fused, Fused) or len(node.users)!=1: return None
+    conv = fused.layer
+    return conv if type(conv) is nn.Conv2d and conv.weight.is_cpu else None
+
 def _quicken_pools(gm):
     for node in gm.graph.nodes:
-        m,before = called(node),node.args[0] if node.args else None
+        m = called(node)
         if type(m) is not nn.MaxPool2d or m.return_indices: continue
-        fused = called(before) if len(before.users)==1 else None
-        turns = isinstance(fused, Fused) and type(fused.layer) is nn.Conv2d and fused.layer.weight.is_cpu
-        if turns: fused.layer.to(memory_format=torch.channels_last)
-        setattr(gm, node.target, Pool(m, turns))
+        conv = _own_conv(node.args[0])
+        if conv is not None: conv.to(memory_format=torch.channels_last)
+        pool = Pool(m, conv is not None)
+        setattr(gm, node.target, pool)
 
 # %% ../../nbs/ship/02d_fold.ipynb #5360c899
 def _key(args, kwargs):
@@ -214,15 +227,17 @@ def _agree(a, b):
     if spec!=other: return False
     for i,j in zip(old, new):
         if type(i) is not type(j): return False
-        if torch.is_tensor(i): i,j = (i.shape, i.dtype),(j.shape, j.dtype)
-        if i!=j: return False
+        if torch.is_tensor(i):
+            if i.shape!=j.shape or i.dtype!=j.dtype: return False
+        elif i!=j: return False
     return not output_error(old, new)
 
 def _check_plain(args, kwargs):
     "Raise a `ValueError` if arguments are neither tensors nor plain values"
     plain = torch.Tensor,bool,int,float,str,type(None)
     for l in tree_leaves((args, kwargs)):
-        if not isinstance(l, plain): raise ValueError(f"arguments must be tensors and plain values, got {type(l).__name__}")
+        if isinstance(l, plain): continue
+        raise ValueError(f"arguments must be tensors and plain values, got {type(l).__name__}")
 
 def _weight(layer): return layer.values if isinstance(layer, Compressed) else layer.weight
 
@@ -239,7 +254,8 @@ def _fold_whole(model, args, kwargs):
     gm.delete_all_unused_submodules()
     gm.recompile()
     weights = [_weight(layer) for layer,c in found if c.norm is not None]
-    folded = Folded(model, gm, _key(args, kwargs)[1], weights)
+    _,key = _key(args, kwargs)
+    folded = Folded(model, gm, key, weights)
     outs = []
     for forward in (model.forward, folded):
         a,k = tree_map(_copy, (args, kwargs))
@@ -261,9 +277,10 @@ def _first_calls(model, args, kwargs):
 
 def _look(m, calls):
     "(folded forward pass or `None`, what was folded, modules to look into)"
-    try:
-        if 'forward' not in m.__dict__ and m in calls: return _fold_whole(m, *calls[m])
-    except Exception: pass                                         # whatever a model's code raises when it is traced
+    own = 'forward' in m.__dict__                                  # a user's
+    if m in calls and not own:
+        try: return _fold_whole(m, *calls[m])
+        except Exception: pass                                     # whatever a model's code raises when it is traced
     return None, [], list(m.children())
 
 def unfold(
@@ -294,7 +311,9 @@ def fold(
         m = todo.pop()
         if m in seen or not m._modules: continue
         seen.add(m)
-        if m not in calls and len(calls)==1: calls |= _first_calls(model, *calls[model])
+        if m not in calls and len(calls)==1:
+            args,kwargs = calls[model]
+            calls |= _first_calls(model, args, kwargs)
         forward,found,inner = _look(m, calls)
         if forward: m.__dict__['forward'] = forward
         for layer,c in found: folded.setdefault(names[layer], c)
