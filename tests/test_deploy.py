@@ -1,13 +1,15 @@
 "to_fastest: what it decides when times are known, that outputs and state stay, and what it refuses. Times themselves are for benchmarks"
-import re, warnings
+import io, re, warnings
 from copy import deepcopy
 from functools import partial
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from torch import nn
 from helpers import changed, mlp, snapshot
 from sparsefast.ship import deploy
 from sparsefast.ship.deploy import LayerTime, SpeedTable, bsr_form, from_fastest, paired_times, processor, ratio, semi_structured_form, to_fastest
+from sparsefast.ship.export import bake
 from sparsefast.ship.files import load_sparse, save_sparse
+from sparsefast.ship.fold import Folded, Fused, Pool, fold, fold_norm, is_folded, unfold
 from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
@@ -62,19 +64,6 @@ def test_a_layer_called_twice_counts_twice(clock):
     rows = {r.name: r for r in to_fastest(model, x)[1].rows}
     assert rows['a'].ms==dict(dense=2000., sparse=800.) and rows['b'].ms==dict(dense=1000., sparse=400.)
 
-class Block(nn.Module):
-    "Two layers with an activation in between, which may ask for rows"
-    def __init__(self, view): super().__init__(); self.view,self.a,self.b = view,nn.Linear(32, 64),nn.Linear(64, 32)
-    def forward(self, x): return x+self.b(torch.relu(self.a(x).view(len(x), -1) if self.view else self.a(x)).reshape(len(x), -1, 64))
-
-@pytest.mark.parametrize('view', [False, True])
-def test_columns_between_sparse_layers(view, clock):
-    model,x = Block(view), torch.randn(2, 20, 32)
-    sparsify_model(model, .9)
-    fast,_ = to_fastest(model, x)
-    assert fast.a.columns!=view and not fast.b.columns and n_sparse(fast)==2
-    assert torch.allclose(fast(x), model.eval()(x), atol=1e-5)
-
 @pytest.mark.parametrize('sparse, margin, form', [(0.95, 1.1, 'dense'), (0.95, 1.05, 'sparse'), (0.9, 1.1, 'sparse'), (1.2, 1, 'dense'), (0.6, 2, 'dense')])
 def test_margin(sparse, margin, form, clock):
     clock['sparse'] = sparse
@@ -95,7 +84,8 @@ def test_what_loses_in_company_goes_back(clock, monkeypatch):
     sparsify_model(model, 0.5)
     fast,table = to_fastest(model, x)
     assert [r.form for r in table.rows]==['dense','dense','dense'] and n_sparse(fast)==0 and table.gain==1. and table.whole['fast']==table.whole['dense']
-    assert all(r.note=='won alone, not in the model' for r in table.rows)
+    assert [r.note for r in table.rows]==['2.00x alone, not in the model', '5.00x alone, not in the model', '2.50x alone, not in the model']
+    assert not is_folded(fast)
     gains,wholes = iter([0.5, 0.2, 0.4]),iter([1.5, 0.9])
     fast,table = to_fastest(model, x)
     assert [r.form for r in table.rows]==['dense','sparse','dense'] and isinstance(fast[2], SparseLinear) and type(fast[0]) is nn.Linear and table.gain==1/0.9
@@ -105,8 +95,31 @@ def test_nothing_wins(clock):
     clock['sparse'] = 3.
     model,x = nets()['convs']
     sparsify_model(model, 0.5)
-    fast,table = to_fastest(model, x)
-    assert n_sparse(fast)==0 and table.gain==1. and not changed(snapshot(model), snapshot(fast))
+    for whole,gain in ((1.2, 1.), (.8, 1.25)):                                           # dense convolutions take the batch norm in, if that helps
+        clock['fast'] = whole
+        fast,table = to_fastest(model, x)
+        assert n_sparse(fast)==0 and table.gain==gain and is_folded(fast)==(gain>1) and not changed(snapshot(model), snapshot(fast))
+        assert [r.folds for r in table.rows]==(['norm+relu', '', ''] if gain>1 else ['', '', '']) and not any(c=='folded' for c in table.cells()[0])==(gain==1)
+    mlp,x = nets()['mlp']
+    sparsify_model(mlp, .5)
+    assert to_fastest(mlp, x)[1].gain==1                                                  # and a ReLU alone is no reason
+
+@pytest.mark.parametrize('dense, sparse, note', [(1., 1/.93, '0.93x here'), (1., .95, '1.05x here'), (4e-5, 8e-5, 'too small: 0.50x here'), (1., .5, '')])
+def test_the_reason_for_staying_dense(dense, sparse, note, clock):
+    clock.update(dense=dense, sparse=sparse)
+    model,x = nets()['root']
+    sparsify_model(model, .5)
+    row, = to_fastest(model, x)[1].rows
+    assert row.note==note and (row.form=='dense')==bool(note)
+
+def test_the_table_names_the_kernel(clock, monkeypatch):
+    from sparsefast import masks
+    model,x = nets()['mlp']
+    sparsify_model(model, .5)
+    table = to_fastest(model, x)[1]
+    assert table.kernel==('torch' if masks._kernels is None else 'compiled') and f'kernel: {table.kernel}' in repr(table) and f'kernel: {table.kernel}' in table._repr_html_()
+    monkeypatch.setattr(masks, '_kernels', None)
+    assert 'kernel: torch' in repr(to_fastest(model, x)[1])
 
 def test_forms_of_ones_own(clock):
     clock['mine'] = 0.1
@@ -128,7 +141,7 @@ def test_notes(clock):
     tied[2].weight = tied[0].weight
     sparsify_model(tied, 0.5)
     fast,table = to_fastest(tied, torch.randn(2, 6))
-    assert [r.note for r in table.rows]==['other layers share its weight'] and fast[0].weight is fast[2].weight
+    assert [r.note for r in table.rows]==['its weight is used twice'] and fast[0].weight is fast[2].weight
 
 def test_a_module_used_in_two_places(clock):
     lin = nn.Linear(6, 6)
@@ -171,6 +184,299 @@ def test_learners(clock):
     learn.model = to_fastest(learn, x)[0]
     assert n_sparse(learn.model)==3 and not changed(before, snapshot(from_fastest(learn)))
 
+# ------------------------------------------------------------ folding
+class BasicBlock(nn.Module):
+    "As in torchvision: the batch norms, the residual and in-place ReLUs"
+    def __init__(self, c, o, stride=1, relu=nn.ReLU(inplace=True)):
+        super().__init__()
+        self.conv1,self.conv2 = nn.Conv2d(c, o, 3, stride, 1, bias=False),nn.Conv2d(o, o, 3, 1, 1, bias=False)
+        self.bn1,self.bn2,self.relu = nn.BatchNorm2d(o),nn.BatchNorm2d(o),relu
+        self.downsample = nn.Sequential(nn.Conv2d(c, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride>1 or c!=o else None
+    def forward(self, x):
+        identity = x
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.downsample is not None: identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+def resnet(**kw):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), BasicBlock(16, 16, **kw), BasicBlock(16, 24, 2, **kw),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
+    return live(net).double(), torch.randn(2, 3, 16, 16).double()
+
+def live(net):
+    "Statistics and biases that are not those of a new network"
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
+            if m.affine: nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    return net
+
+def faster(net, x, clock, sparsity=.8, **kw):
+    "(masked model in evaluation mode, `to_fastest` of it, its outputs)"
+    sparsify_model(net.eval(), sparsity, **kw)
+    with torch.no_grad(): want = net(*deploy.call_args(deepcopy(x))[0])
+    return net, to_fastest(net, x)[0], want
+
+def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+@pytest.mark.parametrize('inplace', [True, False])
+def test_a_resnet_is_folded_whole(inplace, clock):
+    net,x = resnet(relu=nn.ReLU(inplace))
+    net,fast,want = faster(net, x, clock, exclude=[0, -1])
+    before = snapshot(net)
+    table = to_fastest(net, x)[1]
+    assert {r.name: r.folds for r in table.rows}=={'4.conv1': 'norm+relu', '4.conv2': 'norm+add+relu', '5.conv1': 'norm+relu', '5.conv2': 'norm+add+relu', '5.downsample.0': 'norm'}
+    assert type(fast) is type(net) and isinstance(fast.forward, Folded) and fast.forward.is_fresh()
+    kinds = [type(m) for m in fast.forward.graph.modules()]
+    assert kinds.count(Fused)==6 and kinds.count(Pool)==1 and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
+    for _ in range(2): close(fast(x), want)
+    for n in (1, 3): close(fast(x[:1].repeat(n, 1, 1, 1)), net(x[:1].repeat(n, 1, 1, 1)))              # other batches, other sizes of images
+    close(fast(x[:, :, :9]), net(x[:, :, :9]))
+    assert fast.forward.is_fresh() and not fast(x).requires_grad
+    back = from_fastest(fast)
+    assert not changed(before, snapshot(back)) and not is_folded(back) and n_sparse(back)==0
+    for a,b in zip(net.modules(), back.modules()): assert type(a) is type(b)
+    close(back(x), want)
+
+@pytest.mark.parametrize('how', ['deepcopy', 'pickle', 'file', 'bake'])
+def test_a_folded_model_can_be_copied(how, clock, tmp_path):
+    net,x = resnet()
+    net,fast,want = faster(net, x, clock)
+    if how=='deepcopy': other = deepcopy(fast)
+    if how=='pickle': torch.save(fast, f := io.BytesIO()); f.seek(0); other = torch.load(f, weights_only=False)
+    if how=='file': save_sparse(fast, tmp_path/'m'); other,_ = resnet(); load_sparse(tmp_path/'m', other.eval())
+    if how=='bake': other = bake(fast)
+    close(other(x), want)
+    if how in ('deepcopy', 'pickle'):
+        assert other.forward.is_fresh() and other.forward.model is other and other.forward.graph.model__8 is other[8]
+        with torch.no_grad(): other[4].conv1.values.zero_()
+        assert not other.forward.is_fresh() and fast.forward.is_fresh()
+        close(fast(x), want)
+        assert not is_folded(from_fastest(other)) and is_folded(fast)
+    assert not changed(snapshot(net), snapshot(from_fastest(fast)))
+
+def test_what_changes_a_model_ends_folding(clock):
+    "The model runs as it is: after a write to a weight, with a hook, with another module, in training mode, where a gradient is wanted"
+    net,x = resnet()
+    net,fast,want = faster(net, x, clock)
+    seen = []
+    h = fast[4].bn1.register_forward_hook(lambda *_: seen.append(1))
+    close(fast(x), want), h.remove(), fast(x)
+    assert len(seen)==1 and fast.forward.is_fresh()
+    y = x.clone().requires_grad_()
+    fast(y).sum().backward()
+    close(y.grad, torch.autograd.functional.jacobian(lambda x: net(x).sum(), x)) or fast.zero_grad()
+    head,fast[8] = fast[8],nn.Identity()
+    assert fast(x).shape==(2, 24)
+    fast[8] = head
+    fast.train(), fast(x), fast.eval()
+    assert not fast.forward.is_fresh()                                                     # the running statistics moved
+    fast,_ = to_fastest(net, x)
+    other = deepcopy(net)
+    with torch.no_grad(): other[4].bn2.weight.mul_(2), other[5].bn1.running_mean.add_(1)
+    fast.load_state_dict(to_fastest(other, x)[0].state_dict())
+    close(fast(x), other(x))
+    for m in (fast.float(), to_fastest(net, x)[0].float()): assert m(x.float()).dtype==torch.float32
+
+@pytest.mark.parametrize('norm', [partial(nn.BatchNorm2d, affine=False), partial(nn.BatchNorm2d, eps=.1), partial(nn.BatchNorm2d, track_running_stats=False), nn.InstanceNorm2d])
+def test_norms(norm, clock):
+    net = live(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())) if not isinstance(norm, partial) or 'track_running_stats' not in norm.keywords \
+        else nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())
+    net,fast,want = faster(net.double(), torch.randn(2, 3, 9, 9).double(), clock)
+    table = to_fastest(net, torch.randn(2, 3, 9, 9).double())[1]
+    tracks = isinstance(net[1], nn.BatchNorm2d) and net[1].track_running_stats
+    assert [r.folds for r in table.rows]==['norm+relu' if tracks else '', 'relu']
+
+def test_linear_layers_and_one_dimension(clock):
+    "Batch norm of (batch, features), and not of (batch, sequence, features), where channels are the sequence"
+    flat = live(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())).double()
+    x = torch.randn(4, 6).double()
+    _,fast,want = faster(flat, x, clock)
+    assert isinstance(fast.forward, Folded) and not close(fast(x), want)
+    close(fast(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)).double()), flat(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)).double()))
+    deep,x = deepcopy(unsparsify_model(flat)),torch.randn(4, 6, 6).double()
+    _,fast,want = faster(deep, x, clock)
+    assert not is_folded(fast)
+    close(fast(x), want)
+    conv,x = live(nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.Dropout(.5), nn.ReLU())).double(),torch.randn(2, 3, 12).double()
+    _,fast,want = faster(conv, x, clock)
+    assert isinstance(fast.forward, Folded) and not close(fast(x), want)
+
+# name -> (forward of a model with layers a, b, conv-like n and norms, what is folded of a and b)
+def adds(self, x): y = self.n(self.a(x)); y += x; return self.b(y)
+def adds_to_x(self, x): y = self.a(x); z = x*1.; w = z.view(-1); z += y; return self.b(w.view(x.shape))     # the alias sees it
+def adds_method(self, x): return self.b(self.n(self.a(x)).add_(x)).relu_()
+def torch_add(self, x): return F.relu(self.b(torch.add(x, F.relu(self.a(x), inplace=True))), True)
+def alpha(self, x): return self.b(torch.add(self.a(x), x, alpha=2))
+def twice_itself(self, x): y = self.a(x); return self.b(y+y)
+def two_users(self, x): y = self.n(self.a(x)); return self.b(torch.relu(y))+y
+def before_norm(self, x): return self.n(self.b(torch.relu(self.a(x)))+x)
+def broadcast(self, x): return self.b(self.a(x)+x[:1,:,:1])
+def number(self, x): return self.b(self.a(x)+1)
+def relu_ignored(self, x): y = self.n(self.a(x)); self.relu(y); return self.b(y)
+def relu_of_input(self, x): z = x*1.; y = self.a(z); r = z.relu_(); return self.b(y+r)                      # the input of a changes before its chain ends
+def writes_between(self, x): z = x*1.; y = self.a(z); z[:, 0] = 0.; return self.b(y+z)
+def shared(self, x): return self.b(self.n(self.a(torch.relu(self.a(x)))))
+def dropout(self, x): return self.b(torch.relu(F.dropout(self.a(x), .5, self.training))+x)
+def relu_then_add(self, x): return self.b(torch.relu(self.n(self.a(x)))+x)
+cases = dict(adds=('norm+add', ''), adds_to_x=('', ''), adds_method=('norm+add', 'relu'), torch_add=('relu', 'relu'), alpha=('', ''), twice_itself=('', ''), two_users=('norm', 'add'),
+             before_norm=('relu', 'add'), broadcast=('', ''), number=('', ''), relu_ignored=('norm', ''), relu_of_input=('', ''), writes_between=('', ''), shared=('relu', ''),
+             dropout=('relu', ''), relu_then_add=('norm+relu', ''))
+
+@pytest.mark.parametrize('name', cases)
+def test_chains(name, clock):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.n,self.relu = nn.Conv2d(4, 4, 3, padding=1),nn.Conv2d(4, 4, 1),nn.BatchNorm2d(4),nn.ReLU(inplace=True)
+        forward = globals()[name]
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6, 6).double()
+    kept = x.clone()
+    net,fast,want = faster(live(Net()).double(), x, clock, .5)
+    folds = {n: str(c) for n,c in fold(deepcopy(fast), x).items()}
+    assert (folds.get('a', ''),folds.get('b', ''))==cases[name] and torch.equal(x, kept)
+    for _ in range(2): close(fast(x), want)
+    close(fast(x[:1]), net(x[:1]))
+    assert not changed(snapshot(net), snapshot(from_fastest(fast)))
+
+def test_an_addition_that_is_broadcast_for_another_batch(clock):
+    "A position embedding has the shape of a batch of one"
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.p = nn.Linear(6, 8),nn.Parameter(torch.randn(1, 5, 8))
+        def forward(self, x): return torch.relu(self.a(x)+self.p)
+    x = torch.randn(4, 5, 6).double()
+    net,fast,_ = faster(Net().double(), x[:1], clock)
+    assert isinstance(fast.forward, Folded)
+    close(fast(x), net(x)), close(fast(x[:1]), net(x[:1]))
+
+def test_users_hooks_stay(clock):
+    "A module with hooks is called; what is inside a hooked one is folded by itself"
+    net,x = resnet()
+    seen = []
+    h = net[4].bn1.register_forward_hook(lambda m, i, o: seen.append('bn1') or o*2)
+    g = net[5].register_forward_pre_hook(lambda m, i: seen.append('block'))
+    net,fast,want = faster(net, x, clock)
+    seen.clear()
+    close(fast(x), want)
+    assert seen==['bn1', 'block'] and isinstance(fast.forward, Folded) and isinstance(fast[5].forward, Folded)
+    table = to_fastest(net, x)[1]
+    assert {r.name: r.folds for r in table.rows if '.conv' in r.name}=={'4.conv1': '', '4.conv2': 'norm+add+relu', '5.conv1': 'norm+relu', '5.conv2': 'norm+add+relu'}
+    root,x = resnet()
+    root.register_forward_hook(lambda m, i, o: o+1)
+    _,fast,want = faster(root, x, clock)
+    assert isinstance(fast.forward, Folded)
+    close(fast(x), want)
+
+class Untraceable(nn.Module):
+    "Looks at numbers"
+    def __init__(self, body): super().__init__(); self.body,self.blocks,self.head = body,nn.ModuleList([BasicBlock(16, 16)]),nn.Linear(16, 3)
+    def forward(self, x, scale=1., more=None):
+        x = self.body(x)
+        for b in self.blocks: x = b(x) if x.mean()<1e9 else x
+        x = self.head(x.mean((2, 3)))*scale
+        return dict(out=x, more=(more, [x]))
+
+def test_a_model_that_cannot_be_traced_is_folded_in_parts(clock):
+    net = live(Untraceable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))).double()
+    x = dict(x=torch.randn(2, 3, 8, 8).double(), scale=2.)
+    sparsify_model(net.eval(), .8)
+    want = net(**x)
+    fast,table = to_fastest(net, x)
+    assert not isinstance(fast.forward, Folded) and isinstance(fast.body.forward, Folded) and isinstance(fast.blocks[0].forward, Folded)
+    assert [r.folds for r in table.rows]==['norm+relu', 'norm+relu', 'norm+add+relu', '']
+    got = fast(**x)
+    close(got['out'], want['out']), close(got['more'][1], want['more'][1])
+    assert not changed(snapshot(net), snapshot(from_fastest(fast)))
+
+class Asks(nn.Module):
+    "Depends on training mode, on arguments that are no tensors, and gives a nest"
+    def __init__(self): super().__init__(); self.a,self.n = nn.Linear(6, 6),nn.BatchNorm1d(6)
+    def forward(self, x, y=None, *, twice=False):
+        z = self.n(self.a(x))
+        if self.training: z = z*100
+        if y is not None: z = z+y['add']
+        return (z*2, twice) if twice else (z, {'x': x})
+
+def test_arguments(clock):
+    net = live(Asks()).double()
+    sparsify_model(net.eval(), .5)
+    x,y = torch.randn(3, 6).double(),dict(add=torch.randn(3, 6).double())
+    fast,_ = to_fastest(net, (x, y))
+    assert isinstance(fast.forward, Folded)
+    for args,kw in (((x, y), {}), ((x,), {}), ((x,), dict(y=y)), ((x, y), dict(twice=True)), ((x, None), dict(twice=False))):
+        want,got = net(*args, **kw),fast(*args, **kw)
+        close(got[0], want[0])
+        assert type(got) is type(want) and (got[1]==want[1] if isinstance(want[1], bool) else got[1]['x'] is x)
+    fast.train()
+    assert fast(x, y)[0].abs().max()>10*fast.eval()(x, y)[0].abs().max()
+    other = to_fastest(net, dict(x=x, twice=True))[0]
+    assert isinstance(other.forward, Folded) and other(x=x, twice=True)[1] is True
+    close(other(x=x)[0], net(x)[0])
+
+@pytest.mark.parametrize('kind', ['counts', 'keeps', 'appends'])
+def test_a_model_that_remembers_is_not_traced(kind, clock):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.n,self.kept,self.all,self.count = nn.Conv2d(3, 4, 1),nn.BatchNorm2d(4),None,[],0
+        def forward(self, x):
+            y = self.n(self.a(x))
+            if kind=='keeps': self.kept = y
+            if kind=='appends': self.all.append(y)
+            if kind=='counts': self.count += 1
+            return y
+    x = torch.randn(1, 3, 4, 4)
+    sparsify_model(net := Net().eval(), .5)
+    fast,_ = to_fastest(net, x)
+    assert not is_folded(fast)
+    n = fast.count,len(fast.all)
+    y = fast(x)
+    assert dict(counts=fast.count==n[0]+1, keeps=fast.kept is y, appends=len(fast.all)==n[1]+1 and torch.is_tensor(fast.all[0]))[kind]
+
+def test_a_forward_of_the_users_own_stays(clock):
+    net,x = resnet()
+    net.forward = lambda x: nn.Sequential.forward(net, x)+1
+    before = net.forward
+    sparsify_model(net.eval(), .8, enforce_mask=False)
+    fold(net, x)
+    assert net.forward is before and isinstance(net[4].forward, Folded)
+    unfold(net)
+    assert net.forward is before and 'forward' not in net[4].__dict__
+
+@pytest.mark.parametrize('arch', ['resnet18', 'resnetv2_50', 'efficientnet_b0', 'mobilenetv3_small_050', 'vit_tiny_patch16_224', 'convnext_atto', 'mixer_s32_224', 'resnest14d', 'densenet121', 'swin_tiny_patch4_window7_224'])
+def test_timm(arch, clock):
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    size = dict(img_size=64) if arch.split('_')[0] in ('vit', 'mixer', 'swin') else {}
+    net,x = live(timm.create_model(arch, num_classes=3, **size)).double(),torch.randn(2, 3, 64, 64).double()
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): nn.init.uniform_(m.weight, .5, 1.)
+    before = snapshot(faster(net, x, clock)[0])
+    fast,table = to_fastest(net, x)
+    with torch.no_grad(): torch.testing.assert_close(fast(x), net(x), rtol=1e-9, atol=1e-10)
+    assert is_folded(fast) or arch in ('convnext_atto', 'resnetv2_50')
+    if arch=='resnet18': assert {r.folds for r in table.rows}=={'norm', 'norm+relu', 'norm+add+relu', ''}
+    assert not changed(before, snapshot(from_fastest(fast)))
+
+def test_huggingface(clock):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    bert = transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)).double()
+    resnet = live(transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))).double()
+    for net,x in ((bert, dict(input_ids=torch.randint(30, (2, 7)))), (resnet, dict(pixel_values=torch.randn(1, 3, 32, 32).double()))):
+        sparsify_model(net.eval(), .8)
+        want = net(**x)
+        fast,_ = to_fastest(net, x)
+        got = fast(**x)
+        assert type(got) is type(want) and is_folded(fast)
+        torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, rtol=0, atol=1e-9)
+        assert not changed(snapshot(net), snapshot(from_fastest(fast)))
+
+def test_a_norm_in_half_precision_is_computed_in_double():
+    conv,norm = nn.Conv2d(3, 4, 1).bfloat16(),live(nn.BatchNorm2d(4)).bfloat16()
+    new = fold_norm(conv, norm)
+    scale = norm.weight.double()/(norm.running_var.double()+norm.eps).sqrt()
+    assert new.weight.dtype==torch.bfloat16 and torch.equal(new.weight, (conv.weight.double()*scale.view(4, 1, 1, 1)).bfloat16())
+
 # ------------------------------------------------------------ bad input
 @pytest.mark.parametrize('kw, says', [(dict(forms='csr'), "'csr'"), (dict(forms=['sparse', 'bsr']), 'needs a CUDA device'), (dict(forms='2:4'), 'needs a CUDA device'), (dict(margin=0.9), 'margin'),
                                       (dict(margin=float('nan')), 'margin')])
@@ -195,8 +501,8 @@ def test_table_as_text_and_html():
     rows = [LayerTime('a<b', (3, 4), 0.75, (2, 4), dict(dense=1., sparse=0.25), 'sparse'), LayerTime('c', (5, 3), 0.5, (), {}, 'dense', 'why')]
     t = SpeedTable(rows, dict(dense=2., fast=1., gain=(2., 1.9, 2.1)), 'a machine')
     lines = repr(t).splitlines()
-    assert lines[0]=='a machine' and lines[1].split()==['layer','weight','sparsity','input','dense','ms','sparse','ms','form','gain']
-    assert lines[2].split()==['a<b','3x4','0.750','2x4','1.000','0.250','sparse','4.00x'] and lines[3].split()==['c','5x3','0.500','dense']
+    assert lines[0]=='a machine' and lines[1].split()==['layer','weight','sparsity','input','dense','ms','sparse','ms','form','gain','note']
+    assert lines[2].split()==['a<b','3x4','0.750','2x4','1.000','0.250','sparse','4.00x'] and lines[3].split()==['c','5x3','0.500','dense','why']
     assert lines[4].split()==['whole','model','2.000','1.000','sparse','2.00x','(1.90-2.10)'] and lines[4].index('1.000')==lines[2].index('0.250')
     html = t._repr_html_()
     assert html.count('<tr>')==html.count('</tr>')==4 and 'a&lt;b' in html and '<b' not in html.replace('<body', '')
