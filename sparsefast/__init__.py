@@ -52,7 +52,9 @@ Modules:
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks
 - `sparsefast.ship.files`: Checkpoints as small as the model is sparse: active weights and their positions, in safetensors
+- `sparsefast.ship.fold`: Batch norms, residual additions and ReLUs computed inside the layers before them
 - `sparsefast.ship.forms`: Layers that compute what a masked layer computes, in a form of their own
+- `sparsefast.ship.graph`: Which batch norms, additions and ReLUs follow which layers
 - `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
 - `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
