@@ -241,7 +241,7 @@ WIDE static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
             for (ptrdiff_t w; from < columns; from = t) {
                 w = NAME(width)(columns - t);
                 if (k->sampled && w < LANES) w = LANES;
-                if (!room && t + w > columns) t = columns - w;         /* nothing is read past the end */
+                if (!room && t + w > im->plane) t = im->plane - w;     /* nothing is read past the end */
                 NAME(begin)(k, first, last, w, next, y);
                 NAME(pixels)(k, image, t, from, columns, w, first, last, next, planes, y);
                 t += w;

@@ -220,6 +220,14 @@ def test_an_index_of_other_settings(name):
     assert accepted>20
 
 @needs_kernel
+def test_a_phase_with_fewer_pixels_than_a_tile():
+    "Where images are read in place. Its tile began before the first pixel; AddressSanitizer saw it"
+    window,size,g = Window((1,1), (2,2), (1,1), (0,0,0,0)),(1,1,15,16),torch.randn(1, 1, 8, 8)
+    crow = torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32)
+    x = ops.convolve_back(crow, crow[:1], torch.ones(1), g, list(size), list(sum(window, ())))
+    assert x[...,1::2,1::2].equal(g[...,:7,:])
+
+@needs_kernel
 def test_sizes_for_convolve_back():
     for size in ([2,3,9], [2,3,9,9,1], [], [2,0,9,9], [2,3,0,9], [2,3,-9,9], [-2,3,9,9], [2,2**40,9,9], [2,3,2**40,9], [2**40,3,9,9], [2,3,2**62,2**62]):
         with pytest.raises(ValueError): call('convolve_back', {**args_of('convolve_back'), 'size': size})
