@@ -254,7 +254,7 @@ INSIDE void NAME(group_of_images)(NAME(part) *p, ptrdiff_t group) {
     if (p->x) NAME(planes)(k, image, n, p->x);
     for (ptrdiff_t from = t; from < columns; from = t += p->w) {
         p->w = NAME(width)(columns - t);
-        if (!p->x && t + p->w > columns) t = columns - p->w;           /* nothing is read past the end */
+        if (!p->x && t + p->w > im->plane) t = im->plane - p->w;       /* nothing is read past the end */
         NAME(begin)(p);
         NAME(pixels)(p, x, image, t, from, columns);
     }
