@@ -2,7 +2,6 @@
 
     python benchmarks/deploy.py onnx FOLDER                      # writes the models for onnxruntime; some minutes
     python benchmarks/deploy.py net ARCH BATCH THREADS FOLDER    # appends to deploy_nets.jsonl; one to three minutes each
-    python benchmarks/deploy.py bound ARCH BATCH THREADS         # appends to deploy_bounds.jsonl: the gain if compressed layers took no time
     python benchmarks/deploy.py layers THREADS                   # appends to deploy_layers.jsonl; some minutes, in parts
     python benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
@@ -15,6 +14,7 @@ from statistics import median
 warnings.simplefilter('ignore')
 import timm, torch
 from torch import nn
+from sparsefast import ops
 from sparsefast.ship.deploy import paired_times, processor, ratio, sparse_form, to_fastest
 from sparsefast.sparsify import sparsify_model, unsparsify_model
 
@@ -36,7 +36,7 @@ def sparse(arch, sparsity):
 
 def hardware(threads):
     import onnxruntime
-    return dict(processor=processor(), threads=threads, torch=torch.__version__, onnxruntime=onnxruntime.__version__, timm=timm.__version__)
+    return dict(processor=processor(), threads=threads, kernel=getattr(ops._kernels, 'processor', 'torch'), torch=torch.__version__, onnxruntime=onnxruntime.__version__, timm=timm.__version__)
 
 def rows(out): return [json.loads(l) for l in out.read_text().splitlines()] if out.exists() else []
 
@@ -90,25 +90,6 @@ def measure_net(arch, batch, threads, folder):
                       layers=chosen.get(n), error=error.get(n), **hardware(threads)))
         print(arch, batch, threads, n, f'{1000*median(times[n]):.1f} ms', f'{r:.2f}x', chosen.get(n, ''), flush=True)
 
-class Given(nn.Module):
-    "In a layer's place: its output, which costs nothing"
-    def __init__(self, y): super().__init__(); self.y = y
-    def forward(self, x): return self.y
-
-def measure_bound(arch, batch, threads):
-    "The gain of a network if its compressed layers took no time"
-    out = here/'deploy_bounds.jsonl'
-    if any((r['arch'], r['batch'], r['threads'])==(arch, batch, threads) for r in rows(out)): return
-    torch.set_num_threads(threads)
-    x,dense,free,given = images(batch),net(arch),sparse(arch, 0.9),{}
-    masked = [n for n,m in free.named_modules() if hasattr(m, 'weight_mask')]
-    for n in masked: free.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: given.update({n: o.clone()}))
-    free(x)
-    for n in masked: free.set_submodule(n, Given(given[n]))
-    times = paired_times(dict(dense=partial(dense, x), free=partial(free, x)), seconds=20, least=7)
-    r,lo,hi = ratio(times, 'dense', 'free')
-    add(out, dict(arch=arch, batch=batch, dense=round(1000*median(times['dense']), 3), free=round(1000*median(times['free']), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times['dense']), layers=len(masked), **hardware(threads)))
-
 # ------------------------------------------------------------ single layers
 def linear(o, i): return lambda: nn.Linear(i, o), lambda b: (b, i)
 def conv(o, i, k, side): return lambda: nn.Conv2d(i, o, k, padding=k//2), lambda b: (b, i, side, side)
@@ -161,6 +142,5 @@ if __name__=='__main__':
     with torch.no_grad():
         if what=='onnx': Path(args[0]).mkdir(exist_ok=True, parents=True); write_onnx(Path(args[0]))
         elif what=='net': measure_net(args[0], int(args[1]), int(args[2]), Path(args[3]))
-        elif what=='bound': measure_bound(args[0], int(args[1]), int(args[2]))
         elif what=='zeros': measure_zeros(args[0], int(args[1]), Path(args[2]))
         elif what=='layers': measure_layers(int(args[0]))

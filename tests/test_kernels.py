@@ -4,12 +4,8 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-<<<<<<< HEAD
 import helpers
 from sparsefast import ops as loops
-=======
-from sparsefast import masks
->>>>>>> h-c
 from sparsefast.core import sparsify_model
 from sparsefast.storage import SparseConv1d, SparseConv2d, SparseLinear, to_sparse_layers
 from sparsefast.storage.kernels import index_of
