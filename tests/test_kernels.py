@@ -205,7 +205,7 @@ def test_an_index_of_other_settings(name):
         args = args_of(name)
         for _ in range(rng.randint(1, 3)):
             i = rng.randrange(10)
-            args['settings'][i] = rng.choice([0, 1, 2, 3, 5, 9]) if i>5 else rng.choice([1, 2, 3, 4])
+            args['settings'][i] = rng.choice([-2, -1, 0, 1, 2, 3, 5, 9]) if i>5 else rng.choice([1, 2, 3, 4])
         try: out = Window(*(tuple(args['settings'][i:i+2]) for i in (0,2,4)), tuple(args['settings'][6:])).out_size(9, 9)
         except ValueError: continue
         if min(out)<1: continue
@@ -217,6 +217,7 @@ def test_an_index_of_other_settings(name):
             args['at'],args['values'] = torch.randint(0, 400, (n,), dtype=torch.int32),torch.randn(n)
         try: call(name, args)
         except ValueError: continue
+        assert min(args['settings'])>=0
         accepted += 1
     assert accepted>20
 

@@ -145,8 +145,9 @@ class SparseLayer(Compressed):
         col,had = self._buffers['col'],self._cache
         version = 0 if col.is_inference() else col._version
         if had.get('col') is not col or had['version']!=version or len(had)>16: self._cache = had = dict(col=col, version=version)
-        if key not in had: had[key] = make()
-        return had[key]
+        made = had[key] if key in had else make()
+        if type(made[0] if isinstance(made, tuple) else made) is torch.Tensor: had[key] = made    # none of a fake mode's
+        return made
 
     def __getstate__(self): return {**self.__dict__, '_held': [], '_cache': {}}
 

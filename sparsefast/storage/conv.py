@@ -92,7 +92,7 @@ def _multiply(self:_SparseConv, values, bias, x, add=None, relu=False):
 
 @patch
 def _values_grad(self:_SparseConv, g, x):
-    if kernel_of(self.values)=='torch': return self._dense_grad(g, x).view(-1).index_select(0, self.positions())
+    if kernel_of(self.values)=='torch': return self._dense_grad(g, x).reshape(-1).index_select(0, self.positions())
     g,x = self._images(g),self._images(x)
     at = self._derived(('forward', x.shape), lambda: forward_offsets(self.crow, self.col, self.window, x.shape, self.groups))
     return convolve_values(self.crow, at, g, x, self.window)
