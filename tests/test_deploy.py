@@ -2,6 +2,7 @@
 import io, re, warnings
 from copy import deepcopy
 from functools import partial
+from types import MethodType
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from helpers import changed, mlp, snapshot
@@ -10,6 +11,7 @@ from sparsefast.ship.deploy import LayerTime, SpeedTable, bsr_form, from_fastest
 from sparsefast.ship.export import bake
 from sparsefast.ship.files import load_sparse, save_sparse
 from sparsefast.ship.fold import Folded, Fused, Pool, fold, fold_norm, is_folded, unfold
+from sparsefast.ship.graph import Call, find_chain, trace
 from sparsefast.storage import SparseConv2d, SparseLinear
 from sparsefast.masks import masked_params
 from sparsefast.patterns import block_pattern, nm_pattern
@@ -94,6 +96,7 @@ def test_what_loses_in_company_goes_back(clock, monkeypatch):
 def test_nothing_wins(clock):
     clock['sparse'] = 3.
     model,x = nets()['convs']
+    model.append(nn.ReLU())
     sparsify_model(model, 0.5)
     for whole,gain in ((1.2, 1.), (.8, 1.25)):                                           # dense convolutions take the batch norm in, if that helps
         clock['fast'] = whole
@@ -298,7 +301,7 @@ def test_linear_layers_and_one_dimension(clock):
     close(fast(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)).double()), flat(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)).double()))
     deep,x = deepcopy(unsparsify_model(flat)),torch.randn(4, 6, 6).double()
     _,fast,want = faster(deep, x, clock)
-    assert not is_folded(fast)
+    assert not is_folded(fast) and not any(str(find_chain(n)) for n in trace(Call(fast, (x,), {})).graph.nodes)
     close(fast(x), want)
     conv,x = live(nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.Dropout(.5), nn.ReLU())).double(),torch.randn(2, 3, 12).double()
     _,fast,want = faster(conv, x, clock)
@@ -317,13 +320,19 @@ def broadcast(self, x): return self.b(self.a(x)+x[:1,:,:1])
 def number(self, x): return self.b(self.a(x)+1)
 def relu_ignored(self, x): y = self.n(self.a(x)); self.relu(y); return self.b(y)
 def relu_of_input(self, x): z = x*1.; y = self.a(z); r = z.relu_(); return self.b(y+r)                      # the input of a changes before its chain ends
-def writes_between(self, x): z = x*1.; y = self.a(z); z[:, 0] = 0.; return self.b(y+z)
+def writes_between(self, x): z = x*1.; y = self.a(z); z.mul_(2.); return self.b(y+z)
 def shared(self, x): return self.b(self.n(self.a(torch.relu(self.a(x)))))
 def dropout(self, x): return self.b(torch.relu(F.dropout(self.a(x), .5, self.training))+x)
 def relu_then_add(self, x): return self.b(torch.relu(self.n(self.a(x)))+x)
 cases = dict(adds=('norm+add', ''), adds_to_x=('', ''), adds_method=('norm+add', 'relu'), torch_add=('relu', 'relu'), alpha=('', ''), twice_itself=('', ''), two_users=('norm', 'add'),
              before_norm=('relu', 'add'), broadcast=('', ''), number=('', ''), relu_ignored=('norm', ''), relu_of_input=('', ''), writes_between=('', ''), shared=('relu', ''),
              dropout=('relu', ''), relu_then_add=('norm+relu', ''))
+
+def chains(net, x):
+    "What the graph says of the first calls of layers `a` and `b`"
+    found = {}
+    for node in trace(Call(net, (x,), {})).graph.nodes: found.setdefault(node.target, str(find_chain(node)))
+    return found['model__a'],found['model__b']
 
 @pytest.mark.parametrize('name', cases)
 def test_chains(name, clock):
@@ -334,7 +343,10 @@ def test_chains(name, clock):
     x = torch.randn(3, 4, 6, 6).double()
     kept = x.clone()
     net,fast,want = faster(live(Net()).double(), x, clock, .5)
-    folds = {n: str(c) for n,c in fold(deepcopy(fast), x).items()}
+    plain = unfold(deepcopy(fast))
+    assert chains(plain, x)==cases[name]                                                  # the rules, without the check of outputs that comes after them
+    with torch.no_grad(): close(trace(Call(plain, (x,), {})).forward([x.clone()]), want)
+    folds = {n: str(c) for n,c in fold(plain, x).items()}
     assert (folds.get('a', ''),folds.get('b', ''))==cases[name] and torch.equal(x, kept)
     for _ in range(2): close(fast(x), want)
     close(fast(x[:1]), net(x[:1]))
@@ -434,8 +446,7 @@ def test_a_model_that_remembers_is_not_traced(kind, clock):
 
 def test_a_forward_of_the_users_own_stays(clock):
     net,x = resnet()
-    net.forward = lambda x: nn.Sequential.forward(net, x)+1
-    before = net.forward
+    before = net.forward = MethodType(lambda self, x: nn.Sequential.forward(self, x)+1, net)
     sparsify_model(net.eval(), .8, enforce_mask=False)
     fold(net, x)
     assert net.forward is before and isinstance(net[4].forward, Folded)
@@ -470,6 +481,12 @@ def test_huggingface(clock):
         assert type(got) is type(want) and is_folded(fast)
         torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, rtol=0, atol=1e-9)
         assert not changed(snapshot(net), snapshot(from_fastest(fast)))
+
+def test_pooled_images_lie_channel_by_channel_if_images_did():
+    x,p = torch.randn(1, 8, 9, 9),nn.MaxPool2d(2)
+    by_pixel = x.contiguous(memory_format=torch.channels_last)
+    assert Pool(p)(x).is_contiguous() and Pool(p, True)(by_pixel).is_contiguous() and not Pool(p)(by_pixel).is_contiguous()
+    for y in (Pool(p)(x), Pool(p, True)(by_pixel), Pool(p)(x[0])[None]): assert torch.equal(y, p(x))
 
 def test_a_norm_in_half_precision_is_computed_in_double():
     conv,norm = nn.Conv2d(3, 4, 1).bfloat16(),live(nn.BatchNorm2d(4)).bfloat16()
