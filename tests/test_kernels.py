@@ -42,7 +42,7 @@ def test_random_layers(first):
 
 def test_random_layers_without_the_kernel(monkeypatch):
     monkeypatch.setattr(loops, '_kernels', None)
-    for seed in range(200, 230): fuzz.check(seed, (1,), 1e5)
+    for seed in [*range(200, 230), 295]: fuzz.check(seed, (1,), 1e5)                  # 295: a gradient of weights that has no view of one dimension
 
 @ways
 def test_any_layout_of_what_is_added(way, monkeypatch):
