@@ -31,6 +31,12 @@
 #else
 #define ALWAYS inline
 #endif
+/* Ask for memory that a row a little further on needs; `write` is 1 if it is to be written */
+#ifdef VECTORS
+#define FETCH(p, write) __builtin_prefetch((p), write)
+#else
+#define FETCH(p, write)
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #define UNROLL _Pragma("GCC unroll 16")
 #define SCALAR __attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize")))    /* gathers are slower */

@@ -41,7 +41,7 @@ typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), ma
         T *y = p->y; \
         for (ptrdiff_t r = p->first, last = p->last; r < last; r++, y += n * LANES) { \
             ptrdiff_t j = next[r], end = crow[r + 1]; \
-            if (r + 4 < last) { __builtin_prefetch(at + next[r + 4]); __builtin_prefetch(values + next[r + 4]); } \
+            if (r + 4 < last) { FETCH(at + next[r + 4], 0); FETCH(values + next[r + 4], 0); } \
             if (j >= end || at[j] >= bound) continue; \
             NAME(vector) s[u][n]; \
             UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(y + i * LANES); \
@@ -99,6 +99,7 @@ INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t
         ptrdiff_t j = p->next[r], end = p->k->crow[r + 1];
 #ifdef VECTORS
         enum { S = LANES };
+        if (r + 4 < p->last) { FETCH(at + p->next[r + 4], 0); FETCH(grads + p->next[r + 4], 1); }
         for (; j + S <= end && at[j + S - 1] < bound; j += S) {
             NAME(vector) v[S];
             UNROLL for (int m = 0; m < S; m++) v[m] = NAME(folded)(g, x + at[j + m] * scale, w);
@@ -110,7 +111,8 @@ INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t
             T sum = 0;
 #ifdef VECTORS
             NAME(vector) v = NAME(folded)(g, from, w);
-            UNROLL for (int m = 0; m < S; m++) sum += v[m];
+            UNROLL for (int m = 1; m < S; m *= 2) v = LOW(v, v) + HIGH(v, v);
+            sum = v[0];
 #else
             for (ptrdiff_t i = 0; i < w; i++) sum += g[i] * from[i];
 #endif
@@ -231,6 +233,10 @@ INSIDE void NAME(pixels)(const NAME(part) *p, const T *x, ptrdiff_t image, ptrdi
     if (!k->sampled) for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) for (int m = 0; m < n; m++) {
         ptrdiff_t place = r * im->to_row + all[m].place, length = all[m].length, step = im->to_right;
         T *sum = y + all[m].column, *to = k->y + place;
+        if (r + 4 < p->last) for (ptrdiff_t i = 4 * im->to_row; i < 4 * im->to_row + length; i += 64 / (ptrdiff_t)sizeof(T)) {
+            FETCH(to + i, 1);
+            if (k->add) FETCH(k->add + place + i, 0);
+        }
         if (k->add) for (ptrdiff_t i = 0; i < length; i++) sum[i] += k->add[place + i];
         if (k->relu) NAME(rectify)(sum, length);
         if (step == 1) for (ptrdiff_t i = 0; i < length; i++) to[i] = sum[i];

@@ -115,7 +115,7 @@ class SparseLayer(Compressed):
         hooks = module._forward_pre_hooks.values()
         self._enforced = any(isinstance(h, MaskGuard) for h in hooks)
         self.values = nn.Parameter(w.detach()[mask], requires_grad=w.requires_grad)
-        self.bias = module.bias
+        self.register_parameter('bias', module.bias)
         self.register_buffer('weight_sparsity', module._buffers.get('weight_sparsity'))
         for n in ('crow', 'col'): self.register_buffer(n, None)
         self._set_index(*index_of(mask.reshape(self._matrix_shape)))

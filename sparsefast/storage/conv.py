@@ -117,7 +117,7 @@ def forward(self:_SparseConv,
 )->torch.Tensor: # What the dense layer gives
     "Convolve images with the active weights"
     if x.dim()==self.n_dim+1:
-        return self(x.unsqueeze(0))[0]
+        return self(x.unsqueeze(0), add if add is None else add.unsqueeze(0), relu)[0]
     if x.dim()!=self.n_dim+2 or x.shape[1]!=self.in_channels:
         raise ValueError(f"x must be images of {self.in_channels} channels for {self}, "
                          f"got shape {tuple(x.shape)}")

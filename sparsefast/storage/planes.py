@@ -87,7 +87,7 @@ def _check(window, size):
 def _planes(n, channels, size, before, stride, slots, reach):
     "The first part of `Images`"
     phases,(high,wide) = channels*stride[0]*stride[1],slots
-    at_once = max(1, min(n, max(ceil(4*_widest/(high*wide)), 2*cache//(phases*high*wide))))
+    at_once = max(1, min(n, max(ceil(4*_widest/(high*wide)), cache//(phases*high*wide))))
     plane = at_once*high*wide + reach[0]*wide+reach[1]
     room = phases*plane + _widest
     is_there = at_once==1 and stride==(1,1) and before==(0,0) and slots==size and reach==(0,0) and plane>=_widest
