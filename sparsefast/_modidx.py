@@ -1197,6 +1197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv._multiply': ( 'storage/conv.html#_sparseconv._multiply',
                                                                                             'sparsefast/storage/conv.py'),
+                                         'sparsefast.storage.conv._SparseConv._offsets': ( 'storage/conv.html#_sparseconv._offsets',
+                                                                                           'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv._values_grad': ( 'storage/conv.html#_sparseconv._values_grad',
                                                                                                'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv.extra_repr': ( 'storage/conv.html#_sparseconv.extra_repr',

@@ -16,8 +16,9 @@ import torch
 try: from sparsefast import _kernels
 except ImportError: _kernels = None                                # the installation found no compiler
 
-def compiled():
-    "Get the module of compiled loops, or `None`"
+def compiled(
+)->object: # `sparsefast._kernels`; `None` where the installation found no compiler
+    "Get the module of compiled loops"
     return _kernels
 
 # %% ../nbs/01g_ops.ipynb #65f12c7c

@@ -73,11 +73,18 @@ def _dense(self:_SparseConv, x, weight, bias=None):
 def _dense_grads(self:_SparseConv, values, g, x, of):
     "Gradients by PyTorch's convolution of what `of` says: 0 is the inputs, 1 the weights"
     with torch.enable_grad():
-        tensors = x.detach().requires_grad_(of==0),self.spread(values.detach()).requires_grad_(of==1)
+        tensors = x.detach(),self.spread(values.detach())
+        tensors[of].requires_grad_()
         return torch.autograd.grad(self._dense(*tensors), tensors[of], g)[0]
 
 @patch
 def _images(self:_SparseConv, x): return x if self.n_dim==2 else x.unsqueeze(2)
+
+@patch
+def _offsets(self:_SparseConv, size):
+    "Where active weights begin to read in images of this size"
+    form = self.window,size,self.groups
+    return self._derived(('forward', size), lambda: forward_offsets(self.crow, self.col, *form))
 
 @patch
 def _multiply(self:_SparseConv, values, bias, x, add=None, relu=False):
@@ -86,23 +93,25 @@ def _multiply(self:_SparseConv, values, bias, x, add=None, relu=False):
         if add is not None: y += add
         return y.relu_() if relu else y
     x,add = self._images(x),add if add is None else self._images(add)
-    at = self._derived(('forward', x.shape), lambda: forward_offsets(self.crow, self.col, self.window, x.shape, self.groups))
-    y = convolve(self.crow, at, values, x, self.window, bias, add, relu)
+    y = convolve(self.crow, self._offsets(x.shape), values, x, self.window, bias, add, relu)
     return y if self.n_dim==2 else y.squeeze(2)
 
 @patch
 def _values_grad(self:_SparseConv, g, x):
-    if kernel_of(self.values)=='torch': return self._dense_grad(g, x).reshape(-1).index_select(0, self.positions())
+    if kernel_of(self.values)=='torch':
+        dense = self._dense_grad(g, x).reshape(-1)
+        return dense.index_select(0, self.positions())
     g,x = self._images(g),self._images(x)
-    at = self._derived(('forward', x.shape), lambda: forward_offsets(self.crow, self.col, self.window, x.shape, self.groups))
-    return convolve_values(self.crow, at, g, x, self.window)
+    return convolve_values(self.crow, self._offsets(x.shape), g, x, self.window)
 
 @patch
 def _input_grad(self:_SparseConv, values, g, x):
     if kernel_of(values)=='torch': return self._dense_grads(values, g, x, 0)
     size = self._images(x).shape
-    crow,at,perm = self._derived(('backward', size), lambda: backward_index(self.crow, self.col, self.window, size, self.groups))
-    return convolve_back(crow, at, values.index_select(0, perm), self._images(g), size, self.window).view(x.shape)
+    form = self.window,size,self.groups
+    crow,at,perm = self._derived(('backward', size), lambda: backward_index(self.crow, self.col, *form))
+    values = values.index_select(0, perm)
+    return convolve_back(crow, at, values, self._images(g), size, self.window).view(x.shape)
 
 @patch
 def _dense_grad(self:_SparseConv, g, x, rows=slice(None)):

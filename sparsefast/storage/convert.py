@@ -23,7 +23,7 @@ from .linear import SparseLinear
 from ..utils import as_module
 
 # %% ../../nbs/storage/04_convert.ipynb #3b13f276
-# sparsity below which the dense layer is as fast; measured: benchmarks/layers.py
+# sparsity from which compressed layers are faster, with some margin; measured: benchmarks/deploy.py layers
 min_sparsity = {SparseLinear: .8, SparseConv1d: .8, SparseConv2d: .8}
 
 def _served(m, owners):

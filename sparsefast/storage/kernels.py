@@ -118,9 +118,10 @@ def _address(t): return 0 if t is None else t.data_ptr()
 def n_rows(
     crow:torch.Tensor, # Row starts
     at:torch.Tensor, # Columns or offsets
-)->int:
+)->int: # At least 0
     "Number of rows of an index; raise a `ValueError` if it cannot be one"
-    if crow.dtype==at.dtype==torch.int32 and crow.dim()==at.dim()==1 and crow.device==at.device and len(crow): return len(crow)-1
+    right_type = crow.dtype==at.dtype==torch.int32 and crow.device==at.device
+    if right_type and crow.dim()==at.dim()==1 and len(crow): return len(crow)-1
     raise ValueError(f"crow and at must be int32 of one dimension on one device, and crow not empty, got {crow.dtype} and {at.dtype}, "
                      f"shapes {tuple(crow.shape)} and {tuple(at.shape)}, {crow.device} and {at.device}")
 
@@ -180,7 +181,9 @@ def finished(
 
 def _spmm_torch(crow, col, values, x, bias, add, relu):
     if not len(x) or not len(values): y = x.new_zeros(len(x), len(crow)-1)
-    elif _has_csr(values, len(x)): y = (as_csr(crow, col, values, x.shape[1])@x.t()).t().contiguous()
+    elif _has_csr(values, len(x)):
+        matrix = as_csr(crow, col, values, x.shape[1])
+        y = (matrix@x.t()).t().contiguous()
     else: y = torch.embedding_bag(x.t().contiguous(), col, crow, False, 0, False, values, True)[0].t().contiguous()
     return finished(y if bias is None else y.add_(bias), add, relu)
 

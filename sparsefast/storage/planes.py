@@ -30,13 +30,21 @@ _widest = 64                                                       # columns of 
 class Window(NamedTuple):
     "What a convolution sees: pairs are (down, right)"
     kernel:tuple   # Height and width of the kernel
-    stride:tuple
-    dilation:tuple
+    stride:tuple   # Pixels from one output to the next
+    dilation:tuple # Pixels from one place of the kernel to the next
     padding:tuple  # (top, bottom, left, right)
 
-    def out_size(self, high:int, wide:int)->tuple: # (height, width) of the output; less than 1 if the image is smaller than the kernel
+    def out_size(self,
+        high:int, # Height of an image
+        wide:int, # Its width
+    )->tuple: # (height, width) of the output; less than 1 if the image is smaller than the kernel
         "Compute the size of the output for an image"
-        return tuple((n+a+b-d*(k-1)-1)//s+1 for n,k,s,d,(a,b) in zip((high, wide), *self[:3], (self.padding[:2], self.padding[2:])))
+        out = []
+        axes = zip((high, wide), self.kernel, self.stride, self.dilation, (self.padding[:2], self.padding[2:]))
+        for n,k,s,d,around in axes:
+            seen = d*(k-1)+1                                       # pixels that a kernel reaches over
+            out.append((n+sum(around)-seen)//s+1)
+        return tuple(out)
 
 class Images(NamedTuple):
     "The struct `images` of `_kernels.c`"
@@ -61,8 +69,12 @@ class Images(NamedTuple):
     to_down:int  # Step to the next row of the image
     to_right:int # Step to the next pixel
 
-    def offset(self, channel, y, x): # Of numbers or arrays
-        "Where the run begins that a padded pixel of an output at (0, 0) begins"
+    def offset(self,
+        channel, # Channel of the inputs; a number or an array, as the others
+        y, # Row of the padded image
+        x, # Pixel of the row
+    )->int: # Or an array of them
+        "Compute where in the planes a pixel lies"
         phase = (channel*self.down + y%self.down)*self.right + x%self.right
         return phase*self.plane + y//self.down*self.pitch + x//self.right
 
@@ -72,7 +84,7 @@ def slot(
     before:int, # Pixels of padding before it
     seen:int, # Pixels that are read, padding included
     out:int, # Outputs
-    stride:int,
+    stride:int, # Pixels from one output to the next
 )->int: # In a plane of one phase
     "Compute how many pixels an image needs, if the next one's padding serves for the rest"
     return ceil(max(before+n, seen-before, out*stride)/stride)
@@ -90,15 +102,16 @@ def _planes(n, channels, size, before, stride, slots, reach):
     at_once = max(1, min(n, max(ceil(4*_widest/(high*wide)), cache//(phases*high*wide))))
     plane = at_once*high*wide + reach[0]*wide+reach[1]
     room = phases*plane + _widest
-    is_there = at_once==1 and stride==(1,1) and before==(0,0) and slots==size and reach==(0,0) and plane>=_widest
+    as_it_is = stride==(1,1) and before==reach==(0,0) and slots==size
+    is_there = as_it_is and at_once==1 and plane>=_widest
     return at_once, 0 if is_there else room, *size, *before, *stride, *slots, plane
 
 @lru_cache(256)
 def forward_images(
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
     size:tuple, # (images, channels, height, width)
     n_out:int, # Channels of the output
-)->Images:
+)->Images: # For the kernel
     "Lay images out for the outputs of a convolution; a `ValueError` if there are none"
     _check(window, size)
     n,c,*high_wide = size
@@ -114,7 +127,7 @@ def forward_images(
 # %% ../../nbs/storage/01c_planes.ipynb #c25b1368
 @lru_cache(256)
 def backward_images(
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
     size:tuple, # (images, channels, height, width) of the inputs
     n_out:int, # Channels of the output
 )->list: # `Images` for each phase
@@ -131,16 +144,18 @@ def backward_images(
         for b in range(t):
             rows = max(0, ceil((top-a)/s)), (high-1+top-a)//s+1
             pixels = max(0, ceil((left-b)/t)), (wide-1+left-b)//t+1
-            places.append((*rows, *pixels, (a-top)*wide+b-left, c*high*wide, high*wide, s*wide, t))
+            start = (a-top)*wide + b-left
+            steps = c*high*wide, high*wide, s*wide, t
+            places.append((*rows, *pixels, start, *steps))
     return [Images(*planes, *place) for place in places]
 
 # %% ../../nbs/storage/01c_planes.ipynb #bbe2360a
 def forward_offsets(
     crow:torch.Tensor, # Row starts: a row for each output channel
     col:torch.Tensor, # Columns: (channel of the group, place in the kernel) of each active weight
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
     size:tuple, # (images, channels, height, width)
-    groups:int,
+    groups:int, # Groups of channels
 )->torch.Tensor: # int32, one for each active weight
     "Compute where each active weight begins to read"
     n_row,c = len(crow)-1,size[1]
@@ -155,9 +170,9 @@ def forward_offsets(
 def backward_index(
     crow:torch.Tensor, # Row starts
     col:torch.Tensor, # Columns
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
     size:tuple, # (images, channels, height, width)
-    groups:int,
+    groups:int, # Groups of channels
 )->tuple: # (row starts, offsets, `perm`), int32: rows are (phase, input channel), and values are `values[perm]`
     "Build the index of the product that gives the gradient of the inputs"
     n_row,c = len(crow)-1,size[1]
@@ -166,9 +181,11 @@ def backward_index(
     y,x = col//wide%high*down,col%wide*right
     channel = col//(high*wide) + row//(n_row//groups)*(c//groups)
     place = (y%s*t + x%t)*c + channel
-    turned = csr_matrix((np.arange(len(col), dtype=np.int32), place, crow.numpy()), (n_row, s*t*c)).tocsc()
+    numbers = np.arange(len(col), dtype=np.int32)
+    turned = csr_matrix((numbers, place, crow.numpy()), (n_row, s*t*c)).tocsc()
     images,perm = backward_images(window, size, n_row)[0],turned.data
-    at = images.offset(turned.indices.astype(np.int64), images.top-y[perm]//s, images.left-x[perm]//t)
+    rows,pixels = images.top-y[perm]//s,images.left-x[perm]//t
+    at = images.offset(turned.indices.astype(np.int64), rows, pixels)
     return tuple(torch.from_numpy(a.astype(np.int32)) for a in (turned.indptr, at, perm))
 
 # %% ../../nbs/storage/01c_planes.ipynb #ffdb4e11
@@ -235,7 +252,7 @@ def convolve(
     at:torch.Tensor, # Offsets, from `forward_offsets`
     values:torch.Tensor, # Active values
     x:torch.Tensor, # (images, channels, height, width), contiguous
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
     bias:torch.Tensor=None, # A number to add to each channel
     add:torch.Tensor=None, # What to add to the result, of its shape
     relu:bool=False, # True to set negative results to zero
@@ -249,7 +266,7 @@ def convolve_back(
     values:torch.Tensor, # Active values in that order
     g:torch.Tensor, # Gradients of outputs, contiguous
     size:tuple, # (images, channels, height, width) of the inputs
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
 )->torch.Tensor: # Of shape `size`
     "Compute the gradient of the inputs"
     return torch.ops.sparsefast.convolve_back(crow, at, values, g, size, sum(window, ()))
@@ -259,7 +276,7 @@ def convolve_values(
     at:torch.Tensor, # Offsets, from `forward_offsets`
     g:torch.Tensor, # Gradients of outputs, contiguous
     x:torch.Tensor, # Inputs, contiguous
-    window:Window,
+    window:Window, # Kernel, stride, dilation and padding
 )->torch.Tensor: # One for each active weight
     "Compute the gradient of the values"
     return torch.ops.sparsefast.convolve_values(crow, at, g, x, sum(window, ()))
