@@ -3,7 +3,7 @@
     python benchmarks/layers.py PART [--threads 2] [--other FOLDER]     # appends to layers.jsonl; each part takes some two minutes
     python benchmarks/layers.py --table                                 # prints the latest rows as tables
 
-Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `conv_train` (training steps of ResNet-18 on small images). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
+Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `conv_train` (training steps of ResNet-18 on small images), `blocks` (how many inputs the kernel takes at a time). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
 import argparse, copy, ctypes, importlib, itertools, json, os, platform, random, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
@@ -261,6 +261,26 @@ def conv_train(threads, rounds=5, only=None, **kw):
         runs = {k: make(k) for k in ('dense', 'sparse', 'masked')}
         write('conv_train', threads, batch=64, pixels=32, sparsity=s, opt='sgd', **in_turns(runs, x, y, rounds, 1))
 
+# ------------------------------------------------------------ how many inputs a block has
+@torch.no_grad()
+def blocks(threads, rounds=13, **kw):
+    "Products of linear layers by blocks of several sizes, from which `kernels.cache` comes: outputs (`y`) and gradients of values (`g`), by KiB of inputs in a block"
+    from sparsefast.storage import kernels
+    chosen = kernels.cache
+    for o,i,n in ((1024,1024,128), (4096,4096,128), (384,1536,197), (1536,384,197), (768,3072,128)):
+        for s in (.9, .95):
+            sparsify_model(dense := nn.Linear(i, o), s)
+            layer,x,g = SparseLinear.from_masked(dense),torch.randn(n, i), torch.randn(n, o)
+            dense = unsparsify_model(dense)
+            def by(kib, f):
+                def run():
+                    kernels.cache = kib<<10
+                    f()
+                return run
+            ways = {f'{what}{kib}': by(kib, f) for kib in (64, 128, 256) for what,f in (('y', lambda: layer(x)), ('g', lambda: layer._values_grad(g, x)))}
+            write('blocks', threads, shape=[o, i], sparsity=s, batch=n, **interleaved({'dense': lambda: dense(x), **ways}, rounds))
+    kernels.cache = chosen
+
 # ------------------------------------------------------------ tables
 def table():
     rows = {}
@@ -278,7 +298,7 @@ def table():
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'conv_train'])
+    parser.add_argument('part', nargs='?', choices=['linear', 'cold', 'pointwise', 'three', 'train', 'train4096', 'memory', 'conv_train', 'blocks'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--other')
     parser.add_argument('--sparsity', type=float, nargs='*')

@@ -116,12 +116,12 @@ def test_the_reason_for_staying_dense(dense, sparse, note, clock):
     assert row.note==note and (row.form=='dense')==bool(note)
 
 def test_the_table_names_the_kernel(clock, monkeypatch):
-    from sparsefast import masks
+    from sparsefast import ops
     model,x = nets()['mlp']
     sparsify_model(model, .5)
     table = to_fastest(model, x)[1]
-    assert table.kernel==('torch' if masks._kernels is None else 'compiled') and f'kernel: {table.kernel}' in repr(table) and f'kernel: {table.kernel}' in table._repr_html_()
-    monkeypatch.setattr(masks, '_kernels', None)
+    assert table.kernel==('torch' if ops._kernels is None else 'compiled') and f'kernel: {table.kernel}' in repr(table) and f'kernel: {table.kernel}' in table._repr_html_()
+    monkeypatch.setattr(ops, '_kernels', None)
     assert 'kernel: torch' in repr(to_fastest(model, x)[1])
 
 def test_forms_of_ones_own(clock):
