@@ -136,7 +136,7 @@ def test_a_type_of_ones_own():
         def forward(self, x): return torch.einsum('bi,eij,ejk->bk', x, self.up, self.down)*self.scale
     model = nn.Sequential(Experts(), nn.Linear(8, 3))
     hooks = sparsify_model(model, .5, additional_types=[Experts])
-    assert list(weight_names(model, [Experts]).values())==['0.up', '0.down', '1'] and nnz(model)==[96, 96, 12] and len(hooks.hooks)==4
+    assert list(weight_names(model, [Experts]).values())==['0.up', '0.down', '1'] and nnz(model)==[96, 96, 12] and len(hooks.hooks)==5
     model[0].up.data.fill_(1.)
     model(torch.randn(2, 8))
     assert masked_are_zero(model)
@@ -156,7 +156,7 @@ def test_weights_that_a_parent_reads(copied):
         for p,*_ in sparse_params(model): p.add_(1.)
     baked = unsparsify_model(copy.deepcopy(model))
     x = data(1)[0][0]
-    assert torch.equal(model(x), baked(x)) and masked_are_zero(model) and len(hooks.hooks)==5       # three layers, and the model before and after its forward
+    assert torch.equal(model(x), baked(x)) and masked_are_zero(model) and len(hooks.hooks)==6       # three layers, and the model before and after its forward and before it loads
     hooks.remove()
     assert copied or not any(m._forward_pre_hooks for m in model.modules())
 
