@@ -110,7 +110,7 @@ def check_fits(
 
 # %% ../../nbs/storage/01_kernels.ipynb #fd1f4079
 _no_images = (0,)*20
-cache = 1<<17                                                      # bytes of inputs that a block has; measured: benchmarks/layers.py
+cache = 1<<17                                                      # bytes of inputs that a block has; measured: benchmarks/layers.py blocks
 
 def _contiguous(t): return t if t is None or t.is_contiguous() else t.contiguous()
 def _address(t): return 0 if t is None else t.data_ptr()
