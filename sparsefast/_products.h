@@ -41,7 +41,7 @@ typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), ma
         T *y = p->y; \
         for (ptrdiff_t r = p->first, last = p->last; r < last; r++, y += n * LANES) { \
             ptrdiff_t j = next[r], end = crow[r + 1]; \
-            if (r + 4 < last) { FETCH(at + next[r + 4], 0); FETCH(values + next[r + 4], 0); } \
+            if (r + 4 < last) for (int i = 0; i < 64; i += 16) { FETCH(at + next[r + 4] + i, 0); FETCH(values + next[r + 4] + i, 0); } \
             if (j >= end || at[j] >= bound) continue; \
             NAME(vector) s[u][n]; \
             UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(y + i * LANES); \
@@ -99,7 +99,7 @@ INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t
         ptrdiff_t j = p->next[r], end = p->k->crow[r + 1];
 #ifdef VECTORS
         enum { S = LANES };
-        if (r + 4 < p->last) { FETCH(at + p->next[r + 4], 0); FETCH(grads + p->next[r + 4], 1); }
+        if (r + 4 < p->last) for (int i = 0; i < 64; i += 16) { FETCH(at + p->next[r + 4] + i, 0); FETCH(grads + p->next[r + 4] + i, 1); }
         for (; j + S <= end && at[j + S - 1] < bound; j += S) {
             NAME(vector) v[S];
             UNROLL for (int m = 0; m < S; m++) v[m] = NAME(folded)(g, x + at[j + m] * scale, w);
