@@ -303,7 +303,8 @@ static int NAME(run_job)(const int64_t *a, int threads) {
     int64_t columns = k.im.at_once ? k.n * k.im.slot * k.im.pitch : k.n, enough = 1 + a[4] * (columns > 8 ? columns : 8) / GRAIN;
     if (threads > enough) threads = (int)enough;
     if (k.sampled && a[4]) memset(k.grads, 0, (size_t)a[4] * sizeof(T));
-    if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(NAME(one), &k, threads);
+    share *gathers = sizeof(T) == 4 ? gather_float : gather_double;
+    if (k.n == 1 && !k.im.at_once && !k.sampled) in_parallel(gathers ? gathers : NAME(one), &k, threads);
     else in_parallel(NAME(share), &k, threads);
     return k.failed;
 }

@@ -167,7 +167,7 @@ def _run(self:SparseLayer, x, add=None, relu=False):
         x = x.to(self.values.dtype)
         with torch.autocast(x.device.type, enabled=False): return self._run(x, add, relu)
     x = x.contiguous()
-    if not self._learns(x): return self._multiply(self.values.detach(), self.bias, x, add, relu)
+    if not self._learns(x): return self._multiply(self._parameters['values'].detach(), self._parameters['bias'], x, add, relu)
     if self._held and self._begins(): self._held.clear()           # held for the dense gradient of an earlier step
     return finished(_Product.apply(self.values, self.bias, x, self), add, relu)
 

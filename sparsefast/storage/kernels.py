@@ -112,16 +112,13 @@ def check_fits(
 _no_images = (0,)*20
 cache = 1<<17                                                      # bytes of inputs that a block has; measured: benchmarks/layers.py blocks
 
-def _contiguous(t): return t if t is None or t.is_contiguous() else t.contiguous()
-def _address(t): return 0 if t is None else t.data_ptr()
-
 def n_rows(
     crow:torch.Tensor, # Row starts
     at:torch.Tensor, # Columns or offsets
 )->int: # At least 0
     "Number of rows of an index; raise a `ValueError` if it cannot be one"
-    right_type = crow.dtype==at.dtype==torch.int32 and crow.device==at.device
-    if right_type and crow.dim()==at.dim()==1 and len(crow): return len(crow)-1
+    right_type = crow.dtype is at.dtype is torch.int32 and crow.device==at.device
+    if right_type and crow.dim()==at.dim()==1 and (n := crow.shape[0]): return n-1     # len() takes longer
     raise ValueError(f"crow and at must be int32 of one dimension on one device, and crow not empty, got {crow.dtype} and {at.dtype}, "
                      f"shapes {tuple(crow.shape)} and {tuple(at.shape)}, {crow.device} and {at.device}")
 
@@ -142,11 +139,13 @@ def run_kernel(
     images=_no_images, # How images lie in memory; by default there are none
 )->None:
     "Run the compiled kernel, which checks the numbers of the index; whoever calls has checked shapes, and that images fit"
-    if kernel_of(like)=='torch' or not crow.is_cpu: raise ValueError(f"the kernel must be there, and serves float32 and float64 on a CPU, got {like.dtype} on {like.device}, and an index on {crow.device}")
+    if kernel_of(like)=='torch' or not crow.is_cpu:
+        raise ValueError("the kernel must be there, and serves float32 and float64 on a CPU, "
+                         f"got {like.dtype} on {like.device}, and an index on {crow.device}")
     mode = int(relu) if grads is None else 2
-    crow,at,*tensors = [_contiguous(t) for t in (crow, at, values, bias, x, g, add, y, grads)]
-    compiled().product(like.element_size(), torch.get_num_threads(), crow.data_ptr(), at.data_ptr(), len(at), *map(_address, tensors), *sizes, mode,
-                           *images, limit, images is _no_images)
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (crow, at, values, bias, x, g, add, y, grads)]
+    crow,at,*others = [0 if t is None else t.data_ptr() for t in tensors]
+    compiled().product(like.element_size(), torch.get_num_threads(), crow, at, tensors[1].shape[0], *others, *sizes, mode, *images, limit, images is _no_images)
 
 # %% ../../nbs/storage/01_kernels.ipynb #37c487dc
 with warnings.catch_warnings():                                    # PyTorch says once that sparse CSR is in beta
