@@ -93,7 +93,7 @@ def test_an_exported_colour_learner(command, shapes, tmp_path, kind, storage):
     code,out,err = command('c.pkl --batch 2')
     assert (code,err)==(0, '') and shapes==[(2, 3, 24, 40 if kind=='item' else 24)], err
 
-ONLY_FOR = {'--arch resnet18': "arch must be given with a compact checkpoint only, got 'resnet18' and what='convnet': did you mean sparsefast_bench resnet18", '--arch nope': "got 'nope'",
+ONLY_FOR = {'--arch resnet18': "arch must be given with a compact checkpoint only, got 'resnet18' and what='resnet18': did you mean sparsefast_bench resnet18", '--arch nope': "got 'nope'",
             'mlp --arch convnet': 'did you mean sparsefast_bench convnet', 'd.pkl --arch mlp': "got 'mlp' and what='d.pkl'", 'd.pkl --sparsity 0.5': 'sparsity must be left out for a file, which has its own, got 0.5',
             'm.safetensors --arch mlp --size 8 --dist uniform': "dist must be left out for a file, which has its own, got 'uniform'", 'm.safetensors --arch mlp --classes 3': 'classes must be left out'}
 @pytest.mark.parametrize('args, says', ONLY_FOR.items(), ids=list(ONLY_FOR))

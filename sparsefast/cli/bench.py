@@ -2,11 +2,12 @@
 
 Prints the [table](../ship/03_deploy.ipynb) of `to_fastest`, for a model by name or from a file:
 
+    sparsefast_bench
     sparsefast_bench resnet50 --sparsity 0.95 --batch 8
     sparsefast_bench sparsefast_fashion.pkl
     sparsefast_bench model.safetensors --arch resnet18
 
-A name stands for an untrained model with random masks, because time does not depend on what a model has learnt. A file is one of two kinds. `sparsefast_train` and `learn.export` write a pickle, which knows the size of its images; it can hold code that runs when it is opened, so **open only files that you trust**. A [compact checkpoint](../ship/01_files.ipynb) holds weights and no code, so `--arch` must name its model.
+A name stands for an untrained model with random masks (by default resnet18, 90 % sparse), because time does not depend on what a model has learnt. A file is one of two kinds. `sparsefast_train` and `learn.export` write a pickle, which knows the size of its images; it can hold code that runs when it is opened, so **open only files that you trust**. A [compact checkpoint](../ship/01_files.ipynb) holds weights and no code, so `--arch` must name its model.
 
 A wrong value prints one line on stderr and exits with code 2."""
 
@@ -184,7 +185,7 @@ def bench(
 # %% ../../nbs/cli/05_bench.ipynb #15565553
 @call_parse(nested=True, pos=['what'])
 def sparsefast_bench(
-    what:str='convnet', # convnet, mlp, a model of torchvision or timm, a .pkl that you trust, or a compact checkpoint
+    what:str='resnet18', # A model of torchvision or timm, convnet, mlp, a .pkl that you trust, or a compact checkpoint
     arch:str=None, # Model of a compact checkpoint: convnet, mlp, or a model of torchvision or timm
     sparsity:number=0.9, # Fraction of zeros, from 0 to 1, for a model by name
     dist:str='erk', # How layers share the sparsity, for a model by name: uniform, first_dense or erk
