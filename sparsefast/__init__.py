@@ -15,6 +15,7 @@ Modules:
 - `sparsefast.cli.console`: Checks of values and one-line errors, shared by the commands
 - `sparsefast.cli.datasets`: Small image data sets by name, and images from folders
 - `sparsefast.cli.models`: Two small networks, and every model of torchvision and timm
+- `sparsefast.cli.outcome`: What a sparse model has gained over its dense twin: accuracy, file, speed and time of training
 - `sparsefast.cli.train`: `sparsefast_train`: train a sparse model and its dense twin from the shell
 - `sparsefast.copies`: Whose copy a model is, and whether it has become an average with masks of the past
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai

@@ -16,7 +16,8 @@ __all__ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_preset
            'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets',
            'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets',
            'RigL_avg_presets', 'Static', 'SET', 'SET_original', 'SNFS', 'RigL', 'SET_ITOP', 'RigL_ITOP', 'DSR', 'MEST',
-           'MEST_soft', 'TopKAST', 'GMP', 'GraNet', 'GraNet_half', 'ACDC', 'SRigL', 'SR_STE', 'RigL_avg', 'as_method']
+           'MEST_soft', 'TopKAST', 'GMP', 'GraNet', 'GraNet_half', 'ACDC', 'SRigL', 'SR_STE', 'RigL_avg',
+           'presets_by_name', 'as_method']
 
 # %% ../nbs/05a_presets.ipynb #5e59022b
 import inspect
@@ -273,8 +274,9 @@ def RigL_avg(**kwargs):
     https://arxiv.org/abs/1911.11134"""
 
 # %% ../nbs/05a_presets.ipynb #ab867281
-def _by_name():
-    "Get the presets by name, in lower case"
+def presets_by_name(
+)->dict: # Name in lower case -> settings
+    "Get all presets"
     names = [n for n in globals() if n.endswith('_presets')]
     return {n.removesuffix('_presets').lower(): globals()[n] for n in names}
 
@@ -286,7 +288,7 @@ def as_method(
     if isinstance(method, dict): return DSTMethod(**method)
     if not isinstance(method, str):
         raise TypeError(f"method must be a DSTMethod, a preset or the name of one, got {method!r:.60}")
-    name,presets = method.lower().removesuffix('_presets'), _by_name()
+    name,presets = method.lower().removesuffix('_presets'), presets_by_name()
     if name in presets: return DSTMethod(**presets[name])
     fix = did_you_mean(name, presets) or f": choose from {', '.join(presets)}"
     raise ValueError(f"method must be the name of a preset, got {method!r}{fix}")

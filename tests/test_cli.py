@@ -1,5 +1,6 @@
 "The console command: what it prints, saves and refuses"
-import gzip, runpy, subprocess, sys
+import gzip, json, runpy, subprocess, sys
+from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -11,7 +12,7 @@ from sparsefast.storage import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
 ENTRY = "import sys\nfrom sparsefast.cli.train import sparsefast_train\nsys.exit(sparsefast_train())\n"
-OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage'.split()
+OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage json'.split()
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -27,6 +28,7 @@ def command(here, monkeypatch, capsys):
     script.write_text(ENTRY)
     for k in ('NO_BAR', 'WRITER_FN'): monkeypatch.setattr(fastprogress, k, getattr(fastprogress, k))
     monkeypatch.setattr(fastprogress.ConsoleProgressBar, 'fill', fastprogress.ConsoleProgressBar.fill)
+    monkeypatch.setattr(cli, 'speeds', partial(cli.speeds, seconds=0))
     def run(args):
         monkeypatch.setattr(sys, 'argv', ['sparsefast_train', *(args.split() if isinstance(args, str) else args)])
         capsys.readouterr()
@@ -60,29 +62,47 @@ def table(out):
     rows = [l.replace(',', '').split() for l in lines[1:]]
     return {r[0]: (r[1] if len(r)==6 else '', int(r[-4]), int(r[-3]), float(r[-2]), float(r[-1])) for r in rows}
 
-def accuracies(out): return [float(w[:-1]) for w in out[out.index('accuracy: '):].splitlines()[0].split() if w.endswith('%')]
+def accuracies(out):
+    if 'accuracy: ' in out: return [float(w[:-1]) for w in out[out.index('accuracy: '):].splitlines()[0].split() if w.endswith('%')]
+    return [float(w[:-1]) for l in out.splitlines() if l.startswith(('sparse (', 'dense  ')) for w in l.split() if w.endswith('%')][::-1]
 def last_epochs(out): return [l.split() for l in out.splitlines() if l.strip()[:1].isdigit() and l.strip()[-3:-2]==':']
+
+def check_outcome(out, results, small):
+    "The last table has the numbers of the file of results"
+    head,dense,sparse,gain = (l.split('  ') for l in out[out.index('\n  ', out.index('total')):].strip('\n').splitlines()[:4])
+    cells = [[c.strip() for c in row if c.strip()] for row in (head, dense, sparse, gain)]
+    assert cells[0]==['accuracy', 'file, bytes', 'ms, 1 image', 'ms, 128 images', 'training, s']
+    runs = json.loads(results.read_text())['runs']
+    for run,row in zip(runs, cells[1:]):
+        ms = [f'{run["ms"][n]:.3f}' for n in ('1', '128')]
+        assert row==[run['name'], f'{run["accuracy"]:.2%}', f'{run["file"]:,}', *ms, f'{run["training"]:.1f}']
+    assert runs[1]['file']==small.stat().st_size<runs[0]['file']/5 and runs[0]['ms']!=runs[1]['ms']
+    assert cells[3][0]=='gain' and cells[3][2]==f"{runs[0]['file']/runs[1]['file']:.1f}x"
 
 # ------------------------------------------------------------ runs
 def test_a_shell_and_a_fresh_process(here):
     (here.parent/'entry.py').write_text(ENTRY)
-    p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', '2'], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, here.parent/'entry.py', '--epochs', '2', '--json', 'r.json'], capture_output=True, text=True)
     assert p.returncode==0 and p.stderr==''
-    assert 'train_loss' in p.stdout and '█' not in p.stdout and sorted(f.name for f in here.iterdir())==['sparsefast_digits.pkl', 'sparsefast_digits.safetensors']
+    assert 'train_loss' in p.stdout and '█' not in p.stdout and sorted(f.name for f in here.iterdir())==['r.json', 'sparsefast_digits.pkl', 'sparsefast_digits.safetensors']
     rows = table(p.stdout)
-    assert [r[0] for r in rows.values()]==['32x1x3x3', '64x32x3x3', '128x64x3x3', '10x128', '']
+    assert [r[0] for r in rows.values()]==['1024x64', '1024x1024', '10x1024', '']
     total = rows.pop('total')
     assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==0.9
     assert all(abs(r[3]-r[4])<1e-3 and abs(r[3]-(1-r[2]/r[1]))<1e-4 for r in rows.values())
     sparse,dense = accuracies(p.stdout)
     assert sparse>70 and dense>70
+    check_outcome(p.stdout, here/'r.json', here/'sparsefast_digits.safetensors')
     load = next(l for l in p.stdout.splitlines() if l.startswith('to load: '))[len('to load: '):]
     use = f'''{load}
 from sklearn.datasets import load_digits
 from sparsefast.masks import sparse_params
+from sparsefast.storage import to_masked_layers
 import torch
 d = load_digits()
 assert sum(learn.predict(d.images[i])[0]==str(d.target[i]) for i in range(50))>=35
+assert [type(m).__name__ for m in learn.model.modules()].count('SparseLinear')==1
+to_masked_layers(learn)
 masks = sparse_params(learn.model)
 assert len(masks)==2
 with torch.no_grad():
@@ -118,17 +138,17 @@ def test_nothing_is_pickled_by_value(command, here):
     with zipfile.ZipFile('sparsefast_digits.pkl') as z: pickled = z.read(next(n for n in z.namelist() if n.endswith('data.pkl')))
     assert b'sparsefast.masks' in pickled and b'_make_function' not in pickled
 
-@pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl', 'rigl_avg', 'gmp', 'granet'])
+@pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl', 'rigl_avg', 'gmp', 'granet', 'topkast', 'srigl', 'dsr'])
 def test_methods(command, load, method):
-    code,out,err = command(f'--arch mlp --method {method} --epochs 2 --bs 128 --out m.pkl')
-    assert (code,err)==(0, '') and f'sparse ({method})' in out and table(out)['total'][3]==0.9
+    code,out,err = command(f'--arch mlp --method {method} --epochs 2 --bs 128 --storage masked --out m.pkl')
+    assert code==0 and (err=='' or method in ('topkast', 'srigl', 'dsr')) and f'sparse ({method})' in out and abs(table(out)['total'][3]-0.9)<(.01 if method=='srigl' else 1e-9)
     assert ('masks change every' in out)==(method!='static')
-    start = cli.prepare(**cli.check_args('digits', 'mlp', method, 0.9, 'erk', 2, None, 128, None, None, 42, 'n.pkl'))[1]
+    start = cli.prepare(**cli.check_args('digits', 'mlp', method, 0.9, 'erk', 2, None, 128, None, None, 42, 'n.pkl', 'masked'))[1]
     before,after = ({k: v for k,v in m.state_dict().items() if k.endswith('_mask')} for m in (start, load('m.pkl').model))
     assert before.keys()==after.keys() and len(before)==3
     assert all(torch.equal(before[k], after[k]) for k in before)==(method=='static')
     same_counts = all(before[k].sum()==after[k].sum() for k in before)
-    assert same_counts or method in ('snfs', 'rigl_avg', 'gmp', 'granet')
+    assert same_counts or method in ('snfs', 'rigl_avg', 'gmp', 'granet', 'dsr', 'srigl')
     dense = all(m.all() for m in before.values())
     assert dense==(method in ('gmp', 'granet'))
 
@@ -145,7 +165,7 @@ def test_sparse_storage(command, load, method):
 
 def test_storage_that_does_not_serve_a_method(command):
     code,out,err = command('--method snfs --storage sparse')
-    assert code==2 and 'snfs' in err and 'static, set, rigl, rigl_avg' in err and err.count('\n')==1
+    assert code==2 and 'snfs' in err and 'static, set, set_original, rigl' in err and err.count('\n')==1
 
 def test_dense_has_no_twin_and_no_table(command, load):
     code,out,err = command('--arch mlp --method dense --epochs 1')
@@ -154,14 +174,14 @@ def test_dense_has_no_twin_and_no_table(command, load):
 
 @pytest.mark.parametrize('dist, expect', dict(uniform=[0.8]*4, first_dense=[0, 0.8, 0.8, 0.8], erk=None).items())
 def test_dists(command, dist, expect):
-    code,out,err = command(f'--epochs 3 --bs 256 --sparsity 0.8 --dist {dist}')
+    code,out,err = command(f'--arch convnet --epochs 3 --bs 256 --sparsity 0.8 --dist {dist}')
     rows = list(table(out).values())
     assert (code,err)==(0, '')
     if expect: assert [round(r[4], 4) for r in rows[:-1]]==expect
     else:      assert abs(rows[-1][3]-0.8)<1e-3 and rows[2][3]>rows[1][3]>0.5 and rows[0][3]==0
 
 def test_the_twin_differs_by_its_masks_only(command):
-    _,out,_ = command('--epochs 2 --sparsity 0 --method rigl --bs 256')
+    _,out,_ = command('--arch convnet --epochs 2 --sparsity 0 --method rigl --bs 256')
     a,b = last_epochs(out)[:2],last_epochs(out)[2:]
     assert len(a)==len(b)==2 and [r[:4] for r in a]==[r[:4] for r in b]
 
@@ -180,16 +200,16 @@ def test_an_interval_too_short_is_a_line_of_warning(command):
     assert len(err.splitlines())==1 and err.startswith('warning: updates take the place of 25%')
 
 def test_update_every():
-    assert cli.update_every(cli.RigL_presets, 330)==10 and cli.update_every(cli.RigL_presets, 2000)==50
-    assert cli.update_every(cli.RigL_presets, 10**6)==100 and cli.update_every(cli.SET_presets, 330) is None
+    assert cli.update_every(cli.methods['rigl'], 330)==10 and cli.update_every(cli.methods['rigl'], 2000)==50
+    assert cli.update_every(cli.methods['rigl'], 10**6)==100 and cli.update_every(cli.methods['set'], 330) is None
 
 # ------------------------------------------------------------ images in folders
-TOO_SHORT = 'warning: batches_per_update=10: no update falls into 1 optimizer steps, so the masks will stay what they are: use a shorter interval\n'
+def too_short(n): return f'warning: --every 10: no update falls into {n} optimizer steps, so the masks will stay what they are: use a shorter interval\n'
 
 def test_folder_with_a_seeded_split(command, load, here):
     folder(here.parent/'pets')
-    code,out,err = command(f'--data {here.parent}/pets --epochs 1 --size 16 --every 10')
-    assert (code,err)==(0, TOO_SHORT) and '16 images to train on and 4 to validate on, 16x16, 2 classes' in out
+    code,out,err = command(f'--data {here.parent}/pets --arch convnet --epochs 1 --size 16 --every 10')
+    assert (code,err)==(0, too_short(2)) and '16 images to train on and 4 to validate on, 16x16, 2 classes' in out
     learn = load('sparsefast_pets.pkl')
     assert list(learn.dls.vocab)==['cat', 'dog'] and learn.predict(here.parent/'pets'/'cat'/'0.png')[0] in ('cat', 'dog')
 
@@ -208,7 +228,7 @@ def test_split_depends_on_the_seed(here):
 def test_resnet18_on_a_folder(command, load, here):
     folder(here/'pets', n=6)
     code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
-    assert (code,err)==(0, TOO_SHORT) and len(table(out))==22 and table(out)['total'][3]==0.9
+    assert (code,err)==(0, too_short(1)) and len(table(out))==22 and table(out)['total'][3]==0.9
     masked = list(masked_params(load('r.pkl').model))
     assert len(masked)>15 and all((p[~mask]==0).all() for *_,p,mask in masked)
 
@@ -239,7 +259,7 @@ def test_mnist(command, here, monkeypatch):
     folder(here/'testing', n=2, side=20, start=50)
     monkeypatch.setattr(datasets, 'untar_data', lambda url: here)
     dls = datasets.get_dls('mnist', 28)
-    assert dls.one_batch()[0].shape==(12, 1, 28, 28) and {f.parent.parent.name for f in dls.valid.items}=={'testing'}
+    assert dls.one_batch()[0].shape==(8, 1, 28, 28) and {f.parent.parent.name for f in dls.valid.items}=={'testing'}
 
 # ------------------------------------------------------------ wrong values
 BAD = {
@@ -272,7 +292,7 @@ def test_wrong_value_in_a_shell(here):
     assert (p.returncode,p.stdout)==(2, '') and p.stderr=="sparsefast_train: epochs must be a whole number, 1 or more, got 'abc'\n" and not list(here.iterdir())
 
 def test_wrong_value_in_python(here):
-    with pytest.raises(ValueError, match="method must be one of dense, static, set, snfs, rigl, rigl_avg, gmp, granet, got 'rigel'"): cli.sparsefast_train(method='rigel')
+    with pytest.raises(ValueError, match="method must be one of dense, static, set, .*, got 'rigel': did you mean rigl"): cli.sparsefast_train(method='rigel')
     assert not list(here.iterdir())
 
 def test_wrong_value_within_another_command(here, monkeypatch):

@@ -93,9 +93,14 @@ def one_line(
         print(f'{command.__name__}:', msg or ' '.join(str(e).split()), file=sys.stderr)
         raise SystemExit(code) from None
 
-def warn_in_lines():
-    "Print every later warning as one line on stderr"
-    def show(message, *args, **kwargs): print(f'warning: {message}', file=sys.stderr)
+def warn_in_lines(
+    options:dict={}, # Name of a setting -> the option of the command that sets it
+):
+    "Print every later warning as one line on stderr, with the command's options in place of settings"
+    def show(message, *args, **kwargs):
+        line = str(message)
+        for setting,option in options.items(): line = line.replace(f'{setting}=', f'{option} ').replace(setting, option)
+        print(f'warning: {line}', file=sys.stderr)
     warnings.showwarning = show
 
 def first_line(

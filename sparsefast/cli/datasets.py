@@ -172,7 +172,7 @@ def get_dls(
     data:str, # digits, fashion, mnist, or a folder
     size:int, # Height and width of the images, in pixels
     channels:int=1, # 1 or 3
-    bs:int=None, # Images in a batch; by default 64, or all if there are fewer
+    bs:int=None, # Images in a batch; by default 64, or fewer for a small data set
     seed:int=42, # Seed of the split
 )->DataLoaders: # Batches of (images, classes)
     "Make `DataLoaders` of a data set or a folder; `ValueError` if there is no such data, or too little"
@@ -188,4 +188,4 @@ def get_dls(
     blocks = (kw.pop('block'), CategoryBlock(vocab=classes))
     block = DataBlock(blocks=blocks, get_items=lambda data: items, splitter=IndexSplitter(valid), **kw)
     workers = 0 if n<2000 else None                         # `None`: one for each core
-    return block.dataloaders(data, bs=bs or min(64, n), num_workers=workers)
+    return block.dataloaders(data, bs=bs or min(64, n, max(8, n//16)), num_workers=workers)
