@@ -44,8 +44,7 @@ def drop_grow(
     kept = top_k_mask(_scores(keep_score), nnz-n_drop, among=mask, n_among=nnz)
     if not n_grow: return kept
     n_free = mask.numel()-nnz+n_drop
-    grown = top_k_mask(_scores(grow_score, kept), n_grow, among=~kept, n_among=n_free)
-    return grown.logical_or_(kept)
+    return top_k_mask(_scores(grow_score, kept), n_grow, n_among=n_free, kept=kept)
 
 # %% ../nbs/01a_patterns.ipynb #8502f1a2
 def pattern_mask(

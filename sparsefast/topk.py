@@ -125,11 +125,12 @@ def _reduce(scores, at, k):
         score,where = score[best],where[best]
     return [score],[where]
 
-def _of_pieces(pieces, k, among, n):
-    "Select `k` of the candidates from an iterable of 1-d pieces of the scores"
+def _of_pieces(pieces, k, among=None, kept=None):
+    "Select `k` of the candidates, which are those of `among` or those not in `kept`, from an iterable of 1-d pieces of the scores; returns positions"
     scores,at,cut,begin = [],[],None,0
-    for piece in pieces:
-        here = among[begin:begin+len(piece)]
+    for piece in pieces if k else ():
+        some = slice(begin, begin+len(piece))
+        here = among[some] if kept is None else ~kept[some]        # piece by piece, to save memory
         if cut is not None: here = _greater(piece, cut).logical_and_(here)          # an equal score is in already
         elif (some := int(nnz(here)))>k: here = top_k_mask(piece, k, among=here, n_among=some)
         idx = nonzero_flat(here)
@@ -138,8 +139,7 @@ def _of_pieces(pieces, k, among, n):
         begin += len(piece)
         if sum(map(len, scores))>2*k: scores,at = _reduce(scores, at, k)
         if len(scores[-1])==k: cut = None if (lowest := scores[-1].min()).isnan() else lowest
-    mask = torch.zeros_like(among)
-    return mask.index_fill_(0, _reduce(scores, at, k)[1][0], True) if scores else mask
+    return _reduce(scores, at, k)[1][0] if scores else torch.zeros(0, dtype=torch.int64)
 
 # %% ../nbs/01c_topk.ipynb #f9567d28
 def top_k_mask(
@@ -147,14 +147,19 @@ def top_k_mask(
     n_keep:int, # Number of positions to select; a `ValueError` if there are fewer candidates
     among:torch.Tensor=None, # Boolean, the shape of `t`: candidates; all by default
     n_among:int=None, # Number of candidates, if it is known; saves counting
-)->torch.Tensor: # Boolean, with the shape and device of `t` (of `among` for pieces)
+    kept:torch.Tensor=None, # Boolean, in place of `among`: selected already, all others are candidates; changed for pieces, to save memory
+)->torch.Tensor: # Boolean, with the shape and device of `t` (of `among` or `kept` for pieces)
     "Select exactly `n_keep` positions with the highest scores, ties to the lower index"
     whole = torch.is_tensor(t)
-    if n_among is None: n_among = t.numel() if among is None else int(nnz(among))
+    if kept is not None and whole: return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
+    if n_among is None: n_among = int(nnz(~kept)) if kept is not None else t.numel() if among is None else int(nnz(among))
     if not 0<=n_keep<=n_among:
         raise ValueError(f"n_keep must be from 0 to the number of candidates, {n_among}, got {n_keep}")
     cand = None if among is None else among.reshape(-1)
-    if not whole: return _of_pieces(t if n_keep else (), n_keep, cand, n_among).view(among.shape)
+    if not whole:
+        mask = torch.zeros_like(among) if kept is None else kept
+        mask.view(-1).index_fill_(0, _of_pieces(t, n_keep, cand, None if kept is None else kept.view(-1)), True)
+        return mask
     shape,flat = t.shape,t.detach().reshape(-1)
     if not flat.is_cpu: return _sorted(flat, n_keep, cand).view(shape)
     if len(flat)>1<<16 and 0<n_keep<0.5*n_among and flat.dtype!=torch.bool:

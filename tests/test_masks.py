@@ -118,6 +118,19 @@ def test_top_k_in_pieces_is_top_k_of_the_whole(data, scores, dtype):
     want = top_k_mask(t, k, among=among)
     for n in (None, int(among.sum())): assert top_k_mask(t.split(size), k, among, n).equal(want)
 
+@pytest.mark.parametrize('n', [0, 1, 7, 60])
+@pytest.mark.parametrize('in_pieces', [False, True])
+def test_top_k_beside_what_is_kept(n, in_pieces):
+    "The same as selecting among all others; pieces fill the tensor that holds what is kept"
+    g = torch.Generator().manual_seed(n)
+    t,kept = torch.randn(8, 16, generator=g).round(decimals=1),torch.rand(8, 16, generator=g)<.3
+    expect = kept|top_k_mask(t, n, among=~kept)
+    got = top_k_mask(t.flatten().split(11) if in_pieces else t, n, kept=kept)
+    assert (got is kept)==in_pieces and torch.equal(got, expect)
+    before = kept.clone()
+    with pytest.raises(ValueError, match='number of candidates'): top_k_mask(t.flatten().split(11) if in_pieces else t, 129, kept=kept)
+    assert torch.equal(kept, before)
+
 def test_top_k_in_pieces_at_size():
     "Random scores, ties, and scores that rise or fall from piece to piece"
     g = torch.Generator().manual_seed(0)
