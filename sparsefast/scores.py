@@ -8,7 +8,8 @@ Each takes by name what it needs, and the rest by `**kwargs`: the parameter `p` 
 the share of training done, and a generator that is the same on every machine and after every restart. Values of new weights and penalties, at the end of this page, have the same signature.
 
 A score says what it reads in one attribute, as fastai's step functions carry `.defaults`: `score_f.reads = ('gradient',)`, some of 'weight', 'gradient' and 'momentum'. The engine keeps dense what a score reads. A function without
-the attribute is taken to read weight and gradient. A second attribute, `by_rows = True`, says that each row of a weight is scored by itself, in the order of the rows, so that a large one may be scored some rows at a time.
+the attribute is taken to read weight and gradient. A second attribute, `by_rows = True`, says that each row of a weight is scored by itself, in the order of the rows, so that a large one may be scored some rows at a time. A third, `subset_f`,
+is of scores that look at the gradient of some weights only (see `in_subset`).
 
 Grow scores are also given `kept`, the boolean mask of what survived the drop."""
 
