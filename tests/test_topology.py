@@ -99,6 +99,21 @@ def test_kernels_are_links(kernel):
     spread = got.flatten(2)
     assert all(spread[a,b].unique().numel()==1 for a,b in (spread.amin(2)>1e-20).nonzero().tolist())
 
+def test_a_link_is_no_path_to_itself():
+    "A kernel that is linked and not full is scored over other nodes than its own ends"
+    torch.manual_seed(2)
+    links = torch.rand(5, 6)<.5
+    mask = torch.stack([links, torch.zeros_like(links)], 2)
+    M,(o,i) = links.int().tolist(),links.shape
+    def over(M, a, b):
+        shared = [sum(x*y for x,y in zip(M[a], row)) for row in M]
+        return sum((1+shared[z])/max(sum(M[z])-shared[z], 1) for z in range(len(M)) if z!=a and M[z][b] and shared[z])
+    turned = links.t().int().tolist()
+    want = torch.tensor([[over(M, a, b)+over(turned, b, a) for b in range(i)] for a in range(o)])
+    got = ch2_l3n(torch.zeros(mask.shape), mask, generator=gen())
+    assert (want[links]>0).sum()>5
+    torch.testing.assert_close(got[...,1][links], want[links], rtol=1e-5, atol=1e-20)
+
 # ------------------------------------------------------------ first masks
 def test_brf_weights():
     "The first draw of an output at place 2 of 6"
