@@ -301,6 +301,7 @@ def CHTss(**kwargs):
     Transformers and LLMs to perform as fully connected*, sigmoid gradual density decay, https://arxiv.org/abs/2501.19107"""
 
 # %% ../nbs/05a_presets.ipynb #5a08beb4
+# The interval is that for CIFAR; updates end after 120 of 200 epochs
 GSE_presets = dict(keep_score_f=weight_magnitude, grow_score_f=in_subset(gradient_magnitude), initial_drop_grow_pct=0.2,
                    batches_per_update=1000, stop_pct=0.6, replaces_step=False)
 
