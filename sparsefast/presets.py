@@ -278,9 +278,9 @@ def RigL_avg(**kwargs):
 
 # %% ../nbs/05a_presets.ipynb #c6c12ed9
 # The exponent is that of the code of 2025, 3 at three quarters of training. The share is that for small networks and
-# translation; 0.1 for language models, whose interval is 100 steps
+# translation. The interval is ours: updates take the place of steps
 CHTs_presets = dict(keep_score_f=sampled(weight_magnitude, gamma=partial(linear_anneal, 1., 1+2/0.75)), grow_score_f=sampled(ch2_l3n),
-                    initial_drop_grow_pct=0.3, batches_per_update=None, stop_pct=0.75, replaces_step=True)
+                    initial_drop_grow_pct=0.3, batches_per_update=1/12, stop_pct=0.75, replaces_step=True)
 
 # Pruned from half of the weights, on the schedule of the code of 2026
 CHTss_presets = {**CHTs_presets, 'sparsity_sched_f': sigmoid_anneal, 'initial_sparsity': 0.5, 'sparsity_span': (0., 0.75),
@@ -290,6 +290,8 @@ CHTss_presets = {**CHTs_presets, 'sparsity_sched_f': sigmoid_anneal, 'initial_sp
 def CHTs(**kwargs):
     """Draw what to drop by magnitude, and what to grow by short paths in the mask: Cannistraci-Hebb training, soft rule (CHTs)
 
+    As published, an update in each epoch: `CHTs(update_every=None)`; for language models `CHTs(update_every=100, initial_drop_grow_pct=0.1)`.
+
     Zhang, Cerretti, Zhao, Wu, Liao, Michieli and Cannistraci 2025, *Brain network science modelling of sparse neural networks enables
     Transformers and LLMs to perform as fully connected*, soft rule, https://arxiv.org/abs/2501.19107"""
 
@@ -297,29 +299,35 @@ def CHTs(**kwargs):
 def CHTss(**kwargs):
     """Prune from half of the weights on a logistic curve, and exchange weights as CHTs does: CHTs with sigmoid decay of density (CHTss)
 
+    As published, an update in each epoch: `CHTss(update_every=None)`; for language models `CHTss(update_every=100, initial_drop_grow_pct=0.1)`.
+
     Zhang, Cerretti, Zhao, Wu, Liao, Michieli and Cannistraci 2025, *Brain network science modelling of sparse neural networks enables
     Transformers and LLMs to perform as fully connected*, sigmoid gradual density decay, https://arxiv.org/abs/2501.19107"""
 
 # %% ../nbs/05a_presets.ipynb #5a08beb4
-# The interval is that for CIFAR; updates end after 120 of 200 epochs
+# The interval is that of 1000 steps in 200 epochs of CIFAR, rounded; updates end after 120 of them
 GSE_presets = dict(keep_score_f=weight_magnitude, grow_score_f=in_subset(gradient_magnitude), initial_drop_grow_pct=0.2,
-                   batches_per_update=1000, stop_pct=0.6, replaces_step=False)
+                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False)
 
 @_function_of(GSE_presets)
 def GSE(**kwargs):
     """Grow where the gradient is largest in a random subset of the weights: guided stochastic exploration (GSE), uniform draws
 
+    As published, for CIFAR: `GSE(update_every=1000)`.
+
     Heddes, Srinivasa, Givargis and Nicolau 2024, *Always-Sparse Training by Growing Connections with Guided Stochastic Exploration*,
     uniform distribution, https://arxiv.org/abs/2401.06898"""
 
 # %% ../nbs/05a_presets.ipynb #a370afbd
-# The interval is the one for C4, 10 for commonsense tasks. It and the criteria are known from reviews of the paper
-SEFT_presets = dict(keep_score_f=sensitivity, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.2, batches_per_update=60,
+# The interval is ours; the steps, the share and the criteria are known from reviews of the paper
+SEFT_presets = dict(keep_score_f=sensitivity, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.2, batches_per_update=1/20,
                     stop_pct=1.0, replaces_step=False, grad_steps=5)
 
 @_function_of(SEFT_presets)
 def SEFT(**kwargs):
     """Drop the weights to which the loss is least sensitive, and grow where averaged gradients are largest, from a pruned model: SEFT
+
+    As published, for C4 `SEFT(update_every=60)`, for commonsense tasks `SEFT(update_every=10)`.
 
     Xiao et al. 2025, *Leave it to the Specialist: Repair Sparse LLMs with Sparse Fine-Tuning via Sparsity Evolution*,
     https://arxiv.org/abs/2505.24037"""
