@@ -70,6 +70,7 @@ Modules:
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.targets`: Which weights are to be sparse, and how sparse each of them
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
+- `sparsefast.topology`: Growth from the mask alone: where a network has many short paths between an input and an output, a link is missing
 - `sparsefast.training_time`: A place in training: an optimizer step, and the number of steps in the whole
 - `sparsefast.utils`: Small helpers that several rooms need: checks of arguments, tables, files, and the module inside what a user gives"""
 

@@ -37,6 +37,7 @@ from .ship.export import *
 from .ship.files import *
 from .ship.shrink import *
 from .storage import *
+from .topology import *
 
 # %% ../nbs/00a_all.ipynb #1c5f12eb
 __all__ = [n for n in dir() if not n.startswith('_')]

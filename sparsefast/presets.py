@@ -15,14 +15,15 @@ Papers give update intervals for their own data sets, which are large; `None` is
 __all__ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_presets', 'RigL_presets', 'SET_ITOP_presets',
            'RigL_ITOP_presets', 'DSR_presets', 'MEST_presets', 'MEST_soft_presets', 'TopKAST_presets', 'GMP_presets',
            'GraNet_presets', 'GraNet_half_presets', 'ACDC_presets', 'SRigL_presets', 'SR_STE_presets',
-           'RigL_avg_presets', 'Static', 'SET', 'SET_original', 'SNFS', 'RigL', 'SET_ITOP', 'RigL_ITOP', 'DSR', 'MEST',
-           'MEST_soft', 'TopKAST', 'GMP', 'GraNet', 'GraNet_half', 'ACDC', 'SRigL', 'SR_STE', 'RigL_avg',
+           'RigL_avg_presets', 'CHTs_presets', 'CHTss_presets', 'GSE_presets', 'SEFT_presets', 'Static', 'SET',
+           'SET_original', 'SNFS', 'RigL', 'SET_ITOP', 'RigL_ITOP', 'DSR', 'MEST', 'MEST_soft', 'TopKAST', 'GMP',
+           'GraNet', 'GraNet_half', 'ACDC', 'SRigL', 'SR_STE', 'RigL_avg', 'CHTs', 'CHTss', 'GSE', 'SEFT',
            'presets_by_name', 'as_method']
 
 # %% ../nbs/05a_presets.ipynb #5e59022b
 import inspect
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from fastcore.basics import patch
 from .allocation import (adaptive_threshold_share, global_share, importance_redistribution,
                                    survivor_redistribution)
@@ -32,6 +33,9 @@ from .schedules import constant_anneal, density_times, inverse_power_anneal, squ
 from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum, magnitude_no_empty_rows,
                                per_sign_magnitude, random_elsewhere, random_score, random_value, sr_ste_penalty,
                                weight_magnitude)
+from .schedules import linear_anneal, sigmoid_anneal
+from .scores import in_subset, relative_importance, sampled, sensitivity
+from .topology import ch2_l3n
 from .utils import did_you_mean, show_value
 
 # %% ../nbs/05a_presets.ipynb #ce384c2a
@@ -272,6 +276,62 @@ def RigL_avg(**kwargs):
 
     Ours, after Evci, Gale, Menick, Castro and Elsen 2020, *Rigging the Lottery: Making All Tickets Winners*, Algorithm 1,
     https://arxiv.org/abs/1911.11134"""
+
+# %% ../nbs/05a_presets.ipynb #c6c12ed9
+# The exponent is that of the code of 2025, 3 at three quarters of training. The share is that for small networks and
+# translation. The interval is ours: updates take the place of steps
+CHTs_presets = dict(keep_score_f=sampled(weight_magnitude, gamma=partial(linear_anneal, 1., 1+2/0.75)), grow_score_f=sampled(ch2_l3n),
+                    initial_drop_grow_pct=0.3, batches_per_update=1/12, stop_pct=0.75, replaces_step=True)
+
+# Pruned from half of the weights, on the schedule of the code of 2026
+CHTss_presets = {**CHTs_presets, 'sparsity_sched_f': sigmoid_anneal, 'initial_sparsity': 0.5, 'sparsity_span': (0., 0.75),
+                 'prune_score_f': relative_importance}
+
+@_function_of(CHTs_presets)
+def CHTs(**kwargs):
+    """Draw what to drop by magnitude, and what to grow by short paths in the mask: Cannistraci-Hebb training, soft rule (CHTs)
+
+    As published, an update in each epoch: `CHTs(update_every=None)`; for language models `CHTs(update_every=100, initial_drop_grow_pct=0.1)`.
+
+    Zhang, Cerretti, Zhao, Wu, Liao, Michieli and Cannistraci 2025, *Brain network science modelling of sparse neural networks enables
+    Transformers and LLMs to perform as fully connected*, soft rule, https://arxiv.org/abs/2501.19107"""
+
+@_function_of(CHTss_presets)
+def CHTss(**kwargs):
+    """Prune from half of the weights on a logistic curve, and exchange weights as CHTs does: CHTs with sigmoid decay of density (CHTss)
+
+    As published, an update in each epoch: `CHTss(update_every=None)`; for language models `CHTss(update_every=100, initial_drop_grow_pct=0.1)`.
+
+    Zhang, Cerretti, Zhao, Wu, Liao, Michieli and Cannistraci 2025, *Brain network science modelling of sparse neural networks enables
+    Transformers and LLMs to perform as fully connected*, sigmoid gradual density decay, https://arxiv.org/abs/2501.19107"""
+
+# %% ../nbs/05a_presets.ipynb #5a08beb4
+# The interval is that of 1000 steps in 200 epochs of CIFAR, rounded; updates end after 120 of them
+GSE_presets = dict(keep_score_f=weight_magnitude, grow_score_f=in_subset(gradient_magnitude), initial_drop_grow_pct=0.2,
+                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False)
+
+@_function_of(GSE_presets)
+def GSE(**kwargs):
+    """Grow where the gradient is largest in a random subset of the weights: guided stochastic exploration (GSE), uniform draws
+
+    As published, for CIFAR: `GSE(update_every=1000)`.
+
+    Heddes, Srinivasa, Givargis and Nicolau 2024, *Always-Sparse Training by Growing Connections with Guided Stochastic Exploration*,
+    uniform distribution, https://arxiv.org/abs/2401.06898"""
+
+# %% ../nbs/05a_presets.ipynb #a370afbd
+# The interval is ours; the steps, the share and the criteria are known from reviews of the paper
+SEFT_presets = dict(keep_score_f=sensitivity, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.2, batches_per_update=1/20,
+                    stop_pct=1.0, replaces_step=False, grad_steps=5)
+
+@_function_of(SEFT_presets)
+def SEFT(**kwargs):
+    """Drop the weights to which the loss is least sensitive, and grow where averaged gradients are largest, from a pruned model: SEFT
+
+    As published, for C4 `SEFT(update_every=60)`, for commonsense tasks `SEFT(update_every=10)`.
+
+    Xiao et al. 2025, *Leave it to the Specialist: Repair Sparse LLMs with Sparse Fine-Tuning via Sparsity Evolution*,
+    https://arxiv.org/abs/2505.24037"""
 
 # %% ../nbs/05a_presets.ipynb #ab867281
 def presets_by_name(

@@ -11,7 +11,7 @@ in `partial(inverse_power_anneal, power=1)`."""
 
 # %% auto #0
 __all__ = ['alternate', 'denser', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal',
-           'square_wave', 'density_times']
+           'square_wave', 'sigmoid_anneal', 'density_times']
 
 # %% ../nbs/03b_schedules.ipynb #19b942b0
 import math
@@ -74,6 +74,18 @@ square_wave.rises = True
 
 # The earlier name of `square_wave`
 alternate = square_wave
+
+# %% ../nbs/03b_schedules.ipynb #6a987ba3
+def sigmoid_anneal(
+    start:float, # Value at position 0
+    end:float, # Value at position 1
+    pos:float, # Position, in [0,1]
+    steepness:float=6, # Steepness in the middle, above 0
+)->float: # Value at `pos`
+    "Follow a logistic curve, normalised, from `start` to `end`: density decay of [CHTss](https://arxiv.org/abs/2501.19107), as in its code"
+    def sigmoid(x): return 1/(1+math.exp(-x))
+    low,high = sigmoid(-steepness),sigmoid(steepness)
+    return start + (end-start)*(sigmoid(steepness*(2*pos-1))-low)/(high-low)
 
 # %% ../nbs/03b_schedules.ipynb #875020a1
 def density_times(

@@ -18,17 +18,20 @@ from sparsefast.schedules import *
 from sparsefast.optim import *
 from sparsefast.scores import *
 from sparsefast.sparsify import sparsify_model
+from sparsefast.utils import show_value
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 DYNAMIC   = [k for k in CATALOGUE if k!='Static']
 SCHEDULED = ['GMP', 'GraNet', 'GraNet_half', 'ACDC', 'MEST_soft']
 STORED    = ['TopKAST', 'SR_STE']
+SCHEDULED += ['CHTss']
 FIXED     = [k for k in DYNAMIC if k not in SCHEDULED+['SRigL']]
 NM        = partial(nm_pattern, n=2, m=4)
 
 def preset(name, every=5, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)                                        # of intervals this short
+        if (CATALOGUE[name].get('grad_steps') or 0)>every: kwargs = {'grad_steps': every, **kwargs}
         return DSTMethod(**{**CATALOGUE[name], 'batches_per_update': every, **kwargs})
 
 def net(seed=0, sizes=(8,24,20,4)):
@@ -79,6 +82,14 @@ def test_presets_are_what_their_papers_say():
         SRigL        = dict(rigl, pattern_f=fan_in_pattern),
         SR_STE       = dict(top, explore_pct=1., penalty_f=sr_ste_penalty, pattern_f=nm_pattern),
         RigL_avg     = dict(keep_score_f=magnitude_no_empty_rows, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, batches_per_update=1/12, redistribute_f=importance_redistribution, grad_steps=None, **later))
+    chts = dict(keep_score_f=CHTs_presets['keep_score_f'], grow_score_f=CHTs_presets['grow_score_f'], initial_drop_grow_pct=.3, batches_per_update=1/12, stop_pct=.75, replaces_step=True)
+    want |= dict(
+        CHTs         = chts,
+        CHTss        = dict(chts, sparsity_sched_f=sigmoid_anneal, initial_sparsity=.5, sparsity_span=(0., .75), prune_score_f=relative_importance),
+        GSE          = dict(e, grow_score_f=GSE_presets['grow_score_f'], initial_drop_grow_pct=.2, batches_per_update=1/50, stop_pct=.6, replaces_step=False),
+        SEFT         = dict(keep_score_f=sensitivity, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.2, batches_per_update=1/20, grad_steps=5, **later))
+    assert [show_value(f) for f in (chts['keep_score_f'], chts['grow_score_f'], GSE_presets['grow_score_f'])]==['_sampled(score_f=weight_magnitude, gamma=linear_anneal(1.0, 3.6666666666666665))',
+        '_sampled(score_f=ch2_l3n, gamma=1.0)', '_in_subset(score_f=gradient_magnitude, subset_f=uniform_subset)']
     assert want.keys()==CATALOGUE.keys()
     for name,values in want.items(): assert DSTMethod(**values)==DSTMethod(**CATALOGUE[name]), name
 
@@ -153,7 +164,7 @@ def test_same_seed_same_run(name):
         runs.append(snapshot(model, opt))
     assert not changed(*runs)
 
-@pytest.mark.parametrize('name', ['SET', 'SET_original', 'SET_ITOP', 'DSR', 'MEST', 'MEST_soft'])
+@pytest.mark.parametrize('name', ['SET', 'SET_original', 'SET_ITOP', 'DSR', 'MEST', 'MEST_soft', 'CHTs', 'CHTss'])
 def test_another_seed_grows_elsewhere(name):
     runs = []
     for seed in (3, 4):

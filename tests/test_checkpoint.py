@@ -22,7 +22,7 @@ EPOCHS,N_ITER = 5,6
 
 def preset_of(name):
     every = {} if name=='RigL_avg' else dict(batches_per_update=4 if name not in ('TopKAST', 'SR_STE', 'Static') else 1)
-    return {**CATALOGUE[name], **every, 'replaces_step': False}
+    return {**CATALOGUE[name], **every, 'replaces_step': False, **({'grad_steps': 4} if name=='SEFT' else {})}
 
 def fresh(tmp, name='SET', seed=0, opt=None, cbs=(), bs=8, **kw):
     "A learner as a new process would make it: shuffled batches, dropout, other random masks; `seed` alone differs"

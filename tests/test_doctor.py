@@ -11,7 +11,7 @@ from sparsefast.see.doctor import Finding, Findings, sparse_doctor
 from helpers import *
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
-def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False}
+def preset_of(name): return {**CATALOGUE[name], 'batches_per_update': 1 if name in ('TopKAST', 'SR_STE', 'Static') else 4, 'replaces_step': False, **({'grad_steps': 4} if name=='SEFT' else {})}
 
 def sick(findings, kind, where=None, severity='fault'):
     "There is this finding, in this place, and it says what to do"

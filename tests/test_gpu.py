@@ -198,13 +198,13 @@ def waits(f):
 
 def deep(n, dtype=None): return mlp(*[16]*(n+1), dtype=dtype)
 
-WAITS_BY_LAYER = {'SET_original', 'SR_STE', 'SRigL', 'TopKAST'}   # these look at numbers of each layer: ranks by sign, groups that are full, neurons that go, weights that explore
+WAITS_BY_LAYER = {'SET_original', 'SR_STE', 'SRigL', 'TopKAST', 'GSE'}   # these look at numbers of each layer: ranks by sign, groups that are full, neurons that go, weights that explore, draws
 @pytest.mark.parametrize('preset', [k for k in CATALOGUE if k not in WAITS_BY_LAYER])
 @pytest.mark.filterwarnings('ignore')
 def test_waiting_does_not_grow_with_the_number_of_layers(preset):
     got = {}
     for n in (3, 12):
-        method = DSTMethod(**{**CATALOGUE[preset], **({} if preset=='Static' else dict(batches_per_update=2, stop_pct=.9)), **(dict(grad_steps=2) if CATALOGUE[preset].get('grad_steps', 1) is None else {})})
+        method = DSTMethod(**{**CATALOGUE[preset], **({} if preset=='Static' else dict(batches_per_update=2, stop_pct=.9)), **(dict(grad_steps=2) if CATALOGUE[preset].get('grad_steps', 1)!=1 else {})})
         torch.manual_seed(0)
         model = deep(n).to(CUDA)
         sparsify_model(model, .5, **method.start(.5))

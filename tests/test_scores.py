@@ -143,7 +143,7 @@ def test_scores_by_rows(f, shape):
     assert torch.cat(parts).equal(whole)
 
 def test_which_scores_go_by_rows():
-    assert {f.__name__ for f in BY_ROWS}=={'random_score', 'weight_magnitude', 'random_elsewhere', 'magnitude_no_empty_rows', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum'}
+    assert {f.__name__ for f in BY_ROWS}=={'random_score', 'weight_magnitude', 'random_elsewhere', 'magnitude_no_empty_rows', 'gradient_magnitude', 'weight_and_gradient', 'gradient_momentum', 'sensitivity', 'movement'}
 
 def test_no_empty_rows():
     "The strongest active weight of each row, and no other, is out of reach: plain loops agree, in any memory format"
@@ -162,3 +162,79 @@ def test_no_empty_rows_protects_one_of_equal_weights():
     assert zeros.isinf().nonzero().tolist()==[[0,1], [1,0]]
     assert magnitude_no_empty_rows(torch.ones(2,2)).isinf().sum(1).tolist()==[1,1]
     assert magnitude_no_empty_rows(torch.zeros(0,3)).shape==(0,3) and magnitude_no_empty_rows(torch.zeros(3,0)).shape==(3,0)
+
+# ------------------------------------------------------------ relative importance, sensitivity, and scores made of scores
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def test_relative_importance():
+    w = torch.tensor([[4,-1,0,2], [0,3,-2,0], [1,0,0,-.5], [0,0,0,0]])
+    want = torch.tensor([[1.371429,.392857,0,1.085714], [0,1.35,1.4,0], [.866667,0,0,.533333], [0,0,0,0]])
+    torch.testing.assert_close(relative_importance(w), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(relative_importance(w.t()), want.t(), rtol=0, atol=1e-6)
+    assert torch.equal(relative_importance(w[:,:,None,None]), relative_importance(w)[:,:,None,None])
+    assert relative_importance(w.bfloat16()).dtype==torch.float32 and torch.equal(relative_importance(w+9*(w==0), mask=w!=0), relative_importance(w))
+
+def test_sensitivity_and_movement():
+    p = nn.Parameter(torch.tensor([[.5,-.1,.7], [.2,-.9,.05]]))
+    for f in (sensitivity, movement):
+        with pytest.raises(ValueError, match='no gradient'): f(p)
+        assert reads(f)==('weight', 'gradient') and f.by_rows
+    p.grad = torch.tensor([[.1,-2,.01], [.3,.02,4]])
+    torch.testing.assert_close(sensitivity(p), torch.tensor([[.05,.2,.007], [.06,.018,.2]]))
+    torch.testing.assert_close(movement(p), torch.tensor([[-.05,-.2,-.007], [-.06,.018,-.2]]))
+
+INCLUDED = {1.: [.234524, .441270, .608333, .715873], 3.: [.032346, .252619, .776206, .938829]}
+PAIRS = {(0,1): .047222, (0,2): .076190, (0,3): .111111, (1,2): .160714, (1,3): .233333, (2,3): .371429}
+
+def draws(gamma, n=20_000, dtype=torch.float32, **kwargs):
+    q = torch.tensor([1., 2., 3., 4.], dtype=dtype).expand(n, 4)
+    return sampled(weight_magnitude, gamma)(q, generator=gen(), **kwargs).topk(2).indices.sort(1).values
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('gamma', [1., 3.])
+def test_draws_without_replacement_have_the_law(gamma, dtype):
+    n = 20_000
+    got = draws(gamma, n, dtype).flatten().bincount(minlength=4)/n
+    want = torch.tensor(INCLUDED[gamma])
+    assert ((got-want).abs()<4*(want*(1-want)/n).sqrt()).all()
+
+def test_pairs_have_the_law():
+    n = 20_000
+    got = draws(1., n)
+    counts = torch.tensor([(got==torch.tensor(pair)).all(1).sum() for pair in PAIRS]).double()
+    want = n*torch.tensor(list(PAIRS.values())).double()
+    assert ((counts-want)**2/want).sum()<20.5                                               # chi-square of five degrees of freedom: one in a thousand
+
+def test_exponent_may_follow_training():
+    ramp = lambda pct: 1+2*pct
+    assert torch.equal(draws(ramp, pct=1.), draws(3.)) and torch.equal(draws(ramp, pct=0.), draws(1.)) and not torch.equal(draws(ramp, pct=1.), draws(1.))
+
+def test_zero_is_drawn_last():
+    q = torch.tensor([0., 1., -1., 2., 0.])
+    for gamma in (0., 1., 5.):
+        score = sampled(lambda p, **kwargs: p, gamma)(q, generator=gen())
+        assert score.dtype==torch.float64 and score.isneginf().tolist()==[True, False, True, False, True]
+
+def test_not_returning():
+    mask = torch.tensor([[True, False], [False, True]])
+    for f in (random_score, weight_magnitude, lambda p, **kwargs: p.int()):
+        score = not_returning(f)(torch.tensor([[3., 2.], [1., 0.]]), mask=mask, generator=gen())
+        assert score[mask].isneginf().all() and score[~mask].isfinite().all()
+    both = sampled(not_returning(weight_magnitude)), not_returning(sampled(weight_magnitude))
+    a,b = (f(torch.tensor([[3., 2.], [1., 4.]]), mask=mask, generator=gen()) for f in both)
+    assert torch.equal(a, b)
+
+@pytest.mark.parametrize('wrap', [sampled, not_returning, in_subset])
+@pytest.mark.parametrize('f', [random_score, weight_magnitude, gradient_magnitude, relative_importance, partial(weight_and_gradient, scale=2.)])
+def test_a_wrapped_score_says_what_the_score_says(wrap, f):
+    g = wrap(f)
+    assert reads(g)==reads(f) and attribute(g, 'by_rows')==bool(attribute(f, 'by_rows', False)) and reads(partial(g))==reads(f)
+
+@pytest.mark.parametrize('wrap', [sampled, not_returning])
+def test_rows_of_a_wrapped_score_are_those_of_the_whole(wrap):
+    "Drawn one after another by one generator, as compressed layers do"
+    p,mask = torch.rand(30, 17),torch.rand(30, 17)<.5
+    whole,g = wrap(random_score)(p, mask=mask, generator=gen()),gen()
+    if wrap is not_returning: assert torch.equal(torch.cat([wrap(random_score)(p[i:i+7], mask=mask[i:i+7], generator=g) for i in range(0, 30, 7)]), whole)
+    whole,g = wrap(weight_magnitude)(p, mask=mask, generator=gen()),gen()
+    assert torch.equal(torch.cat([wrap(weight_magnitude)(p[i:i+7], mask=mask[i:i+7], generator=g) for i in range(0, 30, 7)]), whole)

@@ -461,7 +461,7 @@ def test_same_training_some_rows_at_a_time(preset, monkeypatch):
     test_same_training_by_every_method(preset)
 
 @of_cpus
-@pytest.mark.parametrize('preset', ['RigL', 'SET', 'MEST'])
+@pytest.mark.parametrize('preset', ['RigL', 'SET', 'MEST', 'GSE'])
 def test_no_update_makes_a_dense_tensor(preset, monkeypatch):
     "Nothing of the weight's size but masks, which take a byte a weight"
     monkeypatch.setattr(update, '_at_once', 64)

@@ -9,6 +9,7 @@ A subclass says how it multiplies:
 
 - `_multiply(values, bias, x, add, relu)` gives the outputs, with something added and ReLU applied if asked for;
 - `_input_grad(values, g, x)` and `_values_grad(g, x)` give the gradients of inputs and values from those of outputs;
+- `_grad_at(crow, col, g, x)` gives the gradient at the positions of another index;
 - `_dense_grad(g, x, rows)` gives some rows of the gradient of the dense weight;
 - `_dense_twin()` makes a masked layer's module, without weights and bias;
 - `_misfit(module)` says why the class does not serve a module, or `''`."""
@@ -100,7 +101,7 @@ def _take_over(old, new):
 # %% ../../nbs/storage/01a_base.ipynb #474ce95e
 class SparseLayer(Compressed):
     "Base class of layers that store and multiply their active weights only"
-    by_rows = False                                                # True if an update looks at a large one some rows at a time
+    by_rows = False                                                # True if some rows of the dense gradient cost less than all
 
     def __init__(self,
         module:nn.Module, # A masked layer, whose bias and hooks are taken over; a `ValueError` if it cannot be compressed

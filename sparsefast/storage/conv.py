@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from .base import SparseLayer, _check_use, _misuse
-from .kernels import kernel_of
+from .kernels import kernel_of, positions
 from .planes import Window, backward_index, convolve, convolve_back, convolve_values, forward_offsets
 
 # %% ../../nbs/storage/03_conv.ipynb #88e808b7
@@ -97,12 +97,16 @@ def _multiply(self:_SparseConv, values, bias, x, add=None, relu=False):
     return y if self.n_dim==2 else y.squeeze(2)
 
 @patch
-def _values_grad(self:_SparseConv, g, x):
+def _grad_at(self:_SparseConv, crow, col, g, x):
     if kernel_of(self.values)=='torch':
         dense = self._dense_grad(g, x).reshape(-1)
-        return dense.index_select(0, self.positions())
+        return dense.index_select(0, positions(crow, col, self._matrix_shape[1]))
     g,x = self._images(g),self._images(x)
-    return convolve_values(self.crow, self._offsets(x.shape), g, x, self.window)
+    at = self._offsets(x.shape) if col is self.col else forward_offsets(crow, col, self.window, x.shape, self.groups)
+    return convolve_values(crow, at, g, x, self.window)
+
+@patch
+def _values_grad(self:_SparseConv, g, x): return self._grad_at(self.crow, self.col, g, x)
 
 @patch
 def _input_grad(self:_SparseConv, values, g, x):

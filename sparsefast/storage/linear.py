@@ -57,7 +57,8 @@ class SparseLinear(SparseLayer):
 
     def _multiply(self, values, bias, x, add=None, relu=False): return spmm(*self._matrix(values), x, bias, add, relu)
     def _input_grad(self, values, g, x): return spmm(*self._matrix(values, back=True), g)
-    def _values_grad(self, g, x): return sddmm(self.crow, self.col, *((x, g) if self.swapped else (g, x)))
+    def _grad_at(self, crow, col, g, x): return sddmm(crow, col, *((x, g) if self.swapped else (g, x)))
+    def _values_grad(self, g, x): return self._grad_at(self.crow, self.col, g, x)
 
     def _dense_grad(self, g, x, rows=slice(None)):
         if self.swapped: g,x = x,g

@@ -45,14 +45,19 @@ def _dense_sum(self:SparseLayer, rows):
     return dense.to(self.values.dtype)
 
 @patch
+def _check_held(self:SparseLayer):
+    "Refuse to compute a gradient from nothing"
+    if not self._held:
+        raise ValueError(f"{self} holds nothing to compute its dense gradient from: call `method.enforce(model, opt)`, "
+                         "or `keep_gradient()` on the layer, before the first backward pass")
+
+@patch
 @torch.no_grad()
 def dense_gradients(self:SparseLayer,
     n:int, # Number of rows of the weight at a time
 )->Iterator: # Yields (slice of rows, the gradient of their weights)
     "Compute the dense gradient over the backward passes since the last optimizer step, some rows at a time to save memory"
-    if not self._held:
-        raise ValueError(f"{self} holds nothing to compute its dense gradient from: call `method.enforce(model, opt)`, "
-                         "or `keep_gradient()` on the layer, before the first backward pass")
+    self._check_held()
     n_row,whole = self.shape[0],None
     if n>=n_row: whole = self._dense_sum(slice(None))
     f = _factor(self, whole)
@@ -89,6 +94,24 @@ def _factor(layer, whole):
                          "dense gradient is unknown. If the optimizer does not know the layer, its gradient is never zeroed: convert by "
                          "`to_sparse_layers(model, opt)`. Else clip or change gradients after the method's step, or by a factor only")
     return 1. if abs(c-1)<tol else c
+
+# %% ../../nbs/storage/01b_update.ipynb #888b1d3b
+@patch
+@torch.no_grad()
+def gradients_at(self:SparseLayer,
+    where:torch.Tensor, # Boolean, the weight's shape
+    n:int, # Number of rows of the weight at a time
+)->Iterator: # Yields (slice of rows, the gradient of their weights), zero outside `where`
+    "Compute the gradient of some weights, active or not, over the backward passes since the last optimizer step"
+    self._check_held()
+    at = nonzero_flat(where)
+    crow,col = index_at(at, self._matrix_shape)
+    f,grads = _factor(self, None),sum(self._grad_at(crow, col, g, x) for g,x in self._held)
+    for start in range(0, self.shape[0], n):
+        rows = slice(start, min(start+n, self.shape[0]))
+        dense,some = grads.new_zeros(self._size(rows)),slice(int(crow[rows.start]), int(crow[rows.stop]))
+        dense.view(-1)[at[some]-start*self._matrix_shape[1]] = f*grads[some]
+        yield rows, dense
 
 # %% ../../nbs/storage/01b_update.ipynb #02916464
 _at_once = 1<<17                                                   # weights scored at a time, or a 64th of the layer
@@ -151,27 +174,38 @@ def seen(self:CompressedLayer, f, opt):
     if 'gradient' in reads(f): grad = self.dense_gradient() if mean is None else mean
     return self._shown(f, opt, grad)
 
+def _has_subset(f):
+    "True if a score looks at the gradient of some weights only"
+    return attribute(f, 'subset_f') is not None and attribute(f, 'by_rows', False)
+
+@patch
+def scores(self:CompressedLayer, f, opt, **kwargs):
+    if not _has_subset(f): return super(CompressedLayer, self).scores(f, opt, **kwargs)
+    return torch.cat(list(self._scores_by_rows(f, opt, **kwargs))).view(self.shape)
+
 @patch
 def score_pieces(self:CompressedLayer, f, opt, **kwargs):
-    by_rows = self.module.by_rows and attribute(f, 'by_rows', False)
-    if not by_rows or not self.p.is_cpu or self.numel<=_at_once: return self.scores(f, opt, **kwargs)
+    cheap = self.module.by_rows or 'gradient' not in reads(f)
+    by_rows = cheap and attribute(f, 'by_rows', False) and self.numel>_at_once
+    if not self.p.is_cpu or not (by_rows or _has_subset(f)): return self.scores(f, opt, **kwargs)
     return self._scores_by_rows(f, opt, **kwargs)
 
 @patch
 def _scores_by_rows(self:CompressedLayer, f, opt, **kwargs):
     "Yield the scores of some rows at a time, flat"
-    wide = {k: v for k,v in kwargs.items() if k in ('mask', 'kept')}
-    for rows,grad in self._row_gradients(f):
+    if _has_subset(f): kwargs['subset'] = attribute(f, 'subset_f')(kwargs['mask'], kwargs['generator']) & ~kwargs['mask']
+    wide = {k: v for k,v in kwargs.items() if k in ('mask', 'kept', 'subset')}
+    for rows,grad in self._row_gradients(f, kwargs.get('subset')):
         w,view = self._shown(f, opt, grad, rows)
         yield f(w, opt=view, **{**kwargs, **{k: v[rows] for k,v in wide.items()}}).reshape(-1)
 
 @patch
-def _row_gradients(self:CompressedLayer, f):
+def _row_gradients(self:CompressedLayer, f, subset=None):
     "Yield slices of rows, with the dense gradient there if the score reads it"
     n_row,per_row = self.shape[0],self.numel//self.shape[0]
     n = max(1, max(_at_once, self.numel//64)//per_row)
     wants,mean = 'gradient' in reads(f),self.recall('grad')
-    if wants and mean is None: yield from self.module.dense_gradients(n)
+    if wants and mean is None: yield from self.module.dense_gradients(n) if subset is None else self.module.gradients_at(subset, n)
     else:
         for a in range(0, n_row, n):
             rows = slice(a, min(a+n, n_row))
