@@ -58,6 +58,7 @@ Modules:
 - `sparsefast.ship.fold`: Batch norms, residual additions and ReLUs computed inside the layers before them
 - `sparsefast.ship.forms`: Layers that compute what a masked layer computes, in a form of their own
 - `sparsefast.ship.graph`: Which batch norms, additions and ReLUs follow which layers
+- `sparsefast.ship.lora`: Adapters that are trained on a sparse model, and merged into it without filling its zeros
 - `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
 - `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
