@@ -48,6 +48,12 @@ def test_vector():
     model(torch.ones(1, 4))
     assert torch.equal(model[0].weight!=0, W!=0)
 
+def test_an_active_weight_of_zero_takes_part():
+    model = stand_in()
+    model[0].base_layer.weight_mask[1,0] = True
+    quiet(merge_lora, model)
+    assert model[0].weight.tolist()==[[2.25,0,0,0],[.5,-.5,0,0],[0,0,1,2]]
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_one_rounding(dtype):
     torch.manual_seed(0)
