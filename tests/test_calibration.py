@@ -436,3 +436,20 @@ def test_a_layer_outside_lists_is_a_block_of_its_own():
             h = m(h)
     prune_blocks(model, x, .5, pattern_f=wanda_rows, bar=False)
     assert same_masks(masks(model), want) and masked_are_zero(model)
+
+def test_a_model_of_hugging_face():
+    "Blocks of transposed linear layers, batches that are dicts, and what a plain hook sees"
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=12)).eval()
+    given = [dict(input_ids=torch.randint(50, (3, 12)), labels=torch.randint(50, (3, 12))) for _ in range(2)]
+    seen = []
+    fc = model.transformer.h[1].mlp.c_fc
+    hook = fc.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().reshape(-1, 16)))
+    norms = collect_norms(model, given, bar=False)
+    hook.remove()
+    size = torch.cat(seen).double().square().mean(0).sqrt()
+    assert torch.allclose(wanda(norms)(fc.weight).double(), fc.weight.double().abs()*size[:,None], rtol=1e-5)
+    assert block_name(model, 'transformer.h.1.mlp.c_fc')=='transformer.h.1'
+    prune_blocks(model, given, .5, pattern_f=wanda_rows, exclude='lm_head', bar=False)
+    assert len(masks(model))==8 and masked_are_zero(model) and all((m.sum(0)==len(m)//2).all() for m in masks(model))
