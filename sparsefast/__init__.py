@@ -8,6 +8,7 @@ Modules:
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.average`: The masks of a model for an average of its weights, or for its target network
+- `sparsefast.calibration`: How large the inputs of each layer are, collected from a few batches
 - `sparsefast.callback`: Dynamic sparse training in a fastai `Learner`
 - `sparsefast.cautions`: What `sparsify_model` warns of before it changes a model
 - `sparsefast.checkpoint`: Save a training after each epoch, and resume it bit for bit
@@ -25,11 +26,13 @@ Modules:
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
 - `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
+- `sparsefast.importance`: Which weights of a trained model matter, judged by their size and by the size of their inputs: Wanda, RIA and OWL
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
 - `sparsefast.noted`: Which weights had masks when they were made, and checks that they still have them
+- `sparsefast.one_shot`: Cut a trained model in one go, block by block or all at once, by scores that look at data
 - `sparsefast.ops`: The compiled loops, where there are any, and how operations of PyTorch are defined
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
@@ -57,6 +60,7 @@ Modules:
 - `sparsefast.ship.fold`: Batch norms, residual additions and ReLUs computed inside the layers before them
 - `sparsefast.ship.forms`: Layers that compute what a masked layer computes, in a form of their own
 - `sparsefast.ship.graph`: Which batch norms, additions and ReLUs follow which layers
+- `sparsefast.ship.lora`: Adapters that are trained on a sparse model, and merged into it without filling its zeros
 - `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
 - `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too

@@ -14,11 +14,14 @@ from .core import *
 from .allocation import *
 from .attach import *
 from .average import *
+from .calibration import InputNorms, collect_norms
 from .callback import *
 from .checkpoint import *
 from .distributions import *
+from .importance import *
 from .masks import masked_params, n_active, zero_masked_
 from .methods import *
+from .one_shot import *
 from .patterns import *
 from .presets import *
 from .ranks import *
@@ -35,6 +38,7 @@ from .see.recorder import *
 from .ship.deploy import *
 from .ship.export import *
 from .ship.files import *
+from .ship.lora import *
 from .ship.shrink import *
 from .storage import *
 from .topology import *

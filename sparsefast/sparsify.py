@@ -24,7 +24,7 @@ from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .scores import random_score, weight_magnitude
 from .select import is_transposed
 from .targets import (find_named, find_owners, fixed_masks, fixed_sparsities, mask_sparsity, named_distributions,
-                                share_out, share_start)
+                                share_out, share_start, take_zeros)
 from .utils import as_module, check_fraction, own_names
 
 # Names that had their home in this room earlier
@@ -173,13 +173,13 @@ def _warn(model, made, names, by_chance, by_share):
 
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
-    model_sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
+    model_sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
     sparse_f=uniform_sparsity, # Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk'
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
     additional_types:list=[], # Module types to make sparse besides those that `maskable` knows
     exclude=[], # Layers that stay dense and are not counted, as `select_weights` takes them
     sparsities:dict=None, # Layers with a sparsity of their own, as `exclude` takes them; the rest meets the total
-    masks:dict=None, # Layers with masks of their own: boolean, the weight's shape; copied
+    masks=None, # Layers with masks of their own: boolean, the weight's shape; copied; or 'zeros', to mask what is zero
     initial_sparsity:float=None, # Sparsity to start with, for methods that prune; by default `model_sparsity`
     score_f=random_score, # Each mask is the highest scores of its layer: chance, a method at initialisation
     pattern_f=drop_grow, # Sparsity pattern
@@ -192,12 +192,12 @@ def sparsify_model(
     model = as_module(model)
     score_f,sparse_f = _kept(keep, score_f, sparse_f, pattern_f)
     sparse_f = find_named(sparse_f, named_distributions, 'sparse_f')
+    owners,names = find_owners(model, exclude, additional_types, depthwise)
+    if masks=='zeros': model_sparsity,sparsities,masks = take_zeros(owners, model_sparsity, sparsities)
     _check_arguments(model_sparsity, initial_sparsity, init_f, sparsities, masks,
                      sparse_f=sparse_f, score_f=score_f, pattern_f=pattern_f)
-    owners,names = find_owners(model, exclude, additional_types, depthwise)
     own = fixed_masks(model, masks, additional_types, owners)
-    fixed = fixed_sparsities(model, sparsities, additional_types, owners)
-    fixed |= {p: mask_sparsity(mask) for p,mask in own.items()}
+    fixed = fixed_sparsities(model, sparsities, additional_types, owners) | {p: mask_sparsity(m) for p,m in own.items()}
     targets = share_out(model_sparsity, fixed, list(owners), sparse_f)
     starts = share_start(targets, fixed, initial_sparsity, sparse_f)
     sparse = {p: w for p,w in owners.items() if targets[p] or p in own}

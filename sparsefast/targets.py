@@ -8,7 +8,7 @@ Nothing here changes a model. What contradicts itself is a `ValueError`."""
 
 # %% auto #0
 __all__ = ['named_distributions', 'is_adapter', 'find_owners', 'find_named', 'share_out', 'share_start', 'mask_sparsity',
-           'fixed_sparsities', 'fixed_masks']
+           'fixed_sparsities', 'fixed_masks', 'take_zeros']
 
 # %% ../nbs/04e_targets.ipynb #37d1e6e2
 from functools import partial
@@ -132,6 +132,10 @@ def mask_sparsity(
     "Compute the fraction of zeros in a mask"
     return 1-int(nnz(mask))/max(mask.numel(), 1)
 
+def _select(model, which, additional_types, owners):
+    "Find the weights that a key stands for, which may be the parameter itself"
+    return [owners[which]] if isinstance(which, nn.Parameter) else select_weights(model, which, additional_types)
+
 def fixed_sparsities(
     model:nn.Module, # A model
     sparsities:dict, # Layers, as `select_weights` takes them -> sparsity; or `None`
@@ -142,7 +146,7 @@ def fixed_sparsities(
     fixed = {}
     for which,s in (sparsities or {}).items():
         s = check_fraction(s, f'the sparsity of {which!r}')
-        for w in select_weights(model, which, additional_types):
+        for w in _select(model, which, additional_types, owners):
             if w.p not in owners:
                 raise ValueError(f"{which!r} stands for a layer that is excluded and given a sparsity "
                                  "(depthwise convolutions are excluded without `depthwise=True`)")
@@ -159,9 +163,26 @@ def fixed_masks(
     "Resolve the masks that the user gives single layers"
     own = {}
     for which,mask in (masks or {}).items():
-        w,*more = select_weights(model, which, additional_types)
+        w,*more = _select(model, which, additional_types, owners)
         if more: raise ValueError(f"{which!r} stands for {1+len(more)} weights, and a mask is for one")
         if w.p not in owners: raise ValueError(f"{which!r} is excluded and given a mask")
         check_mask(mask, w.p, f'the mask of {which!r}')
         own[w.p] = mask
     return own
+
+# %% ../nbs/04e_targets.ipynb #c7d9e3a5
+def take_zeros(
+    owners:dict, # From `find_owners`
+    total:float=None, # Sparsity that is expected; `None` for what is found
+    sparsities:dict=None, # Must be `None`, as the zeros say them
+)->tuple: # (total, parameter -> 0 for those without a zero, parameter -> mask for the others); no zero is a `ValueError`
+    "Take over the zeros of weights as masks"
+    if sparsities: raise ValueError("sparsities must be left out with masks='zeros', which says them, got both")
+    masks = {p: p.detach()!=0 for p in owners}
+    masks = {p: mask for p,mask in masks.items() if not mask.all()}
+    n,zeros = sum(p.numel() for p in owners),sum(mask.numel()-int(nnz(mask)) for mask in masks.values())
+    if not zeros: raise ValueError(f"masks='zeros' must find a zero, got none among {n:,} weights: prune the model first")
+    if total is not None and abs(total*n-zeros)>len(owners)/2:
+        raise ValueError(f"model_sparsity must be {zeros/n:.6g} or left out with masks='zeros', as {zeros:,} of {n:,} "
+                         f"weights are zero, got {total}")
+    return zeros/n, {p: 0. for p in owners if p not in masks}, masks

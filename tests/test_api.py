@@ -16,7 +16,7 @@ API = dict(
     uniform_sparsity          = dict(params=REQ, model_sparsity=REQ),
     first_layer_dense_uniform = dict(params=REQ, model_sparsity=REQ),
     erdos_renyi_sparsity      = dict(params=REQ, model_sparsity=REQ, include_kernel=True, erk_power_scale=1.0),
-    sparsify_model            = dict(model=REQ, model_sparsity=REQ, sparse_f=distributions.uniform_sparsity, enforce_mask=True),
+    sparsify_model            = dict(model=REQ, model_sparsity=None, sparse_f=distributions.uniform_sparsity, enforce_mask=True),
     random_score              = dict(p=REQ, kwargs='**'),
     weight_magnitude          = dict(p=REQ, kwargs='**'),
     gradient_magnitude        = dict(p=REQ, kwargs='**'),

@@ -676,3 +676,44 @@ def test_a_normalization_that_has_seen_no_batch_is_fresh():
     assert trained_weights(model, weight_names(model))==[]
     model(torch.randn(4,3,8,8))
     assert len(trained_weights(model, weight_names(model)))==1
+
+# ------------------------------------------------------------ zeros of another tool
+@pytest.mark.parametrize('seed', range(4))
+def test_zeros_are_taken_over(seed):
+    g = torch.Generator().manual_seed(seed)
+    model = mlp(8,24,20,6,3)
+    weights = [m.weight for m in model if hasattr(m, 'weight')]
+    for w,s in zip(weights[:3], torch.rand(3, generator=g)): w.data[torch.rand(w.shape, generator=g)<s] = 0
+    before = snapshot(model)
+    want = [w.detach()!=0 for w in weights[:3]]
+    sparsify_model(model, masks='zeros')
+    assert same_masks(masks(model), want) and not hasattr(model[-1], 'weight_mask') and not [k for k in changed(before, snapshot(model)) if 'mask' not in k and 'sparsity' not in k]
+    assert [round(float(s)*p.numel()) for p,mask,s in sparse_params(model)]==[int((~m).sum()) for m in want]
+    for w in weights: w.data.add_(1)
+    model(torch.randn(2, 8))
+    assert masked_are_zero(model) and (weights[-1]!=0).all()
+
+def test_zeros_of_learners_negative_zeros_and_a_sparsity_that_fits():
+    learn = learner(mlp(8,6,3))
+    learn.model[0].weight.data[:,:4] = -0.
+    learn.model[2].weight.data[0] = float('nan')
+    learn.sparsify(masks='zeros')
+    assert nnz(learn.model)==[24] and masked_are_zero(learn.model) and torch.signbit(learn.model[0].weight).sum(0)[:4].tolist()==[0]*4
+    model = mlp(8,6,3)
+    model[0].weight.data[:,:4] = 0
+    sparsify_model(model, 24/66, masks='zeros')
+    assert nnz(model)==[24]
+    model = mlp(8,6,3)
+    model[0].weight.data[:,:4] = 0
+    model[2].weight.data[:,:4] = 0
+    sparsify_model(model, masks='zeros', exclude=-1)
+    assert nnz(model)==[24]
+
+def test_what_zeros_refuse():
+    model = mlp(8,6,3)
+    refused_untouched(model, "must find a zero, got none among 66 weights", masks='zeros')
+    model[0].weight.data[:,:4] = 0
+    refused_untouched(model, "model_sparsity must be 0.363636 or left out with masks='zeros', as 24 of 66 weights are zero, got 0.5", .5, masks='zeros')
+    refused_untouched(model, "sparsities must be left out with masks='zeros'", masks='zeros', sparsities={0: .5})
+    refused_untouched(model, 'model_sparsity must be a number from 0 to 1, got None')
+    with pytest.raises(TypeError, match='masks must be a dict'): sparsify_model(model, .5, masks='zeroes')
