@@ -193,7 +193,7 @@ def test_model_init(hf, tmp_path):
     trainer = trainer_of(hf, tmp_path, cb, model_init=lambda: Net(), saves=True)
     trainer.train()
     assert abs(cb.now['sparsity']-.6)<.01 and masked_are_zero(trainer.model)
-    with pytest.raises(ValueError, match='`model_init` made dense.*leave `sparsity` out'):
+    with pytest.raises(ValueError, match='found no place in a dense model.*`model_init`, and leave `sparsity` out'):
         trainer_of(hf, tmp_path, hf.SparseTrainerCallback(method_of(), sparsity=.6), model_init=lambda: Net()).train(resume_from_checkpoint=str(tmp_path/'checkpoint-16'))
     again = trainer_of(hf, tmp_path, hf.SparseTrainerCallback(method_of()), model_init=lambda: Net(dense=False))
     again.train(resume_from_checkpoint=str(tmp_path/'checkpoint-16'))
@@ -330,7 +330,7 @@ def test_folder(tmp_path):
     assert sorted(f.name for f in folder.iterdir())==['README.md', 'sparse.safetensors', 'sparse_method.json'] and load_method(folder)==RigL()
     for where in (folder, str(folder), folder/'sparse.safetensors'): assert not changed(snapshot(model), snapshot(load_sparse(where, mlp(8, 24, 20, 3))))
     head = pytest.importorskip('yaml').safe_load((folder/'README.md').read_text().split('---\n')[1])
-    assert head['license']=='mit' and head['datasets']==['mnist', 'my: "data"\n---\n# x | y'] and head['library_name']=='sparsefast' and 'sparse' in head['tags']
+    assert head['license']=='mit' and head['datasets']==['mnist'] and head['sparsefast']['data']==['mnist', 'my: "data"\n---\n# x | y'] and head['library_name']=='sparsefast' and 'sparse' in head['tags']
     assert head['sparsefast']['method'].startswith('RigL') and abs(head['sparsefast']['sparsity']-.6)<.01 and head['sparsefast']['versions'].keys()=={'sparsefast', 'torch'}
     save_sparse_folder(sparse_mlp(.9), folder, 'set')                                          # our own card is replaced
     assert 'SET' in (folder/'README.md').read_text() and 'license' not in (folder/'README.md').read_text()
@@ -493,6 +493,40 @@ def test_lightning_wrong_use(pl, tmp_path):
     for s in (FSDPStrategy, DeepSpeedStrategy):
         trainer = types.SimpleNamespace(strategy=object.__new__(s), callbacks=[])
         with pytest.raises(ValueError, match=f'needs whole parameters, and {s.__name__} splits them'): cb(method_of()).setup(trainer, pl.Lit(), 'fit')
+
+# ------------------------------------------------------------ timm's script
+def test_timm(tmp_path):
+    "Its scaler, gradient accumulation, average, checkpoints and resume, in the order of its training script"
+    timm = pytest.importorskip('timm')
+    from timm.models import resume_checkpoint
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+    x,y = torch.randn(48, 3, 32, 32),torch.arange(48)%2
+    def run(seed, start=0):
+        torch.manual_seed(seed)
+        model = timm.create_model('resnet10t', num_classes=2)
+        sparsify_model(model, .9, sparse_f='erk')
+        optimizer,scaler = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=.05),NativeScaler('cpu')
+        if start: assert resume_checkpoint(model, str(tmp_path/'checkpoint-1.pth.tar'), optimizer=optimizer, loss_scaler=scaler)==start
+        ema = ModelEmaV3(model, decay=.9)
+        lr_scheduler,num_epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=4, cooldown_epochs=0, updates_per_epoch=3)
+        if start: lr_scheduler.step(start)
+        attached = attach('rigl_avg', model, optimizer, total=num_epochs*3)
+        saver = CheckpointSaver(model, optimizer, amp_scaler=scaler, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+        first = masks(model)
+        for epoch in range(start, num_epochs):
+            for i,(xb,yb) in enumerate(zip(x.split(8), y.split(8))):
+                scaler(F.cross_entropy(model(xb), yb)/2, optimizer, need_update=i%2==1)
+                if i%2: optimizer.zero_grad(); ema.update(model); assert masked_are_zero(model)
+            lr_scheduler.step(epoch+1)
+            if not start: saver.save_checkpoint(epoch)
+        ema.module.eval()(x[:2])
+        assert masked_are_zero(ema.module) and attached.step==12 and not same_masks(first, masks(model))
+        return model,optimizer
+    model,optimizer = run(0)
+    again,other = run(1, start=2)
+    assert not changed(snapshot(model, optimizer), snapshot(again, other))
 
 # ------------------------------------------------------------ imports
 def python(code): return subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import sys; sys.path.insert(0, {str(HERE)!r})\n{code}'], capture_output=True, text=True)

@@ -24,16 +24,17 @@ from ..utils import tolist
 
 # %% ../../nbs/loops/00_base.ipynb #58bf1144
 def make_sparse(
-    model, # A dense model; one with masks is a `ValueError`
+    model, # A dense model; without `sparsity` any
     method:DSTMethod, # What is to train it
-    sparsity:float, # Fraction of zeros over the layers' weights, in [0,1]
+    sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; by default the model stays as it is
     **kwargs # Further arguments of `sparsify_model`
 )->None:
-    "Make a model sparse as a method wants it, alike in every process"
-    if find_layers(model):
-        raise ValueError("sparsity must be left out for a model with masks, got "
-                         f"{sparsity}: the callback trains on with the masks there are")
-    sparsify_model(model, sparsity, **{**method.sparsify_kwargs(sparsity), **kwargs})
+    "Make a model sparse as a method wants it, alike in every process; one with masks already is a `ValueError`"
+    if sparsity is not None:
+        if find_layers(model):
+            raise ValueError(f"sparsity must be left out for a model with masks, got {sparsity}: "
+                             "the callback trains on with the masks there are")
+        sparsify_model(model, sparsity, **{**method.sparsify_kwargs(sparsity), **kwargs})
     sync_masks(model)
 
 def check_options(
@@ -42,7 +43,8 @@ def check_options(
 )->None:
     "Refuse options of `sparsify_model` that would do nothing"
     if sparsity is None and options:
-        raise ValueError(f"{next(iter(options))} must be given with sparsity, got no sparsity: it says how to make a dense model sparse")
+        raise ValueError(f"{next(iter(options))} must be given with sparsity, got no sparsity: "
+                         "it says how to make a dense model sparse")
 
 def begin(
     method:DSTMethod, # What trains the model
@@ -56,6 +58,7 @@ def begin(
     if other:
         raise ValueError(f"a training must have one method, and has {other} already: give one callback, "
                          "and call `remove()` of what `attach` returned")
+    sync_masks(model)
     return attach(method.in_steps(total, per_epoch), model, opt, total)
 
 # %% ../../nbs/loops/00_base.ipynb #f99f0a9d
@@ -88,11 +91,11 @@ def described(
     except ValueError as e: warnings.warn(f"checkpoints will not say by which method they were trained: {e}", stacklevel=3)
 
 def compare(
-    saved, # Description in a checkpoint, or `None`
-    method:DSTMethod, # What trains on
+    saved, # Description of the method in a checkpoint, from `described`
+    now, # Description of the method that trains on
 )->None:
-    "Warn if a training is resumed with another method"
-    now = method.to_dict() if saved else None
-    differ = [k for k in now if saved.get(k)!=now[k]] if saved else []
-    if differ:
-        warnings.warn(f"the checkpoint was trained by a method with other {', '.join(differ)}, and {method} goes on from it", stacklevel=3)
+    "Warn if a training is resumed with another method; nothing is known of a method without a description"
+    differ = [k for k in now if saved.get(k)!=now[k]] if saved and now else []
+    if not differ: return
+    warnings.warn(f"the checkpoint was trained by a method with other {', '.join(differ)}: the training goes on with "
+                  "what its callback was given", stacklevel=3)

@@ -18,6 +18,7 @@ __all__ = ['SparseTrainerCallback', 'load_sparse_pretrained']
 # %% ../../nbs/loops/01_hf.ipynb #706f58e2
 import json, math, os, warnings
 from pathlib import Path
+import torch
 from fastcore.meta import delegates
 from safetensors import safe_open
 try:
@@ -47,7 +48,8 @@ def _check_whole(args):
     "Refuse trainings that split parameters over processes"
     for name,lib in dict(deepspeed='DeepSpeed', fsdp='FSDP').items():
         if getattr(args, name, None) or os.environ.get(f'ACCELERATE_USE_{lib.upper()}', '').lower()=='true':
-            raise ValueError(f"a sparse training needs whole parameters, and {lib} splits them over processes: train on one device, or with DDP")
+            raise ValueError(f"a sparse training needs whole parameters, and {lib} splits them over processes: "
+                             "train on one device, or with DDP")
 
 @delegates(sparsify_model, but=['model', 'model_sparsity'])
 class SparseTrainerCallback(TrainerCallback, ExportableState):
@@ -62,26 +64,28 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         self.description = described(self.method)
         self.attached,self.old,self.now = None,None,{}
 
+    def __repr__(self): return f'{type(self).__name__}({self.method})'
+
     def state(self)->dict: # Plain values
         "Get what the trainer's state says of the callback"
         return dict(args=dict(method=self.description), attributes={})
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         _check_whole(args)
-        if self.sparsity is not None: make_sparse(model, self.method, self.sparsity, **self.options)
+        make_sparse(model, self.method, self.sparsity, **self.options)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.attached: self.attached.remove()
         if self.sparsity is not None and not find_layers(model): self._make_late(state, model)
-        if state.global_step: compare(_saved_method(state), self.method)
+        if state.global_step: compare(_saved_method(state), self.description)
         self.attached = begin(self.method, model, optimizer, state.max_steps, _per_epoch(args, train_dataloader))
         self.now = figures(model)
 
     def _make_late(self, state, model):
-        "Make a model sparse that `model_init` has made anew"
+        "Make a model sparse that was made after the trainer, as by `model_init`"
         if state.global_step:
-            raise ValueError("the checkpoint's masks found no place in a model that `model_init` made dense: "
-                             "call `sparsify_model` in `model_init`, and leave `sparsity` out")
+            raise ValueError("the checkpoint's masks found no place in a dense model: call `sparsify_model` where the model "
+                             "is made, such as in `model_init`, and leave `sparsity` out")
         make_sparse(model, self.method, self.sparsity, **self.options)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs): self.old = look(self.attached)
@@ -95,7 +99,8 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         logs.update(self.now)
         state.log_history[-1].update(self.now)
 
-    def on_save(self, args, state, control, **kwargs): self._write(state, Path(args.output_dir)/f'checkpoint-{state.global_step}')
+    def on_save(self, args, state, control, **kwargs):
+        self._write(state, Path(args.output_dir)/f'checkpoint-{state.global_step}')
 
     def on_train_end(self, args, state, control, **kwargs):
         self.attached.remove()
@@ -135,13 +140,12 @@ def _read_masks(files):
     found = {}
     for fn in files:
         with safe_open(fn, 'pt') as f:
-            ours = [k for k in f.keys() if k.endswith('_mask') and f.get_slice(k).get_dtype()=='BOOL' or k.endswith('_sparsity')]
-            found |= {k: f.get_tensor(k) for k in ours}
-    names = [k.removesuffix('_mask') for k in found if k.endswith('_mask')]
+            found |= {k: f.get_tensor(k) for k in f.keys() if k.endswith(('_mask', '_sparsity'))}
+    names = [k.removesuffix('_mask') for k,t in found.items() if k.endswith('_mask') and t.dtype==torch.bool]
     return {n: (found[f'{n}_mask'], found.get(f'{n}_sparsity')) for n in names}
 
 def _owner(model, name, mask):
-    "Find a weight by its name in the file, where the body of a model may have a prefix more or less: (module, name), or `None`"
+    "Find (module, name) of a weight by its name in the file, with or without the prefix of a model's body; else `None`"
     params = dict(model.named_parameters(remove_duplicate=False))
     begin = f"{getattr(model, 'base_model_prefix', '')}."
     for n in (name, name.removeprefix(begin), begin+name):
@@ -153,7 +157,8 @@ def _add_masks(model, masks):
     "Give a model the masks of a file, and hooks"
     owners = {n: _owner(model, n, mask) for n,(mask,_) in masks.items()}
     lost = [n for n,o in owners.items() if o is None]
-    if lost: warnings.warn(f"{type(model).__name__} has no weights for the masks of {', '.join(lost)}, which are left out", stacklevel=4)
+    if lost:
+        warnings.warn(f"{type(model).__name__} has no weights for the masks of {', '.join(lost)}, which are left out", stacklevel=4)
     for n,o in owners.items():
         if o is not None: add_mask(*o, *masks[n])
     note_masks(model)
@@ -169,10 +174,13 @@ def _from_compact(cls, name, file, kwargs):
 def _from_dense(cls, name, kwargs):
     "Load a model by `from_pretrained`, and give it the masks that it leaves out"
     masks = _read_masks(_weight_files(name))
-    if not masks: raise ValueError(f"{name!r} must have masks, got a dense model: use `from_pretrained`, then `sparsify_model(model, sparsity, keep='magnitude')`")
+    if not masks:
+        raise ValueError(f"{name!r} must have masks, got a dense model: use `from_pretrained`, "
+                         "then `sparsify_model(model, sparsity, keep='magnitude')`")
     model,info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
     if find_layers(model): return model                                      # its class makes masks itself
-    if info['missing_keys']: warnings.warn(f"these weights are new, as {name!r} has none: {', '.join(sorted(info['missing_keys']))}", stacklevel=3)
+    new = ', '.join(sorted(info['missing_keys']))
+    if new: warnings.warn(f"these weights are new, as '{name}' has none: {new}", stacklevel=3)
     _add_masks(model, masks)
     return model
 

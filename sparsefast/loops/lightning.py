@@ -30,12 +30,11 @@ from ..sparsify import sparsify_model
 _splits = ('DeepSpeed', 'FSDP', 'ModelParallel', 'XLAFSDP')
 
 def _check_trainer(trainer):
-    "Refuse trainings that split parameters over processes, and such as have another callback of ours"
+    "Refuse trainings that split parameters over processes"
     strategy = type(trainer.strategy).__name__
     if strategy.removesuffix('Strategy') in _splits:
-        raise ValueError(f"a sparse training needs whole parameters, and {strategy} splits them over processes: train on one device, or with DDP")
-    n = sum(isinstance(cb, SparseCallback) for cb in trainer.callbacks)
-    if n>1: raise ValueError(f"a Trainer must have one SparseCallback, got {n}: leave one out")
+        raise ValueError(f"a sparse training needs whole parameters, and {strategy} splits them over processes: "
+                         "train on one device, or with DDP")
 
 def _length(trainer):
     "(optimizer steps in the whole training, optimizer steps in an epoch or `None`)"
@@ -57,9 +56,11 @@ class SparseCallback(Callback):
         self.description = described(self.method)
         self.attached,self.old,self.now,self.made = None,None,{},WeakSet()
 
+    def __repr__(self): return f'{type(self).__name__}({self.method})'
+
     def setup(self, trainer, pl_module, stage):
         _check_trainer(trainer)
-        if self.sparsity is None or pl_module in self.made: return
+        if pl_module in self.made: return
         make_sparse(pl_module, self.method, self.sparsity, **self.options)
         self.made.add(pl_module)
 
@@ -95,4 +96,4 @@ class SparseCallback(Callback):
         state:dict, # From `state_dict`
     )->None:
         "Warn if the checkpoint was trained by another method"
-        compare(state['method'], self.method)
+        compare(state['method'], self.description)

@@ -11,8 +11,8 @@ Nothing is uploaded: that is done by the hub's own tools."""
 # %% auto #0
 __all__ = ['model_card', 'save_sparse_folder']
 
-# %% ../../nbs/ship/05_hub.ipynb #61f88553
-import json, sys, warnings
+# %% ../../nbs/ship/05_hub.ipynb #1c54361b
+import json, re, sys, warnings
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,6 +64,18 @@ A sparse {cls}, made with sparsefast.
 ```
 """
 
+def _facts(model, method, data):
+    "(metadata, rows of the table) of what is known of a model"
+    sparse,_,whole = sparse_summary(model).totals
+    versions,known = _versions(model),dict(method=method) if method else {}
+    head = dict(known, sparsity=round(sparse.sparsity, 6), **(dict(data=data) if data else {}), versions=versions)
+    rows = {'method': method,
+            'sparsity': f'{sparse.sparsity:.2%} of {sparse.weights:,} weights in sparse layers',
+            'active weights': f'{whole.active:,} of {whole.weights:,} in the whole model',
+            'data': ', '.join(data),
+            'versions': ', '.join(f'{k} {v}' for k,v in versions.items())}
+    return head,rows
+
 def model_card(
     model, # A sparse model, or a `Learner`
     method=None, # What trained it: a `DSTMethod`, a preset or its name
@@ -73,18 +85,15 @@ def model_card(
 )->str: # Markdown, with metadata in YAML
     "Write a model card"
     model = as_module(model)
-    sparse,_,whole = sparse_summary(model).totals
     data = [data] if isinstance(data, str) else list(data or [])
-    versions,cls,hugs = _versions(model),type(model).__name__,hasattr(model, 'save_pretrained')
-    ours = {**(dict(method=str(as_method(method))) if method else {}), 'sparsity': round(sparse.sparsity, 6), 'versions': versions}
-    head = {'library_name': 'transformers' if hugs else 'sparsefast', 'tags': ['sparse', 'sparsefast'],
-            **(dict(datasets=data) if data else {}), **metadata, 'sparsefast': ours}
-    rows = {'method': ours.get('method'), 'sparsity': f'{sparse.sparsity:.2%} of {sparse.weights:,} weights in sparse layers',
-            'active weights': f'{whole.active:,} of {whole.weights:,} in the whole model', 'data': ', '.join(data),
-            'versions': ', '.join(f'{k} {v}' for k,v in versions.items())}
+    cls,hugs = type(model).__name__,hasattr(model, 'save_pretrained')
+    head,rows = _facts(model, str(as_method(method)) if method else None, data)
+    known = dict(library_name='transformers' if hugs else 'sparsefast', tags=['sparse', 'sparsefast'],
+                 datasets=[d for d in data if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', d)])           # what can be a hub's name
+    head = {k: v for k,v in {**known, **metadata, 'sparsefast': head}.items() if v}
     rows = '\n'.join(f'| {k} | {_cell(v)} |' for k,v in rows.items() if v)
-    return _card.format(metadata='\n'.join(_yaml(head)), title=title or cls, cls=cls, rows=rows,
-                        load=(_load_pretrained if hugs else _load).format(cls=cls))
+    load = (_load_pretrained if hugs else _load).format(cls=cls)
+    return _card.format(metadata='\n'.join(_yaml(head)), title=title or cls, cls=cls, rows=rows, load=load)
 
 # %% ../../nbs/ship/05_hub.ipynb #473fc946
 def _write_config(model, folder):
@@ -98,7 +107,8 @@ def _write_card(folder, card):
     "Write the card, unless the folder has one by somebody else"
     path = Path(folder)/'README.md'
     if path.exists() and '\nsparsefast:\n' not in path.read_text(encoding='utf-8'):
-        return warnings.warn(f"{path.name} stays as it is, since it is no card of sparsefast: `model_card` gives the text to add", stacklevel=3)
+        warnings.warn("README.md stays as it is, since it is no card of sparsefast: `model_card` gives the text to add", stacklevel=3)
+        return
     atomic_write(path, lambda tmp: tmp.write_text(card, encoding='utf-8'))
 
 def save_sparse_folder(
