@@ -30,7 +30,7 @@ except ImportError as e:
     raise ImportError("sparsefast.loops.hf needs transformers and accelerate: `pip install 'sparsefast[hf]'`") from e
 from ..guard import enforce_masks
 from ..layer import find_layers
-from .base import begin, check_options, compare, described, figures, look, make_sparse
+from .base import begin, check_orphan_options, warn_other_method, described, figures, look, prepare_model
 from ..noted import note_masks
 from ..presets import as_method
 from ..serialize import save_method
@@ -59,7 +59,7 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         sparsity:float=None, # Fraction of zeros that a dense model is given, in [0,1]; by default the model has masks
         **kwargs
     ):
-        check_options(sparsity, kwargs)
+        check_orphan_options(sparsity, kwargs)
         self.method,self.sparsity,self.options = _method(method),sparsity,kwargs
         self.description = described(self.method)
         self.attached,self.old,self.now = None,None,{}
@@ -72,12 +72,12 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         _check_whole(args)
-        make_sparse(model, self.method, self.sparsity, **self.options)
+        prepare_model(model, self.method, self.sparsity, **self.options)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.attached: self.attached.remove()
         if self.sparsity is not None and not find_layers(model): self._make_late(state, model)
-        if state.global_step: compare(_saved_method(state), self.description)
+        if state.global_step: warn_other_method(_saved_method(state), self.description)
         self.attached = begin(self.method, model, optimizer, state.max_steps, _per_epoch(args, train_dataloader))
         self.now = figures(model)
 
@@ -86,7 +86,7 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step:
             raise ValueError("the checkpoint's masks found no place in a dense model: call `sparsify_model` where the model "
                              "is made, such as in `model_init`, and leave `sparsity` out")
-        make_sparse(model, self.method, self.sparsity, **self.options)
+        prepare_model(model, self.method, self.sparsity, **self.options)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs): self.old = look(self.attached)
 

@@ -22,7 +22,7 @@ from fastcore.meta import delegates
 try: from lightning.pytorch.callbacks import Callback
 except ImportError as e:
     raise ImportError("sparsefast.loops.lightning needs lightning: `pip install 'sparsefast[lightning]'`") from e
-from .base import begin, check_options, compare, described, figures, look, make_sparse
+from .base import begin, check_orphan_options, warn_other_method, described, figures, look, prepare_model
 from ..presets import as_method
 from ..sparsify import sparsify_model
 
@@ -51,7 +51,7 @@ class SparseCallback(Callback):
         sparsity:float=None, # Fraction of zeros that a dense module is given, in [0,1]; by default the module has masks
         **kwargs
     ):
-        check_options(sparsity, kwargs)
+        check_orphan_options(sparsity, kwargs)
         self.method,self.sparsity,self.options = as_method(method),sparsity,kwargs
         self.description = described(self.method)
         self.attached,self.old,self.now,self.made = None,None,{},WeakSet()
@@ -61,7 +61,7 @@ class SparseCallback(Callback):
     def setup(self, trainer, pl_module, stage):
         _check_trainer(trainer)
         if pl_module in self.made: return
-        make_sparse(pl_module, self.method, self.sparsity, **self.options)
+        prepare_model(pl_module, self.method, self.sparsity, **self.options)
         self.made.add(pl_module)
 
     def on_fit_start(self, trainer, pl_module):
@@ -96,4 +96,4 @@ class SparseCallback(Callback):
         state:dict, # From `state_dict`
     )->None:
         "Warn if the checkpoint was trained by another method"
-        compare(state['method'], self.description)
+        warn_other_method(state['method'], self.description)
