@@ -16,12 +16,12 @@ from nbdev.showdoc import showdoc_nm
 nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 
 # From beginner to researcher. A notebook in `tutorials` that is not named here stops the build, and so does a name without a notebook. One of another folder is named with it
-tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'pretrained', 'prune_a_transformer', 'choosing', 'large_batches', 'averages', 'ship', 'distributed',
+tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'hugging_face', 'lightning', 'pretrained', 'prune_a_transformer', 'choosing', 'large_batches', 'averages', 'ship', 'distributed',
              'explanations/write_your_own', 'explanations/from_paper_to_code']
 # Rooms by number: a group reaches to the next one's first
 rooms = [(1, 'Foundations'), (3.5, 'Engine'), (5.2, 'In loops')]
 # Wings: a folder of rooms, and its caption
-wings = dict(storage='Compressed layers', see='See it', ship='Ship it', cli='Command line')
+wings = dict(loops='In other trainers', storage='Compressed layers', see='See it', ship='Ship it', cli='Command line')
 
 # ------------------------------------------------------------ notebooks and their names
 def notebooks():

@@ -28,6 +28,9 @@ Modules:
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.importance`: Which weights of a trained model matter, judged by their size and by the size of their inputs: Wanda, RIA and OWL
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
+- `sparsefast.loops.base`: Masks before training, one method at a time, and the figures for a trainer's log
+- `sparsefast.loops.hf`: A callback for the `Trainer` of transformers, and `from_pretrained` with masks
+- `sparsefast.loops.lightning`: A callback for Lightning's `Trainer`
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
@@ -51,6 +54,7 @@ Modules:
 - `sparsefast.see.plots`: Pictures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
+- `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
@@ -60,6 +64,7 @@ Modules:
 - `sparsefast.ship.fold`: Batch norms, residual additions and ReLUs computed inside the layers before them
 - `sparsefast.ship.forms`: Layers that compute what a masked layer computes, in a form of their own
 - `sparsefast.ship.graph`: Which batch norms, additions and ReLUs follow which layers
+- `sparsefast.ship.hub`: A sparse model in a folder, with a model card that a hub shows
 - `sparsefast.ship.lora`: Adapters that are trained on a sparse model, and merged into it without filling its zeros
 - `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses

@@ -132,7 +132,7 @@ def attach(
     modules, # A sparse model, a `Learner`, or a list of modules; under `DistributedDataParallel` the wrapped model
     opt, # Its torch optimizer, or a wrapper around one (accelerate's); without step hooks a `ValueError`
     total:int, # Optimizer steps in the whole training
-    step:int=0, # Steps already done, when a training is resumed
+    step:int=None, # Steps already done, when a training is resumed; by default what a state says that `opt` has loaded
 )->Attached: # `remove()` ends it
     "Run a method whenever `opt` steps, whoever calls it"
     opt = inner_opt(opt)
@@ -148,4 +148,5 @@ def attach(
         raise ValueError("a Learner must have one method, and has a callback with one already: use one of the two")
     method.check(modules, opt, total)
     method.enforce(modules, opt)
-    return Attached(method, modules, opt, total, step)
+    loaded = opt.param_groups[0].pop(_count, 0)
+    return Attached(method, modules, opt, total, loaded if step is None else step)

@@ -128,7 +128,7 @@ def members(mod):
     for o in ast.parse(Path(m.__file__).read_text(encoding='utf-8')).body:
         if isinstance(o, ast.ClassDef) and o.name in names:
             for d in o.body:
-                if isinstance(d, ast.FunctionDef) and not re.match('_|before_|after_|(forward|backward|extra_repr)$', d.name) and not overrides(getattr(m, o.name), d.name): yield f'{o.name}.{d.name}', getattr(getattr(m, o.name), d.name)
+                if isinstance(d, ast.FunctionDef) and not re.match('_|before_|after_|on_|(setup|teardown|forward|backward|extra_repr)$', d.name) and not overrides(getattr(m, o.name), d.name): yield f'{o.name}.{d.name}', getattr(getattr(m, o.name), d.name)
 
 @pytest.mark.parametrize('mod', modules)
 def test_every_method_and_property_in_a_class_is_documented(mod):

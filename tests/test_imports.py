@@ -7,7 +7,8 @@ import sparsefast
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
 NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'core', 'see.recorder', 'see.doctor', 'cli.console', 'cli.datasets', 'cli.models', 'cli.train', 'cli.bench'}
-PURE = [m for m in MODULES if m not in NEEDS_FASTAI]                                    # the engine, storage and files among them
+NEEDS_EXTRA = {'loops.hf': 'transformers', 'loops.lightning': 'lightning'}
+PURE = [m for m in MODULES if m not in NEEDS_FASTAI and m not in NEEDS_EXTRA]                                    # the engine, storage and files among them
 
 def python(code):
     "In a process of its own, which finds the package where this one found it"
@@ -26,6 +27,7 @@ def test_all_rooms_are_there(): assert NEEDS_FASTAI <= set(MODULES) and {'method
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_alone_and_prints_nothing(module):
     "The rooms of pure PyTorch with fastai and torchvision out of reach"
+    if module in NEEDS_EXTRA: pytest.importorskip(NEEDS_EXTRA[module])
     done = python(f'{BLOCK if module in PURE else ""}import sparsefast.{module}; assert "fastai.vision.all" not in sys.modules')
     assert done.returncode==0, done.stderr
     assert done.stdout=='' and done.stderr==''
@@ -89,9 +91,10 @@ MAY_IMPORT = {
     'rewire': 'layer masks optim plan',
     'checks': 'findings masks noted optim patterns plan',
     'settings': '',
+    'serialize': 'method',
     'method': 'optim patterns schedules scores settings training_time',
     'gradients': '',
-    'methods': 'checks exploration gradients guard layer method optim plan rewire training_time',
+    'methods': 'checks exploration gradients guard layer method optim plan rewire serialize training_time',
     'presets': 'allocation methods patterns schedules scores topology',
     'targets': 'distributions masks ranks select',
     'cautions': 'masks select',
@@ -106,6 +109,9 @@ MAY_IMPORT = {
     'cli.models': 'cli.console',
     'cli.outcome': 'masks see.analysis ship.deploy ship.files ship.timing storage',
     'cli.train': 'callback cli.console cli.datasets cli.models cli.outcome distributions masks presets ship.files sparsify storage',
+    'loops.base': 'attach layer masks methods optim ranks sparsify',
+    'loops.hf': 'guard layer loops.base methods noted presets serialize ship.files sparsify',
+    'loops.lightning': 'loops.base presets sparsify',
     'see.analysis': 'layer masks see.flops select storage',
     'see.doctor': 'callback checks copies guard masks methods optim see.mask_checks',
     'see.figures': '',
@@ -121,6 +127,7 @@ MAY_IMPORT = {
     'ship.fold': 'masks ship.graph',
     'ship.forms': 'patterns storage',
     'ship.graph': 'masks',
+    'ship.hub': 'methods presets see.analysis ship.files',
     'ship.lora': 'masks',
     'ship.optim_state': 'masks optim storage',
     'ship.shrink': 'masks ship.chains',
