@@ -354,10 +354,14 @@ def as_method(
     raise ValueError(f"method must be the name of a preset, got {method!r}{fix}")
 
 # %% ../nbs/05a_presets.ipynb #a26c4079
+def _same(a, b):
+    "True if two settings are equal; scores of scores are, if they are made in the same way"
+    return a==b or hasattr(a, 'made_by') and hasattr(b, 'made_by') and show_value(a)==show_value(b)
+
 def _changes(m, preset):
     "List the settings of a method that a preset has otherwise"
     settings = {**{f.name: f.default for f in fields(DSTMethod)}, **preset}
-    return [k for k,v in settings.items() if getattr(m, k)!=v]
+    return [k for k,v in settings.items() if not _same(getattr(m, k), v)]
 
 @patch
 def __repr__(self:DSTMethod):

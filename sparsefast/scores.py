@@ -179,10 +179,11 @@ def gumbel_noise(
     u = torch.rand(p.shape, generator=generator, dtype=torch.float64, device='cpu', pin_memory=p.is_cuda)
     return u.to(p.device, non_blocking=True).log_().neg_().log_().neg_()
 
-def _wrapped(f, score_f, **kwargs):
-    "Make a score of another score, which it is given as `score_f`"
+def _wrapped(maker, f, score_f, **kwargs):
+    "Make a score of another score, which it is given as `score_f`; it remembers its `maker`, by which a file can name it"
     new = partial(f, score_f=score_f, **kwargs)
     new.reads,new.by_rows = reads(score_f),attribute(score_f, 'by_rows', False)
+    new.made_by = maker,dict(score_f=score_f, **kwargs)
     return new
 
 def _sampled(p, score_f, gamma, pct=0., generator=None, **kwargs):
@@ -194,7 +195,7 @@ def sampled(
     gamma=1., # Exponent of the score: a number, or a function of the share of training done
 )->Callable: # A score, float64
     "Draw without replacement, with weights `score**gamma`: soft removal and growth of [CHTs](https://arxiv.org/abs/2501.19107). The highest scores are the draw"
-    return _wrapped(_sampled, score_f, gamma=gamma)
+    return _wrapped(sampled, _sampled, score_f, gamma=gamma)
 
 # %% ../nbs/03_scores.ipynb #d7df09cc
 def _not_returning(p, score_f, mask, **kwargs):
@@ -204,7 +205,7 @@ def not_returning(
     score_f, # A grow score
 )->Callable: # A grow score: -infinity at weights that were active before the update
     "Grow weights that were just dropped last, as SMET and GSE do"
-    return _wrapped(_not_returning, score_f)
+    return _wrapped(not_returning, _not_returning, score_f)
 
 # %% ../nbs/03_scores.ipynb #7da5b2cc
 def uniform_subset(
@@ -229,9 +230,11 @@ def in_subset(
     subset_f=uniform_subset, # Draws the subset: `subset_f(mask, generator)` returns a boolean tensor of the mask's shape
 )->Callable: # A grow score: chance, below all scores, outside the subset; -infinity at weights that were active before the update
     "Grow by a score in a random subset: [GSE](https://arxiv.org/abs/2401.06898). Where a subset has too few candidates, chance decides"
-    new = _wrapped(_in_subset, score_f, subset_f=subset_f)
+    new = _wrapped(in_subset, _in_subset, score_f, subset_f=subset_f)
     new.subset_f = subset_f
     return new
+
+sampled.makes_score = not_returning.makes_score = in_subset.makes_score = True
 
 # %% ../nbs/03_scores.ipynb #c1d898f7
 def random_value(

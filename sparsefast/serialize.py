@@ -25,7 +25,7 @@ from .utils import atomic_write, maybe_float, show_value
 
 # %% ../nbs/04h_serialize.ipynb #7a9a1f83
 # Rooms whose public functions a file may name
-function_rooms = ('allocation', 'distributions', 'optim', 'patterns', 'saliency', 'schedules', 'scores')
+function_rooms = ('allocation', 'distributions', 'optim', 'patterns', 'saliency', 'schedules', 'scores', 'topology')
 
 def _allowed(allow):
     "List the names of modules that may be looked into"
@@ -59,6 +59,9 @@ def _plain(v, setting):
     if v is None or isinstance(v, (bool, str)): return v
     if isinstance(v, Integral): return int(v)
     if isinstance(v, (tuple, list)): return [_plain(x, setting) for x in v]
+    if made_by := getattr(v, 'made_by', None):                     # a score of a score
+        maker,options = made_by
+        return dict(maker=_name_of(maker, setting), options={k: _plain(x, setting) for k,x in options.items()})
     if isinstance(v, partial):
         options = {k: _plain(x, setting) for k,x in v.keywords.items()}
         return dict(function=_name_of(v.func, setting), args=_plain(v.args, setting), options=options)
@@ -67,11 +70,18 @@ def _plain(v, setting):
     if isinstance(num, float): return num
     raise ValueError(f"{setting} must be numbers, words and functions to be written, got {v!r:.60}")
 
+def _made(name, options, setting, allow):
+    "Make a score of a score, by one of the functions that do"
+    maker = _find(name, setting, allow)
+    if not getattr(maker, 'makes_score', False): raise ValueError(f"{setting} must be made by a function that makes scores, got {name!r:.80}")
+    return maker(**{k: _setting(x, setting, allow) for k,x in options.items()})
+
 def _setting(v, setting, allow):
     "Convert a plain value back"
     if isinstance(v, list): return tuple(_setting(x, setting, allow) for x in v)
     if not isinstance(v, dict): return v
     args,options = v.get('args', []),v.get('options', {})
+    if v.keys()=={'maker', 'options'} and type(options) is dict: return _made(v['maker'], options, setting, allow)
     if not {'function'}<=v.keys()<={'function', 'args', 'options'} or type(args) is not list or type(options) is not dict:
         raise ValueError(f"{setting} must be a number, or a function with `args` and `options`, got {v!r:.80}")
     f = _find(v['function'], setting, allow)
