@@ -8,8 +8,8 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 
 # %% auto #0
 __all__ = ['inner_opt', 'attached_to', 'param_lists', 'opt_params', 'opt_state', 'slow_weights', 'state_tensors',
-           'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'reset_state', 'call_reset', 'refusal', 'StateView',
-           'replace_param']
+           'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'zero_state', 'call_reset', 'reset_state', 'refusal',
+           'StateView', 'replace_param']
 
 # %% ../nbs/01d_optim.ipynb #483eb92c
 import inspect
@@ -130,15 +130,15 @@ def scaled_step(
 
 # %% ../nbs/01d_optim.ipynb #01e1d26f
 @torch.no_grad()
-def reset_state(
+def zero_state(
     p:torch.Tensor, # A parameter
     opt, # Its optimizer
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
-    born:torch.Tensor=None, # Boolean, the shape of `p`: those of `where` that an update has just grown; not used
-    grad:torch.Tensor=None, # Dense gradient, if the rule reads it (`reads=('gradient',)`); not used
+    spare=(), # Tensors of the state to leave as they are
 )->None:
     "Zero the optimizer's state of some of a parameter's weights"
-    for v in state_tensors(opt, p): zero_masked_(v, ~where)
+    for v in state_tensors(opt, p):
+        if not any(v is s for s in spare): zero_masked_(v, ~where)
 
 def _takes(f, name):
     "True if `f` takes an argument of this name"
@@ -151,10 +151,42 @@ def call_reset(
     p:torch.Tensor, # A parameter
     opt, # Its optimizer
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
-    **kwargs # `born` and `grad`, passed if `f` takes them
+    **kwargs # `born`, `grad` and `dense_state` as for `reset_state`, passed if `f` takes them
 )->None:
     "Reset optimizer state by a method's own rule"
     f(p, opt, where, **{k: v for k,v in kwargs.items() if _takes(f, k)})
+
+# %% ../nbs/01d_optim.ipynb #c5a523e8
+_moments = dict(exp_avg_sq=2, max_exp_avg_sq=2, square_avg=2, sqr_avg=2, sum=2, variance=2, exp_inf=1,
+                acc_delta=0, step_size=0)                          # second moments, and the power of the gradient in each
+
+def _excess(grad, stays, n):
+    "Divide gradients by the root mean square of those that stay; in [1,100]"
+    g = grad.abs().to(torch.promote_types(grad.dtype, torch.float32))
+    rms = (zero_masked_(g.square(), stays).sum()/n).sqrt()
+    return (g/rms).nan_to_num(1., posinf=1.).clamp(1, 100)
+
+@torch.no_grad()
+def reset_state(
+    p:torch.Tensor, # A parameter
+    opt, # Its optimizer
+    where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
+    born:torch.Tensor=None, # Boolean, the shape of `p`: weights that an update has just grown; `None` where nothing grows
+    grad:torch.Tensor=None, # The gradient of all weights, if the update reads it
+    dense_state:bool=False, # True if weights have second moments of their own before they are grown
+)->None:
+    "Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay"
+    state = opt_state(opt, p)
+    moments = {k: state[k] for k in _moments if torch.is_tensor(state.get(k)) and state[k].shape==p.shape}
+    if dense_state: return zero_state(p, opt, where, spare=moments.values())
+    stays = ~where if born is None else ~(where | born)
+    zero_state(p, opt, ~stays)
+    if born is None or not moments: return
+    n = stays.sum().clamp(min=1)
+    excess = 1. if grad is None else _excess(grad, stays, n)
+    for k,v in moments.items():
+        mean = v.sum(dtype=torch.promote_types(v.dtype, torch.float32))/n                    # zero elsewhere
+        v.copy_(torch.where(born, mean*excess**_moments[k], v))
 
 # %% ../nbs/01d_optim.ipynb #0c7d51aa
 _low_precision = ('8bit', '4bit', 'fp8')                           # as bitsandbytes and torchao name their optimizers

@@ -86,7 +86,7 @@ MAY_IMPORT = {
     'checks': 'findings masks noted optim patterns plan',
     'settings': '',
     'method': 'optim patterns schedules scores settings training_time',
-    'gradients': '',
+    'gradients': 'layer',
     'methods': 'checks exploration gradients guard layer method optim plan rewire training_time',
     'presets': 'allocation methods patterns schedules scores',
     'targets': 'distributions masks ranks select',
