@@ -8,7 +8,7 @@ A transformer predicts the next letter of docstrings of numpy, pandas and scipy 
 with torch's defaults but for the learning rate, which rises over the first 100 steps and then stays. Runs of one seed share initial weights, masks and batches, and differ in the rule only.
 `zeroed` is `zero_state`, `filled` is `reset_state`, the default; `warmed` is `zeroed` with a learning rate that rises after each update; `static` never updates its masks.
 
-A row has `around`: the mean over the updates from step 100 on of the loss at -10 to 40 steps from an update, less the mean loss of the 10 steps before it (`static`: at the same
+A row has `around`: the mean over the updates from step 400 on of the loss at -10 to 40 steps from an update, less the mean loss of the 10 steps before it (`static`: at the same
 steps). `change` is the mean of its first 20 steps after the update. `peak` is the largest single loss after an update over the mean of the 10 before it. `final` is the loss on text not trained on."""
 import argparse, importlib.util, json, platform, random, re, time
 from functools import partial
@@ -22,9 +22,9 @@ from sparsefast.all import *
 from sparsefast.optim import reset_state, zero_state
 
 out = Path(__file__).with_suffix('.jsonl')
-libs,seeds = ('numpy', 'pandas', 'scipy'), (0, 1, 2, 3)
+libs,seeds = ('numpy', 'pandas', 'scipy'), (0, 1, 2)
 rules = dict(zeroed=zero_state, filled=reset_state, warmed=zero_state, static=None)
-settings = dict(sparsity=0.9, lr=3e-3, lr_warmup=100, steps=800, every=50, warm=20, bs=32, context=64, width=64, heads=4, blocks=2)
+settings = dict(sparsity=0.9, lr=5e-3, lr_warmup=100, steps=2000, every=100, warm=20, bs=16, context=32, width=64, heads=4, blocks=2, first=400)
 n_before,n_after = 10, 40
 
 def text():
@@ -69,7 +69,7 @@ def batch(data, gen, bs, context):
 
 def loss_of(model, x, y): return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
-def run(data, rule, seed, sparsity, lr, lr_warmup, steps, every, warm, bs, context, width, heads, blocks):
+def run(data, rule, seed, sparsity, lr, lr_warmup, steps, every, warm, bs, context, width, heads, blocks, first):
     "The losses of all training batches, the steps of the updates, and the loss on held-out text"
     torch.manual_seed(seed)
     model = Letters(width, heads, blocks, context)
@@ -100,7 +100,7 @@ def around(losses, updates):
 def measure(data, rule, seed):
     start = time.perf_counter()
     losses,updates,final = run(data, rule, seed, **settings)
-    near,peak = around(losses, [u for u in updates if u>=settings['lr_warmup']])
+    near,peak = around(losses, [u for u in updates if u>=settings['first']])
     r3 = lambda x: round(x, 4)
     return dict(name=f'{rule} {seed}', rule=rule, seed=seed, change=r3(mean(near[n_before+1:n_before+21])), peak=r3(peak), final=r3(final), around=[r3(x) for x in near],
                 seconds=round(time.perf_counter()-start, 1), letters=len(data), **settings, threads=torch.get_num_threads(), cpu=platform.processor() or platform.machine(),

@@ -24,6 +24,7 @@ Modules:
 - `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
+- `sparsefast.learning_rates`: Learning rates that follow a sparse training: a rise after each update, and rates by density
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
