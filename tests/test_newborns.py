@@ -134,10 +134,10 @@ def test_without_growth_state_is_only_zeroed():
 
 def test_dense_second_moments_stay():
     "A weight that had gradients while it was masked keeps the second moment they have given it"
-    p,opt = _state(3, exp_avg=[1.,1.,1.], exp_avg_sq=[1.,2.,3.])
+    p,opt = _state(3, exp_avg=[1.,1.,1.], exp_avg_sq=[1.,7.,3.])
     born = torch.tensor([False,True,False])
     reset_state(p, opt, born, born=born, dense_state=True)
-    assert [opt_state(opt, p)[k].tolist() for k in ('exp_avg', 'exp_avg_sq')]==[[1,0,1],[1,2,3]]
+    assert [opt_state(opt, p)[k].tolist() for k in ('exp_avg', 'exp_avg_sq')]==[[1,0,1],[1,7,3]]
 
 def test_means_of_bf16_state_are_taken_in_float32():
     "A mean rounded to bf16 before it is scaled would be another number"
