@@ -12,6 +12,7 @@ A sparse layer sums fewer terms, and can take longer steps. `density_groups` giv
 __all__ = ['warmup_factor', 'warmup_lambda', 'scaled_lr', 'UpdateWarmupCallback', 'density_groups', 'density_splitter']
 
 # %% ../nbs/06c_learning_rates.ipynb #de74ddba
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from .callback import DynamicSparseTrainingCallback
@@ -38,7 +39,7 @@ def warmup_lambda(
     method, # `DSTMethod`, with its interval in optimizer steps
     total:int, # Optimizer steps in the whole training
     steps:int=20, # Optimizer steps over which the rate rises
-): # Function of the number of steps taken, for `torch.optim.lr_scheduler.LambdaLR`
+)->Callable: # Function of the number of steps taken, for `torch.optim.lr_scheduler.LambdaLR`
     "Get `warmup_factor` as a torch scheduler wants it"
     return lambda n: warmup_factor(method, n+1, total=total, steps=steps)
 
@@ -47,7 +48,7 @@ def warmup_lambda(
 def scaled_lr(
     opt, # fastai's or torch's optimizer, or a wrapper around one
     factor:float, # What the learning rates are multiplied by
-):
+)->Iterator: # Yields once; then the rates are as before
     "Multiply the learning rates of all groups within a block"
     groups = group_settings(opt)
     had = [g['lr'] for g in groups]
