@@ -28,6 +28,7 @@ Modules:
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.importance`: Which weights of a trained model matter, judged by their size and by the size of their inputs: Wanda, RIA and OWL
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
+- `sparsefast.learning_rates`: Learning rates that follow a sparse training: a rise after each update, and rates by density
 - `sparsefast.loops.base`: Masks before training, one method at a time, and the figures for a trainer's log
 - `sparsefast.loops.hf`: A callback for the `Trainer` of transformers, and `from_pretrained` with masks
 - `sparsefast.loops.lightning`: A callback for Lightning's `Trainer`

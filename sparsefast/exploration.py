@@ -73,7 +73,7 @@ class ExploringLayer(Layer):
         zero_masked_(self.p.data, self.mask)
         zero_masked_(store, ~self.mask)
 
-    def write(self, new, opt, reset_state_f, values=None, dense_state=False):
+    def write(self, new, opt, reset_state_f, values=None, read=()):
         "Change the mask; no value is lost"
         values,old = self.dense(),self.recall('trains')
         trains = explored(values, new, self.explore_pct)
@@ -83,7 +83,8 @@ class ExploringLayer(Layer):
         zero_masked_(self.recall('store'), ~new)
         self.p.data.copy_(zero_masked_(values, new))
         born = None if old is None else trains & ~old
-        call_reset(reset_state_f, self.p, opt, ~trains, born=born, grad=self.p.grad)
+        grad = self.update_gradient() if 'gradient' in read else None
+        call_reset(reset_state_f, self.p, opt, ~trains, born=born, grad=grad)
 
     def saved(self, new, opt):
         "Remember what `write` changes: all numbers, those in the store included"

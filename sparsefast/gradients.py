@@ -10,6 +10,9 @@ An update reads the gradient of all weights, masked ones included, where its sco
 __all__ = ['sum_gradients', 'average_gradients', 'set_aside', 'put_back', 'is_finite']
 
 # %% ../nbs/03i_gradients.ipynb #9a1c0f04
+import torch
+from fastcore.basics import patch
+from .layer import Layer
 from .utils import tolist
 
 # %% ../nbs/03i_gradients.ipynb #9a1c0f07
@@ -21,9 +24,9 @@ def sum_gradients(
     "Add this step's gradients to the sums, or delete sums that no update will read"
     if m.grad_steps==1 or m.due(t): return
     for l in layers:
-        total = l.recall('grad')
+        total,wide = l.recall('grad'),torch.promote_types(l.p.dtype, torch.float32)
         if not m._leads_up(t): l.forget('grad')
-        elif total is None: l.remember('grad', l.dense_gradient().clone())
+        elif total is None: l.remember('grad', l.dense_gradient().to(wide, copy=True))
         else: total.add_(l.dense_gradient())
 
 def average_gradients(
@@ -33,7 +36,15 @@ def average_gradients(
     "Turn the sums into averages, this step's gradient included"
     for l in layers:
         total = l.recall('grad')
-        if total is not None: l.remember('grad', (total+l.dense_gradient())/(m.grad_steps or m.interval))
+        if total is None: continue
+        mean = (total+l.dense_gradient())/(m.grad_steps or m.interval)
+        l.remember('grad', mean.to(l.p.dtype))
+
+@patch
+def update_gradient(self:Layer)->torch.Tensor: # The weight's shape
+    "Get the gradient that an update reads: the average if there is one"
+    mean = self.recall('grad')
+    return self.dense_gradient() if mean is None else mean
 
 # %% ../nbs/03i_gradients.ipynb #9a1c0f13
 def set_aside(

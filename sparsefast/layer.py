@@ -19,7 +19,7 @@ from .masks import Compressed, masked_params, memory_name, nnz, zero_masked_, ze
 from .optim import StateView, call_reset
 from .ranks import check_sharded, group_of
 from .scores import reads
-from .utils import as_modules, attribute, maybe_float, show_value, submodules
+from .utils import as_modules, maybe_float, show_value, submodules
 
 # %% ../nbs/03e_layer.ipynb #898c8167
 class Layer:
@@ -150,13 +150,13 @@ def write(self:Layer,
     opt, # The optimizer, whose state follows
     reset_state_f, # The method's rule for optimizer state
     values=None, # Values of new weights, 1-d; zero by default
-    dense_state:bool=False, # True if the optimizer's state of masked weights stays
+    read=(), # What the update has read: with 'momentum' the optimizer's state of masked weights stays
 )->None:
     "Change the mask, the weight and the optimizer's state"
     born = rewrite_(self.p, self.mask, new, values)
-    where = born if dense_state else ~(self.mask & new)
-    grad = self.dense_gradient() if 'gradient' in attribute(reset_state_f, 'reads', ()) else None
-    call_reset(reset_state_f, self.p, opt, where, born=born, grad=grad)
+    where = born if 'momentum' in read else ~(self.mask & new)
+    grad = self.update_gradient() if 'gradient' in read else None
+    call_reset(reset_state_f, self.p, opt, where, born=born, grad=grad, dense_state='momentum' in read)
     self.mask.copy_(new)
 
 @patch

@@ -155,9 +155,9 @@ def grows(self:DSTMethod)->bool:
 
 @patch(as_prop=True)
 def reads(self:DSTMethod)->set:
-    "What the scores of an update read: some of 'weight', 'gradient' and 'momentum'"
+    "What an update reads: some of 'weight', 'gradient' and 'momentum'"
     fs = [self.keep_score_f, self.prune_score_f, *([self.grow_score_f, self.grow_value_f] if self.grows else [])]
-    return {what for f in fs for what in reads(f)}
+    return {what for f in fs for what in reads(f)} | set(attribute(self.reset_state_f, 'reads', ()))
 
 @patch(as_prop=True)
 def reads_momentum(self:DSTMethod)->bool:

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from .layer import Layer, find_layers, sparse_layers
 from .masks import nonzero_flat
-from .optim import opt_state, reset_state, state_tensors
+from .optim import opt_state, state_tensors
 from .plan import plan
 
 # %% ../nbs/04a_rewire.ipynb #be2f48aa
@@ -58,7 +58,7 @@ def _uninterrupted():
 
 def _write(m, l, change, opt):
     "Write what an update changes in a layer"
-    l.write(change.mask, opt, m.reset_state_f, change.values, m.reads_momentum)
+    l.write(change.mask, opt, m.reset_state_f, change.values, m.reads)
     if change.target is not None:
         name = f'{l.name}_sparsity'
         l.module._buffers[name] = torch.full_like(l.module._buffers[name], change.target)

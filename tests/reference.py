@@ -18,6 +18,15 @@ def drop_grow(mask, keep_score, grow_score, n_drop, n_grow):
 
 def f_decay(pos, start, end=0.): return end + (start-end)/2*(1+math.cos(math.pi*pos))
 
+# ------------------------------------------------------------ optimizer state of grown weights
+def second_moment(v, stays, born, grad=None, power=2):
+    "What an update leaves of a second moment: new weights start with the mean of those that stay, times a power of their excess gradient"
+    n = max(sum(stays), 1)
+    mean = sum(x for x,s in zip(v, stays) if s)/n
+    rms = 0. if grad is None else math.sqrt(sum(g*g for g,s in zip(grad, stays) if s)/n)
+    excess = lambda i: min(max(1., abs(grad[i])/rms), 100.) if rms else 1.
+    return [v[i] if stays[i] else mean*excess(i)**power if born[i] else 0. for i in range(len(v))]
+
 # ------------------------------------------------------------ distributions
 def erk(shapes, S, kernel=True, power=1.):
     numel = [math.prod(s) for s in shapes]

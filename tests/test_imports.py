@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'core', 'see.recorder', 'see.doctor', 'cli.console', 'cli.datasets', 'cli.models', 'cli.train', 'cli.bench'}
+NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'cli.bench', 'cli.console', 'cli.datasets', 'cli.models', 'cli.train', 'core', 'learning_rates', 'see.doctor', 'see.recorder'}
 NEEDS_EXTRA = {'loops.hf': 'transformers', 'loops.lightning': 'lightning'}
 PURE = [m for m in MODULES if m not in NEEDS_FASTAI and m not in NEEDS_EXTRA]                                    # the engine, storage and files among them
 
@@ -93,7 +93,7 @@ MAY_IMPORT = {
     'settings': '',
     'serialize': 'method',
     'method': 'optim patterns schedules scores settings training_time',
-    'gradients': '',
+    'gradients': 'layer',
     'methods': 'checks exploration gradients guard layer method optim plan rewire serialize training_time',
     'presets': 'allocation methods patterns schedules scores topology',
     'targets': 'distributions masks ranks select',
@@ -101,6 +101,7 @@ MAY_IMPORT = {
     'sparsify': 'cautions distributions guard masks noted patterns scores select targets',
     'attach': 'optim presets training_time',
     'average': 'copies guard masks sparsify',
+    'learning_rates': 'callback layer optim training_time',
     'callback': 'masks methods optim presets ranks scores sparsify',
     'checkpoint': 'sparsify storage',
     'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify storage',

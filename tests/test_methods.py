@@ -69,6 +69,14 @@ def test_rigl_vector_pure(frac, new, grown):
     mask = drop_grow(M, W.abs(), G.abs(), int(frac*7))                                   # raw values of inactive weights and all
     assert mask.long().tolist()==new and drop_grow(M, (W*M).abs(), G.abs(), int(frac*7)).equal(mask)
 
+SECOND = {'exp_avg_sq', 'max_exp_avg_sq', 'square_avg', 'sqr_avg', 'sum'}                    # names of second moments
+def after_update(k, v, old, new, grad=None):
+    "The optimizer's state `k` after an update, as the reference has it"
+    stays,born = old & new,new & ~old
+    if k not in SECOND: return torch.where(stays, v, 0.)
+    flat = lambda t: None if t is None else t.flatten().tolist()
+    return v.new_tensor(reference.second_moment(flat(v), flat(stays), flat(born), flat(grad))).view(v.shape)
+
 FIVE_OPTS = {'torch SGD': TORCH_OPTS['momentum'], 'torch Adam': TORCH_OPTS['adam'], 'fastai SGD': partial(fo.SGD, lr=.1, mom=.9),
              'fastai Adam': partial(fo.Adam, lr=.1), 'wrapped AdamW': wrapped(TORCH_OPTS['adamw'])}
 @pytest.mark.parametrize('opt_f', FIVE_OPTS.values(), ids=FIVE_OPTS)
@@ -86,7 +94,7 @@ def test_rigl_vector(frac, new, grown, opt_f):
     assert method(initial_drop_grow_pct=frac).update(m, opt, 8, 0.) is False         # the step is taken
     new = torch.tensor(new).bool()
     assert m.weight_mask.equal(new) and m.weight.detach().equal(torch.where(new & mask, w, 0.)) and m.weight[1,1]==.05
-    assert state and all(v.equal(torch.where(new & mask, state[k], 0.)) for k,v in opt_tensors(opt, m.weight).items())
+    assert state and all(torch.allclose(v, after_update(k, state[k], mask, new, g), rtol=1e-12, atol=0) for k,v in opt_tensors(opt, m.weight).items())
     assert all(m.weight[i]==0 for i in grown) and m.weight.grad.equal(g)
 
 @given(st.data(), st.integers(1, 30))
@@ -245,7 +253,7 @@ def test_update_touches_only_what_is_new_or_gone(name, opt):
     hooks_off(model)
     plain_loop(model, optim, m, total=20)
     backward(model, *batches(21)[20])
-    before,old = snapshot(model, optim),masks(model)
+    before,old,grads = snapshot(model, optim),masks(model),[p.grad.clone() for _,_,p,_ in masked_params(model)]
     due = dict(step=24, pct=.3)
     assert m.update(model, optim, **due) is not m.replaces_step
     after,stats = snapshot(model, optim),set()
@@ -258,10 +266,14 @@ def test_update_touches_only_what_is_new_or_gone(name, opt):
         was,now = old[by_name[n]],masks(model)[by_name[n]]
         kept,new,gone = was & now,now & ~was,was & ~now
         stats |= {s for s,t in zip(('kept','new','gone'), (kept,new,gone)) if t.any()}
-        assert torch.equal(before[k][kept], after[k][kept]) and (after[k][new]==0).all()
-        if k.startswith('model.'): assert (after[k][~now]==0).all()
-        elif name in NEEDS_MOMENTUM: assert torch.equal(before[k][~now], after[k][~now])  # its momentum stays dense
-        else: assert (after[k][~now]==0).all()
+        assert torch.equal(before[k][kept], after[k][kept])
+        if k.startswith('model.'): assert (after[k][~now]==0).all() and (after[k][new]==0).all()
+        elif name in NEEDS_MOMENTUM:                                                      # its state stays dense
+            assert torch.equal(before[k][~now], after[k][~now])
+            assert torch.equal(after[k][new], before[k][new] if k.rpartition('.')[2] in SECOND else torch.zeros_like(after[k][new]))
+        else:
+            grad = grads[by_name[n]] if 'gradient' in m.reads else None
+            assert torch.allclose(after[k], after_update(k.rpartition('.')[2], before[k], was, now, grad), rtol=1e-5, atol=0)
     assert stats=={'kept','new','gone'} and (opt=='sgd' or any(k.startswith('opt.') for k in before))
 
 def test_lookahead_forgets_too():

@@ -228,7 +228,7 @@ def saved(self:CompressedLayer, new, opt):
     return put_back
 
 @patch
-def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_state=False):
+def write(self:CompressedLayer, new, opt, reset_state_f, values=None, read=()):
     "Change the active weights, and what the optimizer remembers of them; the parameter stays the same object"
     m,p,old = self.module,self.p,self.module.positions()
     at = torch.searchsorted(old, new)
@@ -239,8 +239,9 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_stat
         out = t.new_zeros(len(new))
         out[stays] = t[at]
         return out
-    reads_grad = 'gradient' in attribute(reset_state_f, 'reads', ())
-    dense = self.dense_gradient().reshape(-1)[new] if reads_grad else None
+    mean = self.recall('grad') if 'gradient' in read else None
+    held = list(m._held) if 'gradient' in read and mean is None else []
+    f = _factor(m, None) if held else 1.
     data,grad = moved(p.data),None if p.grad is None else moved(p.grad)
     if values is not None: data[~stays] = values.to(data.dtype)
     state = opt_state(opt, p)
@@ -250,7 +251,9 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, dense_stat
     m._set_values(data, grad)
     state.update(state_moved)
     m._set_index(*index)
-    call_reset(reset_state_f, p, opt, ~stays, born=~stays, grad=dense)
+    seen = sum(f*m._values_grad(g, x) for g,x in held) if held else None                    # at the new active weights
+    if mean is not None: seen = mean.reshape(-1)[new]
+    call_reset(reset_state_f, p, opt, ~stays, born=~stays, grad=seen)
 
 @patch
 def as_layer(self:SparseLayer,
