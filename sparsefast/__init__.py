@@ -22,6 +22,7 @@ Modules:
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
 - `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
+- `sparsefast.groups`: Patterns of whole rows, channels, kernels, heads, diagonals, or shuffled blocks
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to

@@ -17,6 +17,7 @@ from .average import *
 from .callback import *
 from .checkpoint import *
 from .distributions import *
+from .groups import *
 from .masks import masked_params, n_active, zero_masked_
 from .methods import *
 from .patterns import *

@@ -67,6 +67,7 @@ MAY_IMPORT = {
     'topk': 'masks',
     'optim': 'masks',
     'patterns': 'masks topk',
+    'groups': 'patterns',
     'select': 'masks',
     'distributions': 'masks topk',
     'scores': 'optim',

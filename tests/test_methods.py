@@ -672,14 +672,14 @@ def test_scheduled_pruning_has_a_score_and_chance_of_its_own():
     assert len(seeds['prune'])==len(seeds['keep'])==2 and not seeds['prune'] & seeds['keep']
 
 def test_growth_is_shared_by_scores():
-    "`grow_share_f` sees the grow scores of inactive weights, and what it returns is grown"
+    "`grow_share_f` sees the grow scores of all weights that are not kept, and what it returns is grown"
     seen = []
     def share(some, total):
-        seen.append([len(s) for s in some])
+        seen.append((sum(len(s) for s in some), total))
         return [0, total]
     model,before,*_ = _one_update(DSTMethod(batches_per_update=2, initial_drop_grow_pct=.25, grow_share_f=share, grow_score_f=gradient_magnitude))
     (a,b),(c,d) = [int(m.sum()) for m in before],[int(m.sum()) for *_,m in masked_params(model)]
-    assert seen==[[int((~m).sum()) for m in before]] and c<a and d>b and a+b==c+d
+    assert seen==[(sum(int((~m).sum()) for m in before)+seen[0][1], seen[0][1])] and seen[0][1]>0 and c<a and d>b and a+b==c+d
     with pytest.raises(ValueError, match='must return growth of'): _one_update(DSTMethod(batches_per_update=2, grow_share_f=lambda some, total: [0, 0]))
 
 def test_grow_scores_and_resets_are_told_what_an_update_does():
