@@ -133,11 +133,12 @@ def global_growth(
     total:int, # Number of weights to grow in the model
     kept:list=None, # Number of weights that each layer keeps; 0 by default
     target:list=None, # Number of weights that each layer's target sparsity stands for; needed by `within`
+    room:list=None, # Most that each layer may grow, where a pattern allows less; as many as it has scores by default
     least:int=1, # Active weights that each layer has afterwards, if there are as many to grow
     within:tuple=None, # Bounds of a layer's density as multiples of its target, such as `(0.2, 5)`; none by default
 )->list: # Number of weights that each layer grows; sums to `total`
     "Grow the highest scores of the whole model; of equal scores the earlier layer's ranks higher"
-    room = [len(s) for s in scores]
+    room = [min(n, len(s)) for n,s in zip(room or map(len, scores), scores)]
     low,high = _bounds(room, kept or [0]*len(room), target, least, within)
     if sum(low)>total: low = [n*total//sum(low) for n in low]
     n_grow = _ranked(scores, total, low, high)

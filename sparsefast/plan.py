@@ -151,12 +151,13 @@ def _growth(m, layers, masks, active, n_drop, opt, t):
     "Share growth out among layers by `redistribute_f` or `grow_share_f`"
     f = m.grow_share_f or m.redistribute_f
     if not f: return n_drop
-    (targets,numel,whole),total,kept = _targets(layers),sum(n_drop),[a-d for a,d in zip(active, n_drop)]
-    if m.extra_density_f: total += max(n_active(sum(numel), max(whole-m.extra_density(t), 0.))-sum(active), 0)
-    kw,means = dict(kept=kept, target=[n_active(n, s) for n,s in zip(numel, targets)]),None
-    numel = [_room(m, l) for l in layers]
+    (targets,sizes,whole),numel,means = _targets(layers),[_room(m, l) for l in layers],None
+    total,kept = sum(n_drop),[a-d for a,d in zip(active, n_drop)]
+    lacks = n_active(sum(sizes), max(whole-m.extra_density(t), 0.))-sum(active)
+    if m.extra_density_f: total += max(min(lacks, sum(numel)-sum(active)), 0)
     if m.grow_share_f:
         some = [_candidates(m, l, h, a, d, opt, t) for l,h,a,d in zip(layers, masks, active, n_drop)]
+        kw = dict(kept=kept, target=[n_active(n, s) for n,s in zip(sizes, targets)], room=[n-k for n,k in zip(numel, kept)])
         n_grow = f(some, total, **(kw if attribute(f, 'needs_counts', False) else {}))
     else:
         if attribute(f, 'needs_importance', True):
