@@ -49,6 +49,7 @@ Modules:
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
+- `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and go on with a smaller one
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks

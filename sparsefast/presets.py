@@ -133,7 +133,7 @@ def RigL(**kwargs):
 # Long intervals, and updates until the end of training
 SET_ITOP_presets  = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.5,
                          final_drop_grow_pct=0.005, batches_per_update=1/50, stop_pct=1.0, replaces_step=False)
-RigL_ITOP_presets = {**SET_ITOP_presets, 'grow_score_f': gradient_magnitude, 'batches_per_update': 1/12}
+RigL_ITOP_presets = {**SET_ITOP_presets, 'grow_score_f': gradient_magnitude, 'batches_per_update': 1/25}
 
 @_function_of(SET_ITOP_presets)
 def SET_ITOP(**kwargs):

@@ -67,7 +67,7 @@ def test_presets_are_what_their_papers_say():
         SNFS         = dict(e, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, redistribute_f=importance_redistribution, **later),
         RigL         = rigl,
         SET_ITOP     = dict(itop, grow_score_f=random_score, batches_per_update=1/50),
-        RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=1/12),
+        RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=1/25),
         DSR          = dict(e, grow_score_f=random_elsewhere, initial_drop_grow_pct=.14, drop_sched_f=constant_anneal, batches_per_update=1/50, stop_pct=.95, replaces_step=False,
                             drop_share_f=adaptive_threshold_share, redistribute_f=survivor_redistribution),
         MEST         = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.2, batches_per_update=1/32, drop_sched_f=step_anneal, **later),
