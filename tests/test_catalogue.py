@@ -57,7 +57,7 @@ def test_presets_are_what_their_papers_say():
     e,cubic = dict(keep_score_f=weight_magnitude), inverse_power_anneal
     later = dict(stop_pct=1., replaces_step=False)
     top = dict(e, grow_score_f=weight_magnitude, initial_drop_grow_pct=1., drop_sched_f=constant_anneal, batches_per_update=1, explore_pct=.1, penalty_f=exploration_penalty, **later)
-    granet = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, sparsity_sched_f=cubic, sparsity_span=(0., .3), prune_share_f=global_share, **later)
+    granet = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, sparsity_sched_f=cubic, sparsity_span=(0., .5), prune_share_f=global_share, **later)
     itop = dict(e, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, **later)
     rigl = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=1/12, stop_pct=.75, replaces_step=True)
     want = dict(
@@ -283,7 +283,7 @@ def test_granet_total_follows_the_cubic_schedule(name, start):
     N = n_params(model)
     assert abs(sum(nnz(model))-(1-start)*N)<=3
     for j,(step,n) in enumerate(at_update(name, model, m, total)):
-        pos = 1. if j==13 else min((step-1)/total/.3, 1)
+        pos = 1. if j==13 else min((step-1)/total/.5, 1)
         want = n_active(N, s+(start-s)*(1-pos)**3)
         assert sum(n)==want, step
     assert len(set(nnz(model)))==3 and sum(nnz(model))==n_active(N, s)

@@ -627,7 +627,9 @@ def test_presets_in_a_short_loop_of_ones_own(name):
         model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
         sparsify_model(model, .5, **method.sparsify_kwargs(.5))
         opt,start = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9),masks(model)
-        plain_loop(model, opt, method, 60)
+        for step,(x,y) in enumerate(batches(60), 1):
+            backward(model, x, y)
+            method.step(model, opt, step, total=60)
         assert not same_masks(start, masks(model))
         return snapshot(model, opt)
     method = DSTMethod(**getattr(presets, f'{name}_presets'))

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastai import optimizer as fo
 from fastai.callback import schedule, training
+from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
@@ -519,7 +520,7 @@ def test_mean_active_share_of_training(name):
         seen = []
         def before_batch(self): self.seen.append(sum(int(m.sum()) for *_,m in masked_params(self.learn.model)))
     torch.manual_seed(0)
-    learn,rec,count = learner(nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)), opt_func=FASTAI_OPTS['momentum']),SparseRecorderCallback(),Count()
+    learn,rec,count = learner(nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)), opt_func=partial(fo.SGD, mom=.9)),SparseRecorderCallback(),Count()
     Count.seen = []
     learn.sparsify(.8, preset=CATALOGUE[name])
     learn.fit(3, cbs=[DynamicSparseTrainingCallback(**CATALOGUE[name]), rec, count])
