@@ -518,7 +518,8 @@ def test_mean_active_share_of_training(name):
     class Count(Callback):
         order = 100
         seen = []
-        def before_batch(self): self.seen.append(sum(int(m.sum()) for *_,m in masked_params(self.learn.model)))
+        def before_batch(self):
+            if self.training: self.seen.append(sum(int(m.sum()) for *_,m in masked_params(self.learn.model)))
     torch.manual_seed(0)
     learn,rec,count = learner(nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)), opt_func=partial(fo.SGD, mom=.9)),SparseRecorderCallback(),Count()
     Count.seen = []
