@@ -5,7 +5,7 @@
 
 The convolutional network of `methods.py` (151,488 weights) at 98 % sparsity by ERK, with its recipe: SGD, batches of 128, a warm-up of a quarter of training and at most an epoch, then a cosine to zero.
 An interval is a number of optimizer steps, or below 1 a share of training (of less than one step: one step); `None` is once an epoch, 468 steps. `published` marks the interval and span of the paper or
-its code. Each run is one thread, plain PyTorch and `DSTMethod.step`; runs are independent, and `--only REGEX` picks those whose name, as printed, matches. Accuracy is that on the 10,000 test images
+its code; where that is longer than the training, no update falls into it, so GraNet's row is that of a dense network and the others' that of static masks. Each run is one thread, plain PyTorch and `DSTMethod.step`; runs are independent, and `--only REGEX` picks those whose name, as printed, matches. Accuracy is that on the 10,000 test images
 after the last step, in [0,1]. `density` is the mean share of active weights over all steps, and `updates` counts those that fell into the training."""
 import argparse, json, re, time, warnings
 from itertools import product
