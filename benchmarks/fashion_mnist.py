@@ -16,7 +16,8 @@ from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
 
 out = Path(__file__).with_suffix('.jsonl')
-presets = {'static': Static_presets, 'SET': SET_presets, 'SNFS': SNFS_presets, 'RigL': RigL_presets,
+each_epoch = dict(batches_per_update=None)                                   # as published; the presets themselves have shares of training
+presets = {'static': Static_presets, 'SET': SET_presets | each_epoch, 'SNFS': SNFS_presets | each_epoch, 'RigL': {**RigL_presets, 'batches_per_update': 100},
            'RigL, each epoch': {**RigL_presets, 'batches_per_update': None}}
 sparsities, seeds = (0.9, 0.95, 0.98), (0, 1, 2)
 recipe = dict(bs=128, lr=0.1, momentum=0.9, weight_decay=5e-4, warmup_epochs=1)

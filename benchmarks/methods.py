@@ -73,27 +73,31 @@ def grasp(model, x, y, s):
     idx = of_each_class(x, y, 25)
     return grasp_score(model, F.cross_entropy, x[idx], y[idx])
 
+def run_at(preset, every, **kw):
+    "The interval (and span) of the committed runs, which are the published ones: presets have shares of training"
+    return {**preset, 'batches_per_update': every, **kw}
+
 methods = {
     'static':         (Static_presets, None, None),
     'SNIP':           (Static_presets, None, by_score(lambda m,x,y,s: snip_score(m, F.cross_entropy, x[:128], y[:128]))),
     'GraSP':          (Static_presets, None, by_score(grasp)),
     'SynFlow':        (Static_presets, None, by_score(lambda m,x,y,s: synflow_score(m, x[:1], s))),
     'magnitude':      (Static_presets, None, by_score(lambda m,x,y,s: weight_magnitude)),
-    'SET':            (SET_presets, None, None),
+    'SET':            (run_at(SET_presets, None), None, None),
     'SET, original':  (SET_original_presets, None, None),
-    'SNFS':           (SNFS_presets, None, None),
-    'RigL':           (RigL_presets, None, None),
+    'SNFS':           (run_at(SNFS_presets, None), None, None),
+    'RigL':           (run_at(RigL_presets, 100), None, None),
     'RigL, averaged': (RigL_avg_presets, 1/12, None),
     'SET-ITOP':       (SET_ITOP_presets, 1500/97_600, None),             # of its 250 epochs of CIFAR
     'RigL-ITOP':      (RigL_ITOP_presets, 4000/97_600, None),
-    'DSR':            (DSR_presets, None, None),
+    'DSR':            (run_at(DSR_presets, 100), None, None),
     'MEST':           (MEST_presets, 5/160, None),
     'MEST, soft':     (MEST_soft_presets, 5/160, None),
     'Top-KAST':       (TopKAST_presets, None, None),
-    'SRigL':          (SRigL_presets, None, None),
-    'GMP':            (GMP_presets, None, None),
-    'GraNet':         (GraNet_presets, 1000/62_400, None),               # of its 160 epochs of CIFAR
-    'GraNet, half':   (GraNet_half_presets, 1000/62_400, None),
+    'SRigL':          (run_at(SRigL_presets, 100), None, None),
+    'GMP':            (run_at(GMP_presets, 100, sparsity_span=(10/32, 25/32)), None, None),
+    'GraNet':         (run_at(GraNet_presets, 1000, sparsity_span=(0., .3)), 1000/62_400, None),               # of its 160 epochs of CIFAR
+    'GraNet, half':   (run_at(GraNet_half_presets, 1000, sparsity_span=(0., .3)), 1000/62_400, None),
     'AC/DC':          (ACDC_presets, 0.01, None),                        # the preset's own
 }
 def without(**changes): return {**RigL_avg_presets, **changes}

@@ -25,6 +25,7 @@ Modules:
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
 - `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
+- `sparsefast.groups`: Patterns of whole rows, channels, kernels, heads, diagonals, or shuffled blocks
 - `sparsefast.guard`: Forward-pre-hooks that mask weights before they are used, whatever was written into them from outside
 - `sparsefast.importance`: Which weights of a trained model matter, judged by their size and by the size of their inputs: Wanda, RIA and OWL
 - `sparsefast.layer`: One sparse weight, and all that a method may ask of it or do to it
@@ -58,6 +59,7 @@ Modules:
 - `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
+- `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and go on with a smaller one
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks

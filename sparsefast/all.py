@@ -20,6 +20,7 @@ from .checkpoint import *
 from .distributions import *
 from .importance import *
 from .learning_rates import *
+from .groups import *
 from .masks import masked_params, n_active, zero_masked_
 from .methods import *
 from .one_shot import *

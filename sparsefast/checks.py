@@ -173,7 +173,7 @@ def check_interval(
     "Find an interval so long that no update falls into the training"
     m,total = case.method,case.total
     if m is None or total is None: return
-    n = m.interval
+    n = m.in_steps(total).interval
     moves = m.sparsity_sched_f or m.initial_drop_grow_pct or m.final_drop_grow_pct
     if moves and (n>=total or (n-1)/total>=m.stop_pct):
         stays = 'sparsity will stay what it is' if m.sparsity_sched_f else 'the masks will stay what they are'

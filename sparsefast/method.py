@@ -10,6 +10,7 @@ This room answers when an update is due, how much it replaces, how sparse layers
 __all__ = ['DSTMethod']
 
 # %% ../nbs/04d_method.ipynb #dfaa2055
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -36,12 +37,13 @@ class DSTMethod:
     replaces_step:bool=True                    # True if an update takes the optimizer step's place, not after it
     drop_share_f:Callable=None                 # Shares drops among layers; `None`: each drops the same share of its own
     redistribute_f:Callable=None               # Shares growth among layers by importance; `None`: each grows what it dropped
-    grow_share_f:Callable=None                 # Shares growth among layers by scores of inactive weights: `f(scores, total)`
+    grow_share_f:Callable=None                 # Shares growth among layers by the scores of all candidates: `f(scores, total)`
     sparsity_sched_f:Callable=None             # Schedule of sparsity, `f(start, end, pos)`; `None`: it does not change
     initial_sparsity:float=0.                  # Start of that schedule: a number, or a function of where it ends
     sparsity_span:tuple=(0., 1.)               # Shares of training between which that schedule runs
     prune_share_f:Callable=None                # Shares scheduled pruning among layers; `None`: each follows its own target
     prune_score_f:Callable=None                # Criterion of scheduled pruning; `None`: `keep_score_f`
+    extra_density_f:Callable=None              # Density beyond the target that an update leaves: `f(pct)`; `None`: 0
     pattern_f:Callable=drop_grow               # Sparsity pattern
     grow_value_f:Callable=None                 # Values of new weights; `None`: zero
     grad_steps:int=1                           # Optimizer steps whose gradients an update averages; `None`: all since the last
@@ -92,6 +94,15 @@ def interval(self:DSTMethod)->int: # 1 or more; a `ValueError` if it is not a nu
                      f"or use `method.in_steps(total{more})`, as the fastai callback does")
 
 @patch
+def interval_at(self:DSTMethod,
+    t:Time, # A place in training
+)->int: # 1 or more; infinite for a share of a training whose length is not known, at its first step
+    "Optimizer steps between updates, where the interval may be a share of training"
+    n = self.batches_per_update
+    if not isinstance(n, float): return self.interval
+    return max(1, round(n*t.total)) if t.total<math.inf else math.inf
+
+@patch
 def due(self:DSTMethod,
     step:int, # Optimizer step, from 1
     pct:float=None, # Share of training done before it, in place of `total`
@@ -99,7 +110,7 @@ def due(self:DSTMethod,
 )->bool: # Every `batches_per_update` steps while `pct < stop_pct`, but never at the last step of all
     "True if the masks are updated at this step"
     t = Time.of(step, pct, total)
-    return t.step%self.interval==0 and t.pct<self.stop_pct and not t.is_last
+    return t.step%self.interval_at(t)==0 and t.pct<self.stop_pct and not t.is_last
 
 @patch
 def drop_pct(self:DSTMethod,
@@ -129,8 +140,24 @@ def sparsity_pos(self:DSTMethod,
 )->float: # In [0,1]
     "Compute the position in the schedule of sparsity; 1 at the last update"
     t,(a,b) = Time.of(step, pct, total),self.sparsity_span
-    if t.step>1 and not self.due(t.at(t.step+self.interval)): return 1.
+    if self._ends(t): return 1.
     return min(max((t.pct-a)/(b-a), 0.), 1.) if b>a else float(t.pct>=b)
+
+@patch
+def _ends(self:DSTMethod, t):
+    "True if no update follows, so that schedules are at their end"
+    return t.step>1 and not self.due(t.at(t.step+self.interval_at(t)))
+
+@patch
+def extra_density(self:DSTMethod,
+    step:int, # Optimizer step, from 1
+    pct:float=None, # Share of training done before it, in place of `total`
+    total:int=None, # Optimizer steps in the whole training
+)->float: # In [0,1]; 0 at the last update
+    "Compute the density beyond the target that an update at this step leaves"
+    t = Time.of(step, pct, total)
+    if self.extra_density_f is None or self._ends(t): return 0.
+    return check_fraction(self.extra_density_f(t.pct), f"what extra_density_f, {show_value(self.extra_density_f)}, gives")
 
 # %% ../nbs/04d_method.ipynb #5b6e96b7
 @patch
@@ -151,7 +178,7 @@ DSTMethod.start = DSTMethod.sparsify_kwargs                        # its earlier
 def grows(self:DSTMethod)->bool:
     "True if updates choose weights to grow"
     rises = attribute(self.sparsity_sched_f, 'rises', False) and bool(self.initial_sparsity)
-    return self.initial_drop_grow_pct>0 or self.final_drop_grow_pct>0 or rises
+    return self.initial_drop_grow_pct>0 or self.final_drop_grow_pct>0 or rises or self.extra_density_f is not None
 
 @patch(as_prop=True)
 def reads(self:DSTMethod)->set:
@@ -168,8 +195,9 @@ def reads_momentum(self:DSTMethod)->bool:
 def _leads_up(self:DSTMethod, t):
     "True if this is one of the last steps before an update, whose gradients it averages with its own"
     if self.grad_steps==1: return False
-    ahead = -t.step%self.interval
-    return 0<ahead<(self.grad_steps or self.interval) and self.due(t.at(t.step+ahead))
+    every = self.interval_at(t)
+    ahead = -t.step%every
+    return 0<ahead<(self.grad_steps or every) and self.due(t.at(t.step+ahead))
 
 @patch
 def needs_dense_grad(self:DSTMethod,

@@ -55,7 +55,7 @@ def _update(self:DSTMethod, layers, opt, t):
     if not live: return True
     if not _may_update(live, t): return not self.replaces_step
     if self.reads_momentum and any(momentum(l.p, opt) is None for l in live): return True
-    if self.replaces_step: average_gradients(self, live)
+    if self.replaces_step: average_gradients(self.in_steps(t.total), live)
     try: rewire(self, live, opt, t)
     finally:
         for l in live: l.forget('grad')
@@ -147,7 +147,7 @@ def _before(self:DSTMethod, modules, layers, opt, t):
     if self.due(t) and self.replaces_step and not self._update(layers, opt, t): return False
     if self.due(t) and not self.replaces_step and live:
         if not _may_update(live, t): return False
-        average_gradients(self, live)
+        average_gradients(self.in_steps(t.total), live)
     self._check_end(live, opt, t)
     self._prepare(live, opt, t)
     return True

@@ -180,6 +180,12 @@ def _check_blocks(shape, size):
     raise ValueError(f"blocks of {height}x{width} do not divide a weight of shape {tuple(shape)}, "
                      f"a matrix of {rows}x{cols}: exclude the layer, or use other blocks")
 
+def _exchange_groups(active, keep, grow, n_stay, total):
+    "Drop and grow groups of the same size"
+    n_old = int(active.count_nonzero())
+    n_stay = min(n_stay, n_old)
+    return drop_grow(active, keep, grow, n_old-n_stay, total-n_stay)
+
 def block_pattern(
     mask, # Boolean: active weights
     keep_score, # Scores of all weights; the blocks with the lowest sums are dropped
@@ -194,11 +200,8 @@ def block_pattern(
     height,width = size
     def blocks(t): return _rows(t).reshape(len(t)//height, height, -1, width).transpose(1, 2)
     def sums(t): return blocks(t).sum((2,3), dtype=torch.promote_types(t.dtype, torch.float32))
-    active = blocks(mask).all(3).all(2)
-    n_old = int(active.count_nonzero())
     n_stay,total = (round(n/(height*width)) for n in _amounts(mask, n_drop, n_grow))
-    n_stay = min(n_stay, n_old)
-    new = drop_grow(active, sums(keep_score), sums(grow_score), n_old-n_stay, total-n_stay)
+    new = _exchange_groups(blocks(mask).all(3).all(2), sums(keep_score), sums(grow_score), n_stay, total)
     new = new.repeat_interleave(height, 0).repeat_interleave(width, 1)
     return _unrows(new, mask.shape)
 

@@ -107,9 +107,10 @@ def _pruned(m, layers, active, over, opt, t):
     return [a-drop[i] for i,a in enumerate(active)]
 
 def _targets(layers):
-    "List the target sparsities, with one synchronisation"
-    found = [l.module._buffers.get(f'{l.name}_sparsity') for l in layers]
-    return [l.target for l in layers] if any(s is None for s in found) else tolist(found)
+    "List the target sparsities, with one synchronisation, and the sizes; and compute the target of the model"
+    found,numel = [l.module._buffers.get(f'{l.name}_sparsity') for l in layers],[l.numel for l in layers]
+    targets = [l.target for l in layers] if any(s is None for s in found) else tolist(found)
+    return targets,numel,sum(n*s for n,s in zip(numel, targets))/sum(numel)
 
 def target_counts(
     m, # `DSTMethod`
@@ -119,11 +120,10 @@ def target_counts(
     t, # `Time`
 )->list: # Ints
     "Count the weights that each layer should have at this point of the schedule of sparsity"
-    pos,targets,numel = m.sparsity_pos(t),_targets(layers),[l.numel for l in layers]
+    pos,targets,numel,whole = m.sparsity_pos(t),*_targets(layers)
     goal = [n_active(n, m.sparsity_at(s, pos)) for n,s in zip(numel, targets)]
     rises = attribute(m.sparsity_sched_f, 'rises', False)
     if m.prune_share_f is None: return goal if rises else [min(g, a) for g,a in zip(goal, active)]
-    whole = sum(n*s for n,s in zip(numel, targets))/sum(numel)
     over = sum(active)-n_active(sum(numel), m.sparsity_at(whole, pos))
     if over>0: return _pruned(m, layers, active, over, opt, t)
     return goal if rises and over<0 else active
@@ -131,12 +131,9 @@ def target_counts(
 def _resized(m, layers, active, opt, t):
     "Compute the masks after phase one, held, and the number of weights that each layer should have"
     if m.sparsity_sched_f is None: return [l.hold(l.mask) for l in layers],None
-    goal,masks = target_counts(m, layers, active, opt, t),[]
-    for l,a,g in zip(layers, active, goal):
-        mask = l.mask
-        if g!=a: mask = exchange(m, l, mask, max(a-g, 0), max(g-a, 0), opt, t, a, _prune_field(m))
-        masks.append(l.hold(mask))
-    return masks,goal
+    goal,field = target_counts(m, layers, active, opt, t),_prune_field(m)
+    def new(l, a, g): return l.mask if g==a else exchange(m, l, l.mask, max(a-g, 0), max(g-a, 0), opt, t, a, field)
+    return [l.hold(new(l, a, g)) for l,a,g in zip(layers, active, goal)],goal
 
 # %% ../nbs/03h_plan.ipynb #a919fb7e
 def _importance(m, l, mask, active, opt, t):
@@ -144,21 +141,31 @@ def _importance(m, l, mask, active, opt, t):
     wide = torch.promote_types(l.p.dtype, torch.float32)
     return (scores(m, 'grow_score_f', l, mask, opt, t, kept=mask)*mask).sum(dtype=wide)/max(active, 1)
 
+def _candidates(m, l, held, active, n_drop, opt, t):
+    "Compute the grow scores of the weights that a layer does not keep, 1-d; a pattern decides later what it drops"
+    mask = l.unhold(held)
+    kept = mask if pattern_of(m, l) is not drop_grow else exchange(m, l, mask, n_drop, 0, opt, t, active)
+    return scores(m, 'grow_score_f', l, mask, opt, t, kept=kept).reshape(-1).index_select(0, nonzero_flat(~kept))
+
 def _growth(m, layers, masks, active, n_drop, opt, t):
     "Share growth out among layers by `redistribute_f` or `grow_share_f`"
     f = m.grow_share_f or m.redistribute_f
     if not f: return n_drop
-    numel,means = [_room(m, l) for l in layers],None
+    (targets,sizes,whole),numel,means = _targets(layers),[_room(m, l) for l in layers],None
+    total,kept = sum(n_drop),[a-d for a,d in zip(active, n_drop)]
+    lacks = n_active(sum(sizes), max(whole-m.extra_density(t), 0.))-sum(active)
+    if m.extra_density_f: total += max(min(lacks, sum(numel)-sum(active)), 0)
     if m.grow_share_f:
-        some = [_some_scores(m, 'grow_score_f', l, ~l.unhold(h), l.numel-a, opt, t) for l,h,a in zip(layers, masks, active)]
-        n_grow = f(some, sum(n_drop))
+        some = [_candidates(m, l, h, a, d, opt, t) for l,h,a,d in zip(layers, masks, active, n_drop)]
+        kw = dict(kept=kept, target=[n_active(n, s) for n,s in zip(sizes, targets)], room=[n-k for n,k in zip(numel, kept)])
+        n_grow = f(some, total, **(kw if attribute(f, 'needs_counts', False) else {}))
     else:
         if attribute(f, 'needs_importance', True):
             means = tolist([_importance(m, l, l.unhold(h), a, opt, t) for l,h,a in zip(layers, masks, active)])
         n_grow = f(means, active, numel, n_drop)
-    fits = len(n_grow)==len(numel) and all(0<=g<=n-a+d for g,n,a,d in zip(n_grow, numel, active, n_drop))
-    if not fits or sum(n_grow)!=sum(n_drop):
-        raise ValueError(f"{show_value(f)} must return growth of {sum(n_drop)} in all within {numel} weights, {active} active, "
+    fits = len(n_grow)==len(numel) and all(0<=g<=n-k for g,n,k in zip(n_grow, numel, kept))
+    if not fits or sum(n_grow)!=total:
+        raise ValueError(f"{show_value(f)} must return growth of {total} in all within {numel} weights, {active} active, "
                          f"{n_drop} dropped, got {n_grow}")
     return n_grow
 
@@ -190,12 +197,11 @@ def _warn_empty(layers, active, after, step):
 
 def _for_pattern(m, layers, goal, active, n_drop, n_grow):
     "Count what to grow so that a pattern, which rounds, aims at the target; and the targets, where density moves"
-    targets,numel = [None]*len(layers),[l.numel for l in layers]
-    if goal is None: goal = [n_active(n, s) for n,s in zip(numel, _targets(layers))]
-    if (m.redistribute_f or m.grow_share_f) and m.sparsity_sched_f is None:
-        goal = [min(max(b+g-d, 0), n) for b,g,d,n in zip(goal, n_grow, n_drop, numel)]
-        targets = [1-b/n for b,n in zip(goal, numel)]
-    return [max(b-a+d, 0) for b,a,d in zip(goal, active, n_drop)],targets
+    targets,numel,_ = _targets(layers)
+    if goal is None: goal = [n_active(n, s) for n,s in zip(numel, targets)]
+    goal = [min(max(b+g-d, 0), n) for b,g,d,n in zip(goal, n_grow, n_drop, numel)]
+    stay = m.sparsity_sched_f or not (m.redistribute_f or m.grow_share_f)
+    return [max(b-a+d, 0) for b,a,d in zip(goal, active, n_drop)],[None if stay else 1-b/n for b,n in zip(goal, numel)]
 
 def _new_values(m, l, held, opt, t):
     "Compute what new weights start from, 1-d; `None` for zero"

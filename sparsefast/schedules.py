@@ -11,7 +11,7 @@ in `partial(inverse_power_anneal, power=1)`."""
 
 # %% auto #0
 __all__ = ['alternate', 'denser', 'cosine_anneal', 'linear_anneal', 'constant_anneal', 'inverse_power_anneal', 'step_anneal',
-           'square_wave', 'sigmoid_anneal', 'density_times']
+           'square_wave', 'sigmoid_anneal', 'density_times', 'spare_density', 'late_cosine_anneal']
 
 # %% ../nbs/03b_schedules.ipynb #19b942b0
 import math
@@ -97,3 +97,22 @@ def density_times(
 
 # The earlier name of `density_times`
 denser = density_times
+
+# %% ../nbs/03b_schedules.ipynb #6473cbf5
+def spare_density(
+    pct:float, # Share of training done
+    start:float=0.05, # Density beyond the target at first, as a share of all weights
+    end:float=0., # The same at `until`, and after; 0.005 for ImageNet
+    until:float=130/160, # Share of training where the soft bound ends; epoch 130 of 160, as in the code
+)->float: # Density beyond the target
+    "Compute the density that an update leaves beyond the target, on a cosine: for `extra_density_f`"
+    return cosine_anneal(start, end, min(pct/until, 1.) if until else 1.)
+
+def late_cosine_anneal(
+    start:float, # Value at position 0 of the cosine
+    end:float, # Value at position 1
+    pos:float, # Position, in [0,1]
+    begin:float=130/160, # Position before which the value is 0
+)->float: # Value at `pos`
+    "Follow the last part of half a cosine wave, and 0 before it"
+    return cosine_anneal(start, end, pos) if pos>=begin else 0.

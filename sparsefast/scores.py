@@ -19,7 +19,7 @@ Grow scores are also given `kept`, the boolean mask of what survived the drop.""
 __all__ = ['reads', 'random_score', 'weight_magnitude', 'per_sign_magnitude', 'random_elsewhere', 'magnitude_no_empty_rows',
            'relative_importance', 'gradient_magnitude', 'weight_and_gradient', 'sensitivity', 'movement',
            'gradient_momentum', 'gumbel_noise', 'sampled', 'not_returning', 'uniform_subset', 'in_subset',
-           'random_value', 'gradient_value', 'exploration_penalty', 'sr_ste_penalty']
+           'random_value', 'gradient_value', 'exploration_penalty', 'sr_ste_penalty', 'relative_gradient']
 
 # %% ../nbs/03_scores.ipynb #a7ece682
 import torch
@@ -277,3 +277,22 @@ def sr_ste_penalty(
 )->torch.Tensor: # With the shape, device and dtype of `p`
     "Decay unused weights only: [SR-STE](https://arxiv.org/abs/2102.04010)"
     return scale*p.detach()*~mask
+
+# %% ../nbs/03_scores.ipynb #34f825d4
+def relative_gradient(
+    p:torch.Tensor, # A parameter, after `backward`; without gradient a `ValueError`
+    by:str='typical', # 'rms': divided by the layer's root mean square; 'typical': times the mean `|w|` of kept weights
+    kept:torch.Tensor=None, # Boolean: weights that stay; those of `mask` by default
+    mask:torch.Tensor=None, # Boolean: active weights; all by default
+    **kwargs
+)->torch.Tensor: # With the shape and device of `p`, float32 or wider
+    "Score by `|dL/dw|` relative to its layer, for growth over the whole model"
+    g = gradient_magnitude(p)
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    if by=='rms': return g/g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+    if by!='typical': raise ValueError(f"by must be 'rms' or 'typical', got {by!r}")
+    own = mask if kept is None else kept
+    if own is None: return g*weight_magnitude(p).mean(dtype=g.dtype)
+    return g*(weight_magnitude(p)*own).sum(dtype=g.dtype)/own.sum().clamp_min(1)
+
+relative_gradient.reads = ('weight', 'gradient')

@@ -46,6 +46,8 @@ def _idle(m):
     yield 'prune_share_f', m.prune_share_f and still, "None without sparsity_sched_f: there is no pruning to share"
     yield 'prune_score_f', m.prune_score_f and still, "None without sparsity_sched_f: there is no pruning to score"
     yield 'initial_sparsity', m.initial_sparsity and still, "0 without sparsity_sched_f, which starts there"
+    yield 'extra_density_f', m.extra_density_f and still, "None without sparsity_sched_f, which prunes it again"
+    yield 'extra_density_f', m.extra_density_f and not m.grow_share_f, "None without grow_share_f, which shares it out"
     yield 'grow_share_f', m.grow_share_f and m.redistribute_f, "None with redistribute_f: both share growth out"
 
 def _check_combination(m):

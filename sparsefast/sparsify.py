@@ -174,7 +174,7 @@ def _warn(model, made, names, by_chance, by_share):
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
     model_sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
-    sparse_f=uniform_sparsity, # Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk'
+    sparse_f=uniform_sparsity, # Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk', 'erk_plus', 'lamp'
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
     additional_types:list=[], # Module types to make sparse besides those that `maskable` knows
     exclude=[], # Layers that stay dense and are not counted, as `select_weights` takes them

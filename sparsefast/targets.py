@@ -13,7 +13,8 @@ __all__ = ['named_distributions', 'is_adapter', 'find_owners', 'find_named', 'sh
 # %% ../nbs/04e_targets.ipynb #37d1e6e2
 from functools import partial
 from torch import nn
-from .distributions import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
+from .distributions import (erdos_renyi_sparsity, erk_plus, first_layer_dense_uniform, lamp_sparsity,
+                                      uniform_sparsity)
 from .masks import check_mask, nnz
 from .ranks import check_whole
 from .select import check_plain, is_depthwise, select_weights, weight_names
@@ -72,7 +73,9 @@ named_distributions = dict(
     uniform           = uniform_sparsity,
     first_layer_dense = first_layer_dense_uniform,
     erk               = erdos_renyi_sparsity,
-    er                = partial(erdos_renyi_sparsity, include_kernel=False))
+    er                = partial(erdos_renyi_sparsity, include_kernel=False),
+    erk_plus          = erk_plus,
+    lamp              = lamp_sparsity)
 
 def find_named(
     f, # A function or a name, in any case

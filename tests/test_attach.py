@@ -181,7 +181,7 @@ def test_accelerate(tmp_path):
 def test_a_method_by_name_and_a_learner(method):
     learn = learner()
     opt = torch.optim.SGD(learn.model.parameters(), lr=.1)
-    assert attach(method, learn, opt, 1000).method==DSTMethod(**RigL_presets)
+    assert attach(method, learn, opt, 1000).method==DSTMethod(**RigL_presets).in_steps(1000)
 
 # ------------------------------------------------------------ closures: gradients that are made within the step
 ALL = dict(PRESETS, RigL_avg={**RigL_avg_presets, 'batches_per_update': 8}, TopKAST={**TopKAST_presets, 'batches_per_update': 3}, SR_STE=SR_STE_presets, GMP=GMP_presets, DSR=DSR_presets)

@@ -181,7 +181,7 @@ def test_no_interval_in_a_plain_loop():
     opt = TORCH_OPTS['momentum'](model.parameters())
     backward(model, *batches(1)[0])
     for preset in ('SET','SNFS'):
-        m = DSTMethod(**PRESETS[preset])
+        m = DSTMethod(**{**PRESETS[preset], 'batches_per_update': None})
         for f in (lambda: m.due(1, 0.), lambda: m.step(model, opt, 1, 0.), lambda: m.update(model, opt, 1, 0.)):
             refused(f, match='batches_per_update is None.*give a number', model=model, opt=opt)
 

@@ -435,8 +435,9 @@ def test_interval_as_a_share_of_training():
     moved = [i+1 for i,(a,b) in enumerate(zip([masks(sparse_mlp()), *seen], seen)) if not same_masks(a, b)]
     assert cb.timed.batches_per_update==2 and all(i%2==0 for i in moved) and len(moved)>10
 
-def test_share_of_training_needs_the_callback():
-    with pytest.raises(ValueError, match='a share of training.*give a number.*in_steps'): DSTMethod(batches_per_update=.1).due(1, 0.)
+def test_an_interval_of_an_epoch_needs_the_callback():
+    with pytest.raises(ValueError, match='once an epoch.*give a number.*in_steps'): DSTMethod(batches_per_update=None).due(1, total=40)
+    with pytest.raises(ValueError, match='a share of training.*give a number.*in_steps'): DSTMethod(batches_per_update=.1).interval
 
 @pytest.mark.parametrize('name,start', [('GMP', 1.), ('GraNet_half', .5), ('RigL', .2)])
 def test_sparsify_as_a_preset_wants_it(name, start):
@@ -449,7 +450,18 @@ def test_sparsify_as_a_preset_wants_it(name, start):
 def test_too_short_a_training_warns_before_it_starts():
     learn = learner(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
     learn.sparsify(.5, preset=presets.GMP_presets)
-    with pytest.warns(UserWarning, match='no update falls into 10 optimizer steps'): learn.fit(1, cbs=DynamicSparseTrainingCallback(**presets.GMP_presets))
+    with pytest.warns(UserWarning, match='no update falls into 10 optimizer steps'): learn.fit(1, cbs=DynamicSparseTrainingCallback(**{**presets.GMP_presets, 'batches_per_update': 100}))
+
+@pytest.mark.parametrize('name', ['RigL', 'GMP', 'GraNet', 'SET', 'SNFS', 'Chase'])
+def test_presets_reach_their_sparsity_in_a_short_training(name):
+    "Forty steps, without a setting: no warning that no update falls into them, masks that move, and the budget in the end"
+    learn = learner(nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)), opt_func=FASTAI_OPTS['momentum'])
+    learn.sparsify(.8, preset=(preset := getattr(presets, f'{name}_presets')))
+    start = masks(learn.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*no update falls.*')
+        learn.fit(4, cbs=DynamicSparseTrainingCallback(**preset))
+    assert sum(nnz(learn.model))==pytest.approx(.2*n_params(learn.model), abs=2) and not same_masks(start, masks(learn.model))
 
 # ------------------------------------------------------------ events
 def test_events_that_a_subclass_or_a_user_adds_are_called():

@@ -19,13 +19,14 @@ from sparsefast.optim import *
 from sparsefast.scores import *
 from sparsefast.sparsify import sparsify_model
 from sparsefast.utils import show_value
+from sparsefast.training_time import Time
 
 CATALOGUE = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
 DYNAMIC   = [k for k in CATALOGUE if k!='Static']
-SCHEDULED = ['GMP', 'GraNet', 'GraNet_half', 'ACDC', 'MEST_soft']
+SCHEDULED = ['GMP', 'GMP_lm', 'GraNet', 'GraNet_half', 'ACDC', 'MEST_soft']
 STORED    = ['TopKAST', 'SR_STE']
 SCHEDULED += ['CHTss']
-FIXED     = [k for k in DYNAMIC if k not in SCHEDULED+['SRigL']]
+FIXED     = [k for k in DYNAMIC if k not in SCHEDULED+['SRigL', 'Chase']]
 NM        = partial(nm_pattern, n=2, m=4)
 
 def preset(name, every=5, **kwargs):
@@ -59,25 +60,28 @@ def test_presets_are_what_their_papers_say():
     e,cubic = dict(keep_score_f=weight_magnitude), inverse_power_anneal
     later = dict(stop_pct=1., replaces_step=False)
     top = dict(e, grow_score_f=weight_magnitude, initial_drop_grow_pct=1., drop_sched_f=constant_anneal, batches_per_update=1, explore_pct=.1, penalty_f=exploration_penalty, **later)
-    granet = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1000, sparsity_sched_f=cubic, sparsity_span=(0., .3), prune_share_f=global_share, **later)
+    granet = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, sparsity_sched_f=cubic, sparsity_span=(0., .5), prune_share_f=global_share, **later)
     itop = dict(e, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, **later)
-    rigl = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=100, stop_pct=.75, replaces_step=True)
+    rigl = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=1/12, stop_pct=.75, replaces_step=True)
     want = dict(
         Static       = dict(initial_drop_grow_pct=0., batches_per_update=1, stop_pct=0.),
-        SET          = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.3, **later),
+        SET          = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.3, batches_per_update=1/50, **later),
         SET_original = dict(keep_score_f=per_sign_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, drop_sched_f=constant_anneal, grow_value_f=random_value, **later),
-        SNFS         = dict(e, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, redistribute_f=importance_redistribution, **later),
+        SNFS         = dict(e, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, redistribute_f=importance_redistribution, **later),
         RigL         = rigl,
-        SET_ITOP     = dict(itop, grow_score_f=random_score, batches_per_update=1500),
-        RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=4000),
-        DSR          = dict(e, grow_score_f=random_elsewhere, initial_drop_grow_pct=.14, drop_sched_f=constant_anneal, batches_per_update=100, stop_pct=.95, replaces_step=False,
+        SET_ITOP     = dict(itop, grow_score_f=random_score, batches_per_update=1/50),
+        RigL_ITOP    = dict(itop, grow_score_f=gradient_magnitude, batches_per_update=1/25),
+        DSR          = dict(e, grow_score_f=random_elsewhere, initial_drop_grow_pct=.14, drop_sched_f=constant_anneal, batches_per_update=1/50, stop_pct=.95, replaces_step=False,
                             drop_share_f=adaptive_threshold_share, redistribute_f=survivor_redistribution),
-        MEST         = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.2, drop_sched_f=step_anneal, **later),
-        MEST_soft    = dict(e, grow_score_f=random_score, initial_drop_grow_pct=1/6, drop_sched_f=step_anneal, sparsity_sched_f=step_anneal, initial_sparsity=density_times, **later),
+        MEST         = dict(e, grow_score_f=random_score, initial_drop_grow_pct=.2, batches_per_update=1/32, drop_sched_f=step_anneal, **later),
+        MEST_soft    = dict(e, grow_score_f=random_score, initial_drop_grow_pct=1/6, batches_per_update=1/32, drop_sched_f=step_anneal, sparsity_sched_f=step_anneal, initial_sparsity=density_times, **later),
         TopKAST      = top,
-        GMP          = dict(e, initial_drop_grow_pct=0., batches_per_update=100, sparsity_sched_f=cubic, sparsity_span=(10/32, 25/32), **later),
+        GMP          = dict(e, initial_drop_grow_pct=0., batches_per_update=1/100, sparsity_sched_f=cubic, sparsity_span=(0., .75), **later),
+        GMP_lm       = dict(e, initial_drop_grow_pct=0., batches_per_update=1/100, sparsity_sched_f=cubic, sparsity_span=(.25, .75), **later),
         GraNet       = granet,
         GraNet_half  = dict(granet, initial_sparsity=.5),
+        Chase        = dict(e, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.5, final_drop_grow_pct=.005, batches_per_update=1/50, drop_sched_f=late_cosine_anneal, drop_share_f=global_share,
+                            grow_share_f=global_growth, prune_share_f=global_share, sparsity_sched_f=constant_anneal, initial_sparsity=1., extra_density_f=spare_density, **later),
         ACDC         = dict(e, initial_drop_grow_pct=0., batches_per_update=.01, sparsity_sched_f=square_wave, prune_share_f=global_share, **later),
         SRigL        = dict(rigl, pattern_f=fan_in_pattern),
         SR_STE       = dict(top, explore_pct=1., penalty_f=sr_ste_penalty, pattern_f=nm_pattern),
@@ -273,7 +277,7 @@ def test_each_layer_follows_the_schedule(name):
     seen,numel = at_update(name, model, m, total),[192,480]
     def sparsity(s, pct, last):
         if name=='GMP':
-            pos = 1. if last else min(max((pct-10/32)/(15/32), 0), 1)
+            pos = 1. if last else min(max(pct/.75, 0), 1)
             return s+(0-s)*(1-pos)**3
         start = 1-1.2*(1-s)
         return s if pct>=.75 or last else (start+s)/2 if pct>=90/160 else start
@@ -290,10 +294,56 @@ def test_granet_total_follows_the_cubic_schedule(name, start):
     N = n_params(model)
     assert abs(sum(nnz(model))-(1-start)*N)<=3
     for j,(step,n) in enumerate(at_update(name, model, m, total)):
-        pos = 1. if j==13 else min((step-1)/total/.3, 1)
+        pos = 1. if j==13 else min((step-1)/total/.5, 1)
         want = n_active(N, s+(start-s)*(1-pos)**3)
         assert sum(n)==want, step
     assert len(set(nnz(model)))==3 and sum(nnz(model))==n_active(N, s)
+
+def test_gmp_average_density():
+    "1 - s(1-b) - 3/4 s(b-a), as counted over a training: `spec2.md` 8"
+    for (a,b),s,want in [((.25, .75), .5, .6875), ((.25, .75), .8, .5), ((.25, .75), .9, .4375), ((10/32, 25/32), .5, .7148), ((10/32, 25/32), .8, .5438), ((10/32, 25/32), .9, .4867), ((0., .75), .9, 1-.9*.25-.75*.9*.75)]:
+        m = preset('GMP_lm', every=1, sparsity_span=(a, b))
+        assert sum(1-m.sparsity_at(s, m.sparsity_pos(k, total=20_000)) for k in range(1, 20_001))/20_000==pytest.approx(want, abs=1e-4)
+        assert 1-s*(1-b)-.75*s*(b-a)==pytest.approx(want, abs=5.1e-5)
+    assert preset('GMP_lm').sparsity_span==(.25, .75)
+
+def test_chase_prunes_to_its_budget_and_grows_beyond_it():
+    "Exact at every update: B + x(t) of all weights, x from 5 % to none over 130 of 160 epochs, then the budget; the last update leaves the budget"
+    m,total,s = preset('Chase', every=4),160,.9
+    model = started(net(sizes=(8,40,30,4)), m, s)
+    N = n_params(model)
+    B,seen = n_active(N, s),at_update('Chase', model, m, total)
+    assert abs(sum(nnz(model))-B)<=0
+    for step,n in seen:
+        pct,last = (step-1)/total,step==seen[-1][0]
+        x = 0. if last or pct>=130/160 else .025*(1+math.cos(math.pi*pct*160/130))
+        assert sum(n)==n_active(N, s-x) and all(n), step
+    assert max(sum(n) for _,n in seen)>1.4*B and len({tuple(n) for _,n in seen})>20
+
+def test_chase_drops_the_smallest_of_all_and_grows_the_largest_gradients_of_all():
+    "One update, by sorting everything: `spec2.md` 6"
+    m,model = preset('Chase', every=2),net()
+    started(model, m, .5, sparse_f=uniform_sparsity)
+    opt = momentum_sgd(model, lr=0.)
+    layers = sparse_layers(model)
+    model(torch.randn(16, 8)).square().sum().backward()
+    for l in layers: l.mask.copy_(l.mask | (torch.rand(l.shape)<.1)); l.p.data.mul_(l.mask)
+    at = [(l.p.detach().abs().flatten(), l.mask.flatten().clone(), l.p.grad.abs().flatten()) for l in layers]
+    w,old,g = (torch.cat(ts) for ts in zip(*at))
+    N,B,x = len(w), n_active(len(w), .5), .025*(1+math.cos(math.pi*(9/100)*160/130))
+    with torch.no_grad(): rewire(m, layers, opt, Time.of(10, total=100))
+    kept = sorted(torch.where(old)[0].tolist(), key=lambda i: (-w[i].item(), i))[:B]
+    grown = sorted(set(range(N))-set(kept), key=lambda i: (-g[i].item(), i))[:n_active(N, .5-x)-B]
+    new = torch.cat([l.mask.flatten() for l in layers])
+    assert set(torch.where(new)[0].tolist())=={*kept, *grown}
+
+@pytest.mark.parametrize('change,match', [(dict(sparsity_sched_f=None, initial_sparsity=0., prune_share_f=None), 'extra_density_f must be None without sparsity_sched_f'), (dict(grow_share_f=None), 'extra_density_f must be None without grow_share_f')])
+def test_extra_density_needs_pruning_and_a_share(change, match):
+    with pytest.raises(ValueError, match=match): preset('Chase', **change)
+
+def test_extra_density_must_be_a_share():
+    model = started(net(), m := preset('Chase', extra_density_f=lambda pct: -.1))
+    with pytest.raises(ValueError, match='what extra_density_f, .*gives'): trained(model, m)
 
 def test_acdc_phases():
     m,total,s = preset('ACDC', every=1, sparsity_sched_f=partial(square_wave, at=(.25,.5,.75))),40,.8

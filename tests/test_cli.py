@@ -199,9 +199,9 @@ def test_an_interval_too_short_is_a_line_of_warning(command):
     assert code==0 and 'masks change every 3 steps' in out
     assert len(err.splitlines())==1 and err.startswith('warning: updates take the place of 25%')
 
-def test_update_every():
-    assert cli.update_every(cli.methods['rigl'], 330)==10 and cli.update_every(cli.methods['rigl'], 2000)==50
-    assert cli.update_every(cli.methods['rigl'], 10**6)==100 and cli.update_every(cli.methods['set'], 330) is None
+def test_the_interval_is_the_presets_or_the_users():
+    every = lambda e: cli.prepare('digits', 'mlp', 'rigl', 0.9, 'erk', 2, 128, e, 8, 0)[3][0].method.batches_per_update
+    assert every(None)==cli.methods['rigl']['batches_per_update']<1 and every(40)==40
 
 # ------------------------------------------------------------ images in folders
 def too_short(n): return f'warning: --every 10: no update falls into {n} optimizer steps, so the masks will stay what they are: use a shorter interval\n'

@@ -112,3 +112,63 @@ def test_parameters_are_not_touched(f):
     copies = [p.clone() for p in ps]
     f(ps, .5)
     assert all(torch.equal(a, b) for a,b in zip(ps, copies)) and f([], .5)==[]
+
+# ------------------------------------------------------------ LAMP and ERK+
+def slow_lamp(w):
+    "The definition, pair by pair in float64; of equal weights the later is the larger"
+    flat = [x.item()**2 for x in w.double().flatten()]
+    return [a and a/sum(b for j,b in enumerate(flat) if (b, j)>=(a, i)) for i,a in enumerate(flat)]
+
+@pytest.mark.parametrize('w,want', [([[3.,1],[2,0]], [[1,1/14],[4/13,0]]), ([[.3,.3,-.1],[.2,.05,.4]], [[.264706,.36,.025641],[.105263,.006369,1]])])
+def test_lamp_scores(w, want):
+    assert torch.allclose(lamp_score(torch.tensor(w)), torch.tensor(want, dtype=torch.float64), atol=5e-7)
+    assert lamp_score(torch.tensor(w)).flatten().tolist()==pytest.approx(slow_lamp(torch.tensor(w)), rel=1e-12)
+
+def test_lamp_shares_out_exactly():
+    "Five of ten weights: two and three, where magnitude over the whole model leaves three and two; a layer of zeros scores 0"
+    two = [torch.tensor([[3.,1],[2,0]]),torch.tensor([[.3,.3,-.1],[.2,.05,.4]])]
+    count = lambda f: [round((1-s)*p.numel()) for p,s in zip(two, f(two, .5))]
+    assert count(lamp_sparsity)==[2, 3] and count(global_sparsity(lambda p, **kw: p.abs()))==[3, 2]
+    assert lamp_score(torch.zeros(2, 3)).eq(0).all() and lamp_score(two[0], mask=torch.tensor([[False,True],[True,True]])).tolist()==[[0,pytest.approx(.2)],[1,0]]
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 99))
+def test_lamp_is_exact_and_empties_no_layer(shapes, S, seed):
+    g = torch.Generator().manual_seed(seed)
+    ps = [torch.randn(s, generator=g)*10**i for i,s in enumerate(shapes)]
+    n = [round((1-s)*p.numel()) for p,s in zip(ps, lamp_sparsity(ps, S))]
+    assert abs(sum(n)-(1-S)*sum(p.numel() for p in ps))<=.5+1e-6 and (sum(n)<len(ps) or all(n))
+    wide = sorted((-v, i) for i,v in enumerate(v for p in ps for v in slow_lamp(p)))
+    ends = [sum(p.numel() for p in ps[:i+1]) for i in range(len(ps))]
+    want = [sum(1 for _,at in wide[:sum(n)] if (ends[i-1] if i else 0)<=at<e) for i,e in enumerate(ends)]
+    assert n==want
+
+def test_lamp_by_name_keeps_the_largest_of_each_layer():
+    from torch import nn
+    from sparsefast.masks import masked_params
+    from sparsefast.sparsify import sparsify_model
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    with torch.no_grad(): model[0].weight.mul_(10)
+    ws,want = [m.weight.detach().clone() for m in model],lamp_sparsity([m.weight for m in model], .8)
+    sparsify_model(model, .8, sparse_f='lamp', keep='magnitude')
+    for w,s,(*_,mask) in zip(ws, want, masked_params(model), strict=True):
+        assert int(mask.sum())==round((1-s)*w.numel()) and w[mask].abs().min()>=w[~mask].abs().max()
+    assert sum(int(m.sum()) for *_,m in masked_params(model))==180
+
+@given(layers.filter(lambda o: len(o)>1), st.floats(0, 1), st.floats(0, 1))
+def test_erk_plus_is_inside_the_budget(shapes, S, last):
+    ps = params(shapes)
+    n = [p.numel() for p in ps]
+    zeros = S*sum(n)-n[-1]*(1-last)
+    if not 0<=zeros<=sum(n[:-1]):
+        if not -1e-5*sum(n)<=zeros<=sum(n[:-1])+1e-5*sum(n):
+            with pytest.raises(ValueError, match='model_sparsity must be from .* where the last layer has density'): erk_plus(ps, S, last)
+        return
+    sp = erk_plus(ps, S, last)
+    assert sp[-1]==1-last and sp[:-1]==erdos_renyi_sparsity(ps[:-1], zeros/sum(n[:-1]))
+    assert sum(k*s for k,s in zip(n, sp))==pytest.approx(S*sum(n), abs=len(n)+1e-6)       # ERK rounds zeros layer by layer
+
+def test_erk_plus_of_the_convnet():
+    sp = erk_plus(params(CONVNET), .95)
+    assert sp[-1]==0 and sp[0]==0 and counts(CONVNET, sp)[-1]==5120 and sum(counts(CONVNET, sp))==pytest.approx(.05*632_672, abs=4)
+    assert erk_plus(params(CONVNET), .95, .2)[-1]==.8 and erk_plus(params(CONVNET), .95, erk_power_scale=0.)[1]==pytest.approx(erk_plus(params(CONVNET), .95, erk_power_scale=0.)[2])

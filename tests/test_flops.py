@@ -382,7 +382,7 @@ def test_snfs_as_printed(sparsity, paper, resnet50):
 def test_pruning_factor(sparsity, uniform, computed):
     "Zhu and Gupta's schedule with ResNet-50's first layer dense: .5603 and .5053 computed for the table, which prints .56 and .51"
     first = (uniform-(1-sparsity))/sparsity                                     # share of the first layer: factor = first + (1-first)*(1-sparsity)
-    method = DSTMethod(**GMP_presets)
+    method = DSTMethod(**{**GMP_presets, 'batches_per_update': 100, 'sparsity_span': (10/32, 25/32)})
     total,ds = 32_000,[]
     for step in range(100, total, 100):
         pct = (step-1)/total

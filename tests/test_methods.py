@@ -36,11 +36,11 @@ COMBOS = [pytest.param(m, o, id=f'{m}-{o}') for m in METHODS for o in TORCH_OPTS
 
 # what the presets mean, with the numbers the reference is given
 TABLE = dict(
-    SET  = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, batches_per_update=None, stop_pct=1.,
+    SET  = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=.3, batches_per_update=1/50, stop_pct=1.,
                 replaces_step=False),
     SNFS = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentum, initial_drop_grow_pct=.5, final_drop_grow_pct=.005,
-                batches_per_update=None, stop_pct=1., replaces_step=False, redistribute_f=importance_redistribution),
-    RigL = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=100, stop_pct=.75,
+                batches_per_update=1/50, stop_pct=1., replaces_step=False, redistribute_f=importance_redistribution),
+    RigL = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=.3, batches_per_update=1/12, stop_pct=.75,
                 replaces_step=True))
 
 # ------------------------------------------------------------ how much
@@ -618,6 +618,35 @@ def test_presets(preset):
     assert {k: getattr(m, k) for k in full}==full and {k: v for k,v in PRESETS[preset].items() if full[k]!=v}=={}
 
 # ------------------------------------------------------------ intervals
+@pytest.mark.parametrize('pct', [False, True])
+@pytest.mark.parametrize('share,total,every', [(1/12, 40, 3), (.01, 40, 1), (1/4, 60, 15), (1/50, 333, 7)])
+def test_a_share_of_training_in_a_loop_of_ones_own(share, total, every, pct):
+    "The same as the number of steps that it stands for, at every question about time; so a preset works in a training of any length"
+    kw = dict(replaces_step=False, stop_pct=.9, grad_steps=None, sparsity_sched_f=inverse_power_anneal, sparsity_span=(.1, .6))
+    a,b = DSTMethod(batches_per_update=share, **kw),DSTMethod(batches_per_update=every, **kw)
+    assert a.in_steps(total)==b
+    for step in range(1, total+1):
+        at = dict(pct=(step-1)/total) if pct else dict(total=total)
+        for ask in ('due', 'needs_dense_grad', 'sparsity_pos'):
+            if not (pct and step==1): assert getattr(a, ask)(step, **at)==getattr(b, ask)(step, **at), (ask, step)
+    assert not a.due(1, pct=0.)                                                                # of how many, nobody knows
+
+@pytest.mark.parametrize('name', ['RigL', 'SET', 'SNFS', 'GMP', 'GraNet', 'RigL_avg', 'SRigL', 'DSR', 'MEST_soft', 'Chase'])
+def test_presets_in_a_short_loop_of_ones_own(name):
+    "A preset as it is, in sixty steps: bit for bit the training with its interval in steps"
+    def run(method):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
+        sparsify_model(model, .5, **method.sparsify_kwargs(.5))
+        opt,start = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9),masks(model)
+        for step,(x,y) in enumerate(batches(60), 1):
+            backward(model, x, y)
+            method.step(model, opt, step, total=60)
+        assert not same_masks(start, masks(model))
+        return snapshot(model, opt)
+    method = DSTMethod(**getattr(presets, f'{name}_presets'))
+    assert not changed(run(method), run(method.in_steps(60)))
+
 @pytest.mark.parametrize('given,total,per_epoch,want', [(100, 1000, 10, 100), (.01, 1000, None, 10), (.5, 1, None, 1), (.0001, 100, 7, 1), (None, 100, 7, 7), (None, 100, 0, 1), (None, 100, None, None)])
 def test_interval_in_steps(given, total, per_epoch, want):
     m = DSTMethod(batches_per_update=given, replaces_step=False)
@@ -684,14 +713,14 @@ def test_scheduled_pruning_has_a_score_and_chance_of_its_own():
     assert len(seeds['prune'])==len(seeds['keep'])==2 and not seeds['prune'] & seeds['keep']
 
 def test_growth_is_shared_by_scores():
-    "`grow_share_f` sees the grow scores of inactive weights, and what it returns is grown"
+    "`grow_share_f` sees the grow scores of all weights that are not kept, and what it returns is grown"
     seen = []
     def share(some, total):
-        seen.append([len(s) for s in some])
+        seen.append((sum(len(s) for s in some), total))
         return [0, total]
     model,before,*_ = _one_update(DSTMethod(batches_per_update=2, initial_drop_grow_pct=.25, grow_share_f=share, grow_score_f=gradient_magnitude))
     (a,b),(c,d) = [int(m.sum()) for m in before],[int(m.sum()) for *_,m in masked_params(model)]
-    assert seen==[[int((~m).sum()) for m in before]] and c<a and d>b and a+b==c+d
+    assert seen==[(sum(int((~m).sum()) for m in before)+seen[0][1], seen[0][1])] and seen[0][1]>0 and c<a and d>b and a+b==c+d
     with pytest.raises(ValueError, match='must return growth of'): _one_update(DSTMethod(batches_per_update=2, grow_share_f=lambda some, total: [0, 0]))
 
 def test_grow_scores_and_resets_are_told_what_an_update_does():

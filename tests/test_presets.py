@@ -8,7 +8,7 @@ from sparsefast.presets import *
 from sparsefast.scores import weight_magnitude, random_score
 
 PRESETS = {k.removesuffix('_presets'): v for k,v in vars(presets).items() if k.endswith('_presets')}
-NAMES = 'Static SET SET_original SNFS RigL SET_ITOP RigL_ITOP DSR MEST MEST_soft TopKAST GMP GraNet GraNet_half ACDC SRigL SR_STE RigL_avg'.split()
+NAMES = 'Static SET SET_original SNFS RigL SET_ITOP RigL_ITOP DSR MEST MEST_soft TopKAST GMP GMP_lm GraNet GraNet_half Chase ACDC SRigL SR_STE RigL_avg'.split()
 NAMES += 'CHTs CHTss GSE SEFT'.split()
 each = pytest.mark.parametrize('name', NAMES)
 def f(name): return getattr(presets, name)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastai import optimizer as fo
 from fastai.callback import schedule, training
+from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
@@ -509,3 +510,25 @@ def test_sees_what_others_do_to_masks_between_epochs():
     learn.fit(2)
     dead = columns(learn)['dead']
     assert dead[1]==dead[0]+1
+
+# ------------------------------------------------------------ the mean size of the model in training
+@pytest.mark.parametrize('name', ['GMP_lm', 'Chase', 'SET'])
+def test_mean_active_share_of_training(name):
+    "As counted after every step: over the masked layers, and over all parameters"
+    class Count(Callback):
+        order = 100
+        seen = []
+        def before_batch(self):
+            if self.training: self.seen.append(sum(int(m.sum()) for *_,m in masked_params(self.learn.model)))
+    torch.manual_seed(0)
+    learn,rec,count = learner(nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)), opt_func=partial(fo.SGD, mom=.9)),SparseRecorderCallback(),Count()
+    Count.seen = []
+    learn.sparsify(.8, preset=CATALOGUE[name])
+    learn.fit(3, cbs=[DynamicSparseTrainingCallback(**CATALOGUE[name]), rec, count])
+    N,P = sum(m.numel() for *_,m in masked_params(learn.model)),sum(p.numel() for p in learn.model.parameters())
+    mean = sum(count.seen)/len(count.seen)
+    assert len(count.seen)==30 and mean_active(rec.fits, learn)==(pytest.approx(mean/N), pytest.approx((mean+P-N)/P))
+    if name=='SET': assert mean==pytest.approx(.2*N, abs=2)
+
+def test_mean_active_of_nothing():
+    assert all(x!=x for x in mean_active([], nn.Linear(2, 2)))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..masks import memory_names, stored_sparsity
+from ..optim import replace_param
 from .chains import Chain, chain_from, chains, graphs, through
 from ..utils import as_module, output_error
 
@@ -61,23 +62,26 @@ def _set(m, name, t):
     else:
         m._parameters[name] = nn.Parameter(t, requires_grad=old.requires_grad)
 
-def _select(m, name, units, dim=0):
-    "Reduce a parameter or buffer to some units, if `m` has it"
+def _select(m, name, units, dim=0, opt=None):
+    "Reduce a parameter or buffer to some units, if `m` has it; and what an optimizer remembers of it"
     t = getattr(m, name, None)
     if t is None: return
-    _set(m, name, t.detach().index_select(dim, units))
+    def some(t): return t.detach().index_select(dim, units)
+    _set(m, name, some(t))
+    if opt is not None and name in m._parameters: replace_param(opt, t, m._parameters[name], some)
 
 def cut(
     m:nn.Module, # A linear layer or convolution, changed in place
     keep:torch.Tensor, # Indices of the units that stay
     dim:int, # 0: outputs, 1: inputs
+    opt=None, # Optimizer of the model, which gets the new parameters and their state
 )->None:
     "Reduce a layer and its mask to some of its outputs or inputs"
     for n in memory_names(m, list(m._buffers)):
         del m._buffers[n]
-    _select(m, 'weight', keep, dim)
+    _select(m, 'weight', keep, dim, opt)
     _select(m, 'weight_mask', keep, dim)
-    if dim==0: _select(m, 'bias', keep)
+    if dim==0: _select(m, 'bias', keep, 0, opt)
     mask = m._buffers.get('weight_mask')
     if mask is not None:
         sparsity = 1-mask.double().mean().item()
@@ -87,9 +91,9 @@ def cut(
     side = 'in' if dim else 'out'
     setattr(m, f'{side}_{kind}', m.weight.shape[dim])
 
-def _cut_norm(m, units):
+def _cut_norm(m, units, opt=None):
     for n in ('weight', 'bias', 'running_mean', 'running_var'):
-        _select(m, n, units)
+        _select(m, n, units, 0, opt)
     m.num_features = len(units)
 
 # %% ../../nbs/ship/02_shrink.ipynb #eeb24994
@@ -132,19 +136,19 @@ def _first(merged, consts, users):
     return units
 
 # %% ../../nbs/ship/02_shrink.ipynb #2128fe79
-def _cut_chain(chain, units):
+def _cut_chain(chain, units, opt=None):
     "Reduce all layers of a chain to some units of its first"
     n = len(chain.layer.weight)
-    cut(chain.layer, units, 0)
+    cut(chain.layer, units, 0, opt)
     for m in chain.users:
         k = m.weight.shape[1]//n                                             # inputs for each unit
         offsets = torch.arange(k, device=units.device)
         inputs = units[:,None]*k + offsets
-        cut(m, inputs.flatten(), 1)
+        cut(m, inputs.flatten(), 1, opt)
     for node,_ in chain.steps:
         m = chain.modules.get(node.target)
         if isinstance(m, _BatchNorm):
-            _cut_norm(m, units)
+            _cut_norm(m, units, opt)
 
 @torch.no_grad()
 def shorten(
