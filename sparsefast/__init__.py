@@ -50,10 +50,10 @@ Modules:
 - `sparsefast.scores`: Which weights to drop and which to grow, and what grown ones start from
 - `sparsefast.see.analysis`: The layers of a sparse model, as a table to read and as data
 - `sparsefast.see.doctor`: What is wrong with a sparse model, where, and what to do about it
-- `sparsefast.see.figures`: Colours, axes and scales of all pictures, and a picture of many runs
+- `sparsefast.see.figures`: Colours, axes and scales of all figures, and a figure of many runs
 - `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
 - `sparsefast.see.mask_checks`: Masks that are broken, lost or different from what they should be: the half of the doctor that looks at masks
-- `sparsefast.see.plots`: Pictures of sparse models and of their training
+- `sparsefast.see.plots`: Figures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back

@@ -168,7 +168,7 @@ def _do_fit(self:Learner, fit=_do_fit):
 @delegates(sparsify_model, but='model')
 def sparsify(self:Learner,
     model_sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
-    preset=None, # Method that is to train it: a `DSTMethod`, a preset or its name; by default one that starts from random masks
+    preset=None, # Method that will train it: a `DSTMethod`, a preset or its name; by default one that starts from random masks
     **kwargs
 )->Learner: # The learner itself
     "Make the learner's model sparse, as a method wants it"

@@ -86,7 +86,10 @@ class ExploringLayer(Layer):
         grad = self.update_gradient() if 'gradient' in read else None
         call_reset(reset_state_f, self.p, opt, ~trains, born=born, grad=grad)
 
-    def saved(self, new, opt):
+    def saved(self,
+        new:torch.Tensor, # What `write` is about to be given
+        opt, # The optimizer, whose state `write` changes
+    ): # Called without arguments, it puts everything back
         "Remember what `write` changes: all numbers, those in the store included"
         store,put_back = self.recall('store'),super().saved(~self.mask, opt)         # which changes every place
         had = store.clone()

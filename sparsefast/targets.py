@@ -59,7 +59,7 @@ def find_owners(
     owners = {}
     for w,n in names.items():
         if f'{w.name}_mask' in w.module._buffers:
-            raise ValueError(f"layer {n!r} is sparse already: call `unsparsify_model(model)` before sparsifying again")
+            raise ValueError(f"layer {n!r} is already sparse: call `unsparsify_model(model)` first")
         check_whole(w.p, n)
         if w.p.numel(): owners.setdefault(w.p, w)
     if owners: return owners,names

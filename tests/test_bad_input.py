@@ -115,9 +115,9 @@ def test_nothing_to_sparsify():
 def test_twice_names_the_way_back():
     model = mlp(4,5,3)
     sparsify_model(model, .5)
-    refused(sparsify_model, model, .5, match="layer '0' is sparse already.*unsparsify_model", model=model)
+    refused(sparsify_model, model, .5, match="layer '0' is already sparse.*unsparsify_model", model=model)
     outer = nn.Sequential(nn.Linear(4,4), model)                                         # one sparse layer among others
-    refused(sparsify_model, outer, .5, match='sparse already.*unsparsify_model', model=outer)
+    refused(sparsify_model, outer, .5, match='already sparse.*unsparsify_model', model=outer)
     unsparsify_model(model)
     sparsify_model(model, .5)
 

@@ -161,7 +161,7 @@ def test_no_input_at_all_is_a_dark_picture():
 def test_pictures_of_more_dimensions_lie_side_by_side():
     mask = torch.rand(6, 3*4*5)<.5
     ax = show_inputs(mask, shape=(3, 4, 5))
-    assert (np.asarray(ax.images[0].get_array())==np.hstack(mask.sum(0).view(3, 4, 5).numpy())).all() and '3 pictures' in ax.get_xlabel() and ax.get_title()=='Connections of each input'
+    assert (np.asarray(ax.images[0].get_array())==np.hstack(mask.sum(0).view(3, 4, 5).numpy())).all() and '3 images' in ax.get_xlabel() and ax.get_title()=='Connections of each input'
 
 def test_inputs_of_a_convolution():
     for conv in (nn.Conv2d(3, 8, 5), nn.ConvTranspose2d(3, 8, 5)):

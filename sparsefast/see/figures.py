@@ -1,6 +1,6 @@
-"""Colours, axes and scales of all pictures, and a picture of many runs
+"""Colours, axes and scales of all figures, and a figure of many runs
 
-A picture is drawn into axes that the caller gives, or else into a new figure. Every function here and in [plots](04_plots.ipynb) returns its axes, as fastai's `plot_` and `show_` functions do.
+A figure is drawn into axes that the caller gives, or else into a new figure. Every function here and in [plots](04_plots.ipynb) returns its axes, as fastai's `plot_` and `show_` functions do.
 
 Nothing in this room knows about models: `plot_runs` draws the numbers of runs that are over, given as plain dicts."""
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from ..utils import maybe_float
 
 # %% ../../nbs/see/03a_figures.ipynb #64df1b69
-# Colours of Okabe and Ito, and the order in which the series of a picture take them
+# Colours of Okabe and Ito, and the order in which the series of a figure take them
 blue,orange,green,red = '#0072B2','#E69F00','#009E73','#D55E00'
 purple,sky,black,grey = '#CC79A7','#56B4E9','#000000','#999999'
 palette = [blue, orange, green, red, purple, sky, black]
@@ -37,7 +37,7 @@ def new_axes(
 def grid_axes(
     n:int, # Number of axes needed
     ncols:int, # Largest number of columns
-    size:tuple, # (width, height) of one picture, in inches
+    size:tuple, # (width, height) of one figure, in inches
     axs=None, # Matplotlib axes; a `ValueError` if they are fewer than `n`
     **kwargs # For `plt.subplots`
 )->np.ndarray: # `n` axes, flat
@@ -170,7 +170,7 @@ def plot_runs(
     y:str='accuracy', # What to plot
     by:str='method', # Key of the curves: runs that agree in it are one curve
     dense:str='dense', # Curve that is drawn as a line across; `None` for none
-    title:str=None, # Title of the picture; by default what is plotted against what
+    title:str=None, # Title of the figure; by default what is plotted against what
     percent:bool=None, # True to write `y` in percent; by default for accuracies, 'error_rate', 'flops' and 'sparsity'
     ax=None, # Matplotlib axes
     figsize:tuple=(7, 4.5), # Size of a new figure, in inches
