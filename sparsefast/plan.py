@@ -130,7 +130,7 @@ def target_counts(
 
 def _resized(m, layers, active, opt, t):
     "Compute the masks after phase one, held, and the number of weights that each layer should have"
-    if m.sparsity_sched_f is None: return [l.hold(l.mask) for l in layers],None
+    if m.sparsity_sched_f is None: return [l.held for l in layers],None
     goal,masks = target_counts(m, layers, active, opt, t),[]
     for l,a,g in zip(layers, active, goal):
         mask = l.mask
@@ -217,7 +217,7 @@ def plan(
     _warn_empty(layers, before, [a-d+g for a,d,g in zip(active, n_drop, n_grow)], t.step)
     for i,(l,a,d,g) in enumerate(zip(layers, active, n_drop, n_grow)):
         if d or g: masks[i] = l.hold(exchange(m, l, l.unhold(masks[i]), d, g, opt, t, a))
-    if layers[0].group:
-        masks = [h.clone() for h in masks]
-        agree(masks, layers[0].group)
+    together = [i for i,l in enumerate(layers) if l.group]         # each rank has a copy of these, and pieces of sharded ones
+    for i in together: masks[i] = masks[i].clone()
+    if together: agree([masks[i] for i in together], layers[together[0]].group)
     return [Change(h, _new_values(m, l, h, opt, t), s, memory) for l,h,s in zip(layers, masks, targets)]

@@ -17,7 +17,7 @@ from torch import nn
 from ..storage import as_masked
 from .flops import LayerFlops, count_flops
 from ..masks import masked_params, sparse_params
-from ..layer import find_layers
+from ..find import find_layers
 from ..select import is_depthwise, is_transposed, select_weights, weight_names
 from ..utils import as_module, uncompiled, text_table, html_table
 
