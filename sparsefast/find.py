@@ -31,6 +31,11 @@ def _reshard(modules):
     for m in modules:
         if hasattr(m, 'reshard'): m.reshard()
 
+def _check_values(m):
+    "Refuse a compressed layer whose stored weights are cut up"
+    if is_cut_up(m.values):
+        raise ValueError(f"{m} is compressed, and sharded over processes: call `to_masked_layers(model)` before `fully_shard`")
+
 def find_layers(
     modules, # A model, a `Learner`, or a list of modules
 )->list: # `Layer` each, in the model's order, each parameter once; empty if there is none
@@ -43,7 +48,9 @@ def find_layers(
     masked,found = {},{}
     for m,n,p,_ in masked_params(owners): masked.setdefault(m, []).append((n, p))
     for m in owners:
-        if isinstance(m, Compressed): found.setdefault(id(m.values), (m.as_layer, {}))
+        if isinstance(m, Compressed):
+            _check_values(m)
+            found.setdefault(id(m.values), (m.as_layer, {}))
         for n,p in masked.get(m, ()): found.setdefault(id(p), (layer_type(p), dict(module=m, name=n)))
     group = group_of(as_modules(modules))
     return [make(**kw, i=i, is_last=i+1==len(found), group=group) for i,(make,kw) in enumerate(found.values())]

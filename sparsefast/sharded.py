@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from .layer import Layer, rewrite_
 from .optim import StateView, call_reset, inner_opt, opt_state
-from .pieces import is_cut_up, own, piece, unite, whole
+from .pieces import is_cut_up, piece, piece_of, unite, whole
 from .scores import reads
 from .utils import attribute
 
@@ -38,7 +38,7 @@ class ShardedLayer(Layer):
         "Number of active weights of all processes, 0-d"
         return self._mask.sum().full_tensor()
 
-    def hold(self, mask): return own(mask, self.p)
+    def hold(self, mask): return piece_of(mask, self.p)
 
     def unhold(self, held): return unite(held, self.p)
 
@@ -76,7 +76,7 @@ def _reset(l, rule, opt, where, **kwargs):
     seen = {k: whole(v) if torch.is_tensor(v) else v for k,v in state.items()}
     call_reset(rule, p, SimpleNamespace(state={p: seen}, param_groups=inner_opt(opt).param_groups), where, **kwargs)
     for k,v in state.items():
-        if is_cut_up(v): piece(v).copy_(own(seen[k], v))
+        if is_cut_up(v): piece(v).copy_(piece_of(seen[k], v))
         elif torch.is_tensor(v): v.copy_(seen[k])
 
 def _write(self, new, opt, reset_state_f, values=None, dense_state=False):
@@ -84,7 +84,7 @@ def _write(self, new, opt, reset_state_f, values=None, dense_state=False):
     born = wide & ~old
     if values is not None:
         values = torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(born, values)
-        values = own(values, self.p)[own(born, self.p)]
+        values = piece_of(values, self.p)[piece_of(born, self.p)]
     rewrite_(piece(self.p), self.index, new, values)
     where = born if dense_state else ~(old & wide)
     grad = whole(self.dense_gradient()) if 'gradient' in attribute(reset_state_f, 'reads', ()) else None
