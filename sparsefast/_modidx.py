@@ -539,6 +539,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sparsefast.ranks': { 'sparsefast.ranks._are_several': ('ranks.html#_are_several', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._check_equal': ('ranks.html#_check_equal', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._check_same': ('ranks.html#_check_same', 'sparsefast/ranks.py'),
+                                  'sparsefast.ranks._fits': ('ranks.html#_fits', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._mask_buffers': ('ranks.html#_mask_buffers', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._packed': ('ranks.html#_packed', 'sparsefast/ranks.py'),
                                   'sparsefast.ranks._uncut': ('ranks.html#_uncut', 'sparsefast/ranks.py'),

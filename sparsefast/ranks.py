@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from .masks import masked_params, memory_name, memory_names
-from .pieces import cut_like, is_cut_up, odd_placement
+from .pieces import cut_like, is_cut_up, odd_placement, whole
 from .utils import as_module
 
 # %% ../nbs/03d_ranks.ipynb #91b5048a
@@ -118,10 +118,12 @@ def check_sharded(
             if is_sharded(p): check_placement(p, f'`{n}` of {m}')
 
 # %% ../nbs/03d_ranks.ipynb #f43bfb3c
+def _fits(mask, p): return is_cut_up(mask) and mask.placements==p.placements
+
 def _uncut(modules):
-    "List (module, name) of masks that are whole beside a parameter that is cut up"
+    "List (module, name) of masks that are not cut like their parameter; tensor parallelism gives every rank whole ones"
     return [(m, n) for m in modules if m._buffers for n,p in m._parameters.items()
-            if is_cut_up(p) and (mask := m._buffers.get(f'{n}_mask')) is not None and not (is_cut_up(mask) or mask.is_meta)]
+            if is_cut_up(p) and (mask := m._buffers.get(f'{n}_mask')) is not None and not (_fits(mask, p) or mask.is_meta)]
 
 def _check_equal(masks, mesh):
     "Raise a `ValueError` if ranks have different masks"
@@ -150,9 +152,10 @@ def cut_masks(
     todo = {}
     for m,n in _uncut(modules): todo.setdefault(m._parameters[n].device_mesh, []).append((m, n))
     for mesh,found in todo.items():
-        _check_equal([m._buffers[f'{n}_mask'] for m,n in found], mesh)
+        _check_equal([whole(m._buffers[f'{n}_mask']) for m,n in found], mesh)
         for m,n in found:
-            p = m._parameters[n]
-            own = [b for b in m._buffers if b==f'{n}_mask' or b.startswith(memory_name(n, ''))]
-            for b in [b for b in own if m._buffers[b].shape==p.shape]: m._buffers[b] = cut_like(m._buffers[b], p).clone()
+            p,start = m._parameters[n],(f'{n}_mask', f'{n}_sparsity', memory_name(n, ''))
+            for b in [b for b in m._buffers if b.startswith(start)]:
+                t = whole(m._buffers[b])
+                m._buffers[b] = cut_like(t, p).clone() if t.shape==p.shape else t
     return bool(todo)
