@@ -144,11 +144,9 @@ def zero_masked_(
     mask:torch.Tensor, # Boolean, the shape of `t`; `True` leaves the number as it is
 )->torch.Tensor: # `t`
     "Set `t` to zero where `mask` is `False`, whatever is there"
-    if is_cut_up(t):
-        zero_masked_(piece(t), piece(mask))
-        return t
-    if t.element_size() not in _ints or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)
-    if not _compiled(t, mask): t.view(_ints[t.element_size()]).mul_(mask)
+    own,mask = piece(t),piece(mask)
+    if own.element_size() not in _ints or torch.jit.is_tracing(): own.masked_fill_(~mask, 0)
+    elif not _compiled(own, mask): own.view(_ints[own.element_size()]).mul_(mask)
     return t
 
 # %% ../nbs/01_masks.ipynb #0fd94f70

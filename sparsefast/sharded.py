@@ -14,6 +14,7 @@ __all__ = ['ShardedLayer']
 # %% ../nbs/03ea_sharded.ipynb #ae83c6b4
 from types import SimpleNamespace
 import torch
+from fastcore.basics import patch
 from .layer import Layer, rewrite_
 from .optim import StateView, call_reset, inner_opt, opt_state
 from .pieces import is_cut_up, piece, piece_of, unite, whole
@@ -61,13 +62,12 @@ def _shown(l, what):
     if 'weight' in what: return whole(l.p)
     return piece(l.p).new_zeros(()).expand(l.shape)
 
-def _seen(self, f, opt):
+@patch
+def seen(self:ShardedLayer, f, opt):
     what,mean = reads(f),self.recall('grad')
     p = _shown(self, what)
     if 'gradient' in what: p.grad = whole(self.p.grad if mean is None else mean)
     return p, None if opt is None else StateView(opt, self.p, p, whole)
-
-ShardedLayer.seen = _seen
 
 # %% ../nbs/03ea_sharded.ipynb #a049846c
 def _reset(l, rule, opt, where, **kwargs):
@@ -75,11 +75,13 @@ def _reset(l, rule, opt, where, **kwargs):
     state,p = opt_state(opt, l.p),whole(l.p)
     seen = {k: whole(v) if torch.is_tensor(v) else v for k,v in state.items()}
     call_reset(rule, p, SimpleNamespace(state={p: seen}, param_groups=inner_opt(opt).param_groups), where, **kwargs)
-    for k,v in state.items():
-        if is_cut_up(v): piece(v).copy_(piece_of(seen[k], v))
-        elif torch.is_tensor(v): v.copy_(seen[k])
+    for k,v in seen.items():
+        if is_cut_up(state.get(k)): piece(state[k]).copy_(piece_of(v, state[k]))
+        else: state[k] = v
 
-def _write(self, new, opt, reset_state_f, values=None, dense_state=False):
+@patch
+def write(self:ShardedLayer, new, opt, reset_state_f, values=None, dense_state=False):
+    "Change this process's piece of the mask, the weight and the optimizer's state"
     old,wide = self.mask,self.unhold(new)
     born = wide & ~old
     if values is not None:
@@ -91,6 +93,5 @@ def _write(self, new, opt, reset_state_f, values=None, dense_state=False):
     _reset(self, reset_state_f, opt, where, born=born, grad=grad)
     self.index.copy_(new)
 
-def _reset_masked(self, opt, reset_state_f): _reset(self, reset_state_f, opt, ~self.mask)
-
-ShardedLayer.write,ShardedLayer.reset_masked = _write,_reset_masked
+@patch
+def reset_masked(self:ShardedLayer, opt, reset_state_f): _reset(self, reset_state_f, opt, ~self.mask)

@@ -65,8 +65,7 @@ def _make_mask(w, sparsity, score_f, pattern_f):
     if w.p.is_meta or pattern_f is drop_grow and score_f is random_score:
         return sparse_mask_like(w.p, sparsity)                     # drawn on the CPU, in one go
     p = whole(w.p)
-    dense = torch.ones_like(p, dtype=torch.bool)
-    score = score_f(p, opt=None, mask=dense, step=0, pct=0., generator=None)
+    score = score_f(p, opt=None, mask=torch.ones_like(p, dtype=torch.bool), step=0, pct=0., generator=None)
     shape,found = tuple(w.p.shape),tuple(score.shape)
     if found!=shape: raise ValueError(f"{score_f} must return a tensor of shape {shape}, got {found}")
     pattern = transposed_pattern(pattern_f) if is_transposed(w.module) else pattern_f
@@ -167,12 +166,9 @@ def _warn(model, made, names, by_chance, by_share):
     weights = {w: names[w] for w in made}
     warn_formula(weights)
     warn_stacks(model, weights)
-    made = {w: mask for w,mask in made.items() if not mask.is_meta}          # what is in others is not known
-    active = {w: int(nnz(mask)) for w,mask in made.items()}
-    cut = [w for w,n in active.items() if n<w.p.numel()]
-    empty = [w for w,n in active.items() if not n]
-    warn_trained(model, {w: names[w] for w in cut if w.p in by_chance})
-    warn_empty([names[w] for w in empty if w.p in by_share])
+    active = {w: int(nnz(mask)) for w,mask in made.items() if not mask.is_meta}        # what is in others is not known
+    warn_trained(model, {w: names[w] for w,n in active.items() if n<w.p.numel() and w.p in by_chance})
+    warn_empty([names[w] for w,n in active.items() if not n and w.p in by_share])
 
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken

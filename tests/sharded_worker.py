@@ -15,8 +15,8 @@ from sparsefast.sparsify import sparse_kaiming_normal_, sparsify_model
 
 def noop(*args): pass
 
-def mlp(*sizes):
-    layers = [[nn.Linear(i, o, dtype=torch.float64), nn.ReLU()] for i,o in zip(sizes, sizes[1:])]
+def mlp(*sizes, bias=True):
+    layers = [[nn.Linear(i, o, dtype=torch.float64, bias=bias), nn.ReLU()] for i,o in zip(sizes, sizes[1:])]
     return nn.Sequential(*sum(layers, [])[:-1])
 
 adam = partial(torch.optim.Adam, lr=1e-2)
@@ -25,11 +25,14 @@ nm = partial(nm_pattern, n=2, m=4)
 few,sizes,four = (8,7,1),(8,7,4,1),(8,20,4,1)                                             # rows that do not go into two or three, and fewer than there are processes
 LONG = ('SET','RigL','GMP','RigL_avg','static')                                 # on three processes; what else there is has forty steps on two
 RUNS = dict(
-    SET       = dict(method=lambda: SET(update_every=7)),
-    RigL      = dict(method=lambda: RigL(update_every=7), opt_f=adam),
-    GMP       = dict(method=lambda: GMP(update_every=10), start=0.),
-    RigL_avg  = dict(method=lambda: RigL_avg(update_every=8)),
-    static    = dict(method=lambda: Static()),
+    SET       = dict(method=lambda: SET(update_every=7), sizes=few),
+    RigL      = dict(method=lambda: RigL(update_every=7), sizes=few, opt_f=adam),
+    GMP       = dict(method=lambda: GMP(update_every=10), sizes=few, start=0.),
+    RigL_avg  = dict(method=lambda: RigL_avg(update_every=8), sizes=few),
+    static    = dict(method=lambda: Static(), sizes=few),
+    adam      = dict(method=lambda: RigL(update_every=7), opt_f=adam),
+    random    = dict(method=lambda: SET(update_every=7)),
+    averaged  = dict(method=lambda: RigL_avg(update_every=8)),
     global_   = dict(method=lambda: GMP(update_every=5, prune_share_f=global_share), start=0.),
     SNFS      = dict(method=lambda: SNFS(update_every=7), opt_f=partial(adam, amsgrad=True)),
     DSR       = dict(method=lambda: DSR(update_every=9, initial_drop_grow_pct=.3)),
@@ -43,7 +46,7 @@ def method_of(name): return RUNS[name]['method']()
 def net(name):
     run = RUNS[name]
     torch.manual_seed(0)
-    model = mlp(*run.get('sizes', sizes))
+    model = mlp(*run.get('sizes', sizes), bias='sizes' not in run)
     kw = {k: run[j] for j,k in (('start', 'initial_sparsity'), ('pattern', 'pattern_f')) if j in run}
     sparsify_model(model, .5, **kw)
     return model
@@ -137,7 +140,7 @@ def resume(name, folder, since=97, total=136):
     state = dict(model=weights, opt=state)
     dcp.load(state, checkpoint_id=f'{folder}/checkpoint_{name}')
     set_state_dict(model, opt, model_state_dict=state['model'], optim_state_dict=state['opt'])
-    train(name, model, opt, range(since, total+1), total, part(), attached=name=='RigL')
+    train(name, model, opt, range(since, total+1), total, part(), attached=name=='adam')
     return dict(state=state_of(model, opt), masked=masked(model))
 
 # ------------------------------------------------------------ what else there is
@@ -168,11 +171,11 @@ def placements():
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
     mesh = lambda *shape: dist.init_device_mesh('cpu', shape, mesh_dim_names=('a', 'b')[:len(shape)])
-    ref,out = reference('SET', 40)['state'],{}
+    ref,out = reference('random', 40)['state'],{}
     same = lambda model, opt: all(torch.equal(v, ref[k]) for k,v in state_of(model, opt).items())
     for name,kw in dict(hybrid=dict(mesh=mesh(2, 1)), hybrid_cut=dict(mesh=mesh(1, 2)), columns=dict(shard_placement_fn=lambda p: Shard(1) if tuple(p.shape)==(7,8) else None)).items():
-        model,opt = made('SET', **kw)
-        train('SET', model, opt, range(1, 41), 40, part())
+        model,opt = made('random', **kw)
+        train('random', model, opt, range(1, 41), 40, part())
         out[name] = same(model, opt) and masked(model)
     model = net('nm')
     parallelize_module(model, mesh(2), {'0': ColwiseParallel(), '2': RowwiseParallel()})
@@ -201,7 +204,7 @@ def orders():
     from sparsefast.sparsify import load_sparse_state, unsparsify_model
     from sparsefast.storage import to_sparse_layers
     out,x = {},batch(1)[0]
-    model,opt = made('RigL')
+    model,opt = made('adam')
     def dirty():
         with torch.no_grad():
             for p in model.parameters(): piece(p).add_(.1)
@@ -215,7 +218,7 @@ def orders():
         return torch.equal(whole_(x), y)
     with torch.no_grad(): model(x)                                              # the last layer stays gathered after it
     out['attach_after_evaluation'] = said(lambda: attach(RigL(update_every=4), model, opt, 40).remove())
-    train('RigL', model, opt, range(1, 4), 40, part())
+    train('adam', model, opt, range(1, 4), 40, part())
     for mode in (True, False):
         dirty()
         model.train(mode)
@@ -238,7 +241,7 @@ def orders():
     sparsify_model(model, .5)
     shard(model)
     out['seeds'] = said(lambda: SET(update_every=4).check(model, sgd(model.parameters()), 40))
-    model = net('SET')
+    model = net('random')
     early = sgd(model.parameters())
     shard(model)
     with warnings.catch_warnings(record=True) as w:
@@ -246,7 +249,7 @@ def orders():
         SET(update_every=4).check(model, early, 40)
     out['early_optimizer'] = str(w[0].message)
     out['exploring'] = said(lambda: TopKAST(update_every=4).check(model, sgd(model.parameters()), 40))
-    half = [net('RigL').float() for _ in range(2)]
+    half = [net('adam').float() for _ in range(2)]
     shard(half[0], exact=False, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     opt = sgd(half[0].parameters())
     seen = []
@@ -256,7 +259,7 @@ def orders():
         half[0](batch(step)[0].float()).square().mean().backward()
         RigL(update_every=4).step(half[0], opt, step, total=20)
     out['half'] = masked(half[0]) and seen[0]==torch.bfloat16 and half[0][0].weight.dtype==torch.float32 and [int(m.sum()) for m in masks_of(half[0])]==[int(m.sum()) for m in masks_of(half[1])]
-    model,opt = made('RigL')
+    model,opt = made('adam')
     backward(model, 1, part())
     if dist.get_rank()==0: piece(model[0].weight.grad)[0,0] = torch.nan
     start = masks_of(model)
@@ -266,9 +269,9 @@ def orders():
     out['nan'] = any('not finite' in str(i.message) for i in w) and all(map(torch.equal, start, masks_of(model)))
     return out
 
-THREE = {name: partial(equal, name, total=200, each=False) for name in LONG} | {f'save_{n}': partial(save, n) for n in ('RigL','RigL_avg')}
-TWO = {name: partial(equal, name) for name in RUNS if name not in LONG} | {f'resume_{n}': partial(resume, n) for n in ('RigL','RigL_avg')}
-TWO |= dict(attached=partial(equal, 'RigL', attached=True), late=late, placements=placements, orders=orders)
+THREE = {name: partial(equal, name, total=200, each=False) for name in LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')}
+TWO = {name: partial(equal, name) for name in RUNS if name not in (*LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in ('adam','averaged')}
+TWO |= dict(attached=partial(equal, 'adam', attached=True), late=late, placements=placements, orders=orders)
 
 if __name__=='__main__':
     folder,rank = sys.argv[1],int(os.environ['RANK'])
