@@ -23,7 +23,7 @@ adam = partial(torch.optim.Adam, lr=1e-2)
 sgd = partial(torch.optim.SGD, lr=.05, momentum=.9, weight_decay=1e-2)
 nm = partial(nm_pattern, n=2, m=4)
 few,sizes,four = (8,7,1),(8,7,4,1),(8,20,4,1)                                             # rows that do not go into two or three, and fewer than there are processes
-LONG = ('SET','RigL','GMP','RigL_avg','static')                                 # on three processes; what else there is has forty steps on two
+THREE_LONG,LONG = ('RigL','RigL_avg'),('RigL','RigL_avg','SET','GMP','static')       # 200 steps, on three processes or on two; what else there is has forty, on two
 RUNS = dict(
     SET       = dict(method=lambda: SET(update_every=7), sizes=few),
     RigL      = dict(method=lambda: RigL(update_every=7), sizes=few, opt_f=adam),
@@ -269,8 +269,8 @@ def orders():
     out['nan'] = any('not finite' in str(i.message) for i in w) and all(map(torch.equal, start, masks_of(model)))
     return out
 
-THREE = {name: partial(equal, name, total=200, each=False) for name in LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')}
-TWO = {name: partial(equal, name) for name in RUNS if name not in (*LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in ('adam','averaged')}
+THREE = {name: partial(equal, name, total=200, each=False) for name in THREE_LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')}
+TWO = {name: partial(equal, name, **(dict(total=200, each=False) if name in LONG else {})) for name in RUNS if name not in (*THREE_LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in ('adam','averaged')}
 TWO |= dict(attached=partial(equal, 'adam', attached=True), late=late, placements=placements, orders=orders)
 
 if __name__=='__main__':

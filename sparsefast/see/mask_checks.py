@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import distributed as dist, nn
 from ..checks import Case, Finding, check_lost
-from ..find import layer_type
+from ..layer import Layer
 from ..masks import Compressed, is_sparseable_module, n_active
 from ..patterns import block_pattern, drop_grow, fan_in_pattern, follows, transposed_pattern
 from ..ranks import is_sharded
@@ -78,7 +78,7 @@ def sound_layers(
     found = {}
     for w in sparse_weights(model):
         if mask_error(w): continue
-        l = w.module.as_layer() if isinstance(w.module, Compressed) else layer_type(w.p)(w.module, w.name)
+        l = w.module.as_layer() if isinstance(w.module, Compressed) else Layer(w.module, w.name)
         found.setdefault(l.p, l)
     layers = list(found.values())
     for i,l in enumerate(layers): l.i,l.is_last = i,l is layers[-1]
