@@ -26,7 +26,13 @@ class ShardedLayer(Layer):
     "A masked weight of which each process has a piece"
     form,remedy = 'sharded over processes','use another method, or train with `DistributedDataParallel`'
 
-    def __init__(self, module, name='weight', i=0, is_last=False, group=None): super().__init__(module, name, i, is_last)
+    def __init__(self,
+        module, # Owner
+        name:str='weight', # The parameter's name in it
+        i:int=0, # Place among the model's sparse weights
+        is_last:bool=False, # True for the last of them
+        group=None, # Not used: each place of the mask is in one process
+    ): super().__init__(module, name, i, is_last)
 
     _mask  = property(lambda self: self.module._buffers[f'{self.name}_mask'], doc="The mask, cut up")
     index  = property(lambda self: piece(self._mask), doc="This process's piece of the mask")
