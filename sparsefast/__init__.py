@@ -23,6 +23,7 @@ Modules:
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
+- `sparsefast.find`: Every sparse weight of a model, as the engine sees it
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
 - `sparsefast.gradients`: What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
 - `sparsefast.groups`: Patterns of whole rows, channels, kernels, heads, diagonals, or shuffled blocks
@@ -41,6 +42,7 @@ Modules:
 - `sparsefast.ops`: The compiled loops, where there are any, and how operations of PyTorch are defined
 - `sparsefast.optim`: Everything that depends on the shape of an optimizer: its parameters, its state, and how state is reset
 - `sparsefast.patterns`: Which masks a layer may have: any, N of each M weights, blocks, or the same number in every row
+- `sparsefast.pieces`: A tensor of which every process has a piece: cut it, gather it, and look at the own piece
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written
 - `sparsefast.presets`: Published methods, each as a dict of settings and as a function that returns the method
 - `sparsefast.ranks`: The same masks in every process of a data-parallel training
@@ -58,6 +60,7 @@ Modules:
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
+- `sparsefast.sharded`: The layer of a model that `fully_shard` has cut up: of its weight each process has a piece
 - `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
 - `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and go on with a smaller one
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask

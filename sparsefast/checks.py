@@ -118,8 +118,7 @@ def check_storage(
     for l in case.layers if case.method else []:
         why = l.refusal(case.method, case.opt)
         if not why: continue
-        what = f'{l.module} is compressed, and this method {why}'
-        yield Finding('fault', 'storage', case.name(l), what, 'call `to_masked_layers(model, opt)`')
+        yield Finding('fault', 'storage', case.name(l), f'{l.module} is {l.form}, and this method {why}', l.remedy)
         return
 
 # %% ../nbs/04b_checks.ipynb #eb525fc0

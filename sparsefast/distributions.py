@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 import torch
 from .masks import n_active
+from .pieces import whole
 from .topk import top_k_mask
 from .utils import check_fraction
 
@@ -83,6 +84,7 @@ def erk_plus(
 # %% ../nbs/02_distributions.ipynb #03f88094
 def _by_score(params, model_sparsity, score_f):
     model_sparsity = check_fraction(model_sparsity, 'model_sparsity')
+    params = [whole(p) for p in params]
     scores = [score_f(p, mask=torch.ones_like(p, dtype=torch.bool)).detach().flatten() for p in params]
     if not scores: return []
     for i,s in enumerate(scores):

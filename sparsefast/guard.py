@@ -23,7 +23,8 @@ from torch.compiler import is_compiling, is_exporting
 from .copies import Origin, drop_followers, mask_pairs, masked_by_name, tensor_version
 from .masks import Compressed, masked_params, n_active, nnz, nonzero_flat, zero_masked_
 from .noted import note_masks
-from .ranks import check_sharded
+from .pieces import is_cut_up, piece
+from .ranks import check_sharded, cut_masks
 from .utils import as_module, as_modules, submodules
 
 # %% ../nbs/03f_guard.ipynb #fcc79937
@@ -47,7 +48,7 @@ class MaskGuard:
         whole=None, # The guard of the whole model; while the model runs, its guard has done this one's work
     ):
         self.where,self.whole = where,whole
-        self.runs = False
+        self.runs = self.leads = False
         self.key = self.vouched = self.seen = self.origin = None
         self.samples,self.copies = [],weakref.WeakSet()
 
@@ -67,7 +68,18 @@ class MaskGuard:
 
     def _modules(self): return submodules(self.where) if isinstance(self.where, nn.Module) else self.where
 
-    def _pairs(self): return mask_pairs(self._modules())
+    def _pairs(self):
+        "List masked parameters; of a model that `fully_shard` has cut up, those that no forward pass has gathered"
+        pairs = mask_pairs(modules := self._modules())
+        if not any([is_cut_up(t) for pair in pairs for t in pair]): return pairs
+        cut_masks(modules)
+        if not self.leads: self._lead()
+        return [(p, mask) for p,mask in mask_pairs(modules) if is_cut_up(p) or not is_cut_up(mask)]
+
+    def _lead(self):
+        "Have all guards act before the hooks of `fully_shard`, which gather the weights"
+        for m,k,_ in guards((self.whole or self).where): m._forward_pre_hooks.move_to_end(k, last=False)
+        self.leads = True
 
     def __call__(self, module, *args):
         if is_exporting(): return                                  # an exported model has the weights as they are
@@ -102,7 +114,8 @@ class MaskGuard:
         "Mask the weights; a mask that does not fit its parameter is a `ValueError`"
         where = self.where if is_compiling() else self._checked()
         with torch.no_grad():
-            for *_,p,mask in list(masked_params(where)): zero_masked_(p.data, mask)
+            for *_,p,mask in list(masked_params(where)):
+                if is_cut_up(p) or not is_cut_up(mask): zero_masked_(p.data, mask)       # what is gathered was masked before
 
     def _checked(self):
         "Get what is to be masked, offloaded modules left out; refuse sharded weights, and averages that masking would cut"
@@ -114,15 +127,15 @@ class MaskGuard:
 
     def _state(self, pairs):
         "Get memory and version of every weight and mask; `None` where torch cannot tell whether anything changes"
-        versions = [tensor_version(t) for pair in pairs for t in pair]
+        versions = [tensor_version(piece(t)) for pair in pairs for t in pair]
         return None if None in versions else versions
 
     def _sees_nonzero(self, pairs, state):
         "True if one of a few masked weights is not zero; on a CPU only"
         masks = state[1::2]
-        if masks!=self.seen: self.seen,self.samples = masks,[_sample(mask) for _,mask in pairs]
+        if masks!=self.seen: self.seen,self.samples = masks,[_sample(piece(mask)) for _,mask in pairs]
         looks = [(p, at) for (p,_),at in zip(pairs, self.samples) if at is not None and not p.is_meta]
-        return any([any(p.detach().take(at).tolist()) for p,at in looks])
+        return any([any(piece(p).detach().take(at).tolist()) for p,at in looks])
 
 # %% ../nbs/03f_guard.ipynb #6b16f44c
 def guards(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from .callback import DynamicSparseTrainingCallback
-from .layer import sparse_layers
+from .find import sparse_layers
 from .optim import group_settings
 from .training_time import Time
 from .utils import as_module

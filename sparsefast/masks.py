@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from .ops import compiled, define
+from .pieces import is_cut_up, piece
 from .utils import check_fraction, maybe_float
 
 # %% ../nbs/01_masks.ipynb #15a50327
@@ -65,7 +66,8 @@ def sparse_mask_like(
 def nnz(
     mask:torch.Tensor, # Boolean, any shape
 )->torch.Tensor: # 0-d, on the device of `mask`
-    "Count the ones of a mask"
+    "Count the ones of a mask; of one that is cut up, with one message"
+    if is_cut_up(mask): return mask.sum().full_tensor()
     return torch.tensor(np.count_nonzero(mask.numpy()), device='cpu') if mask.is_cpu else mask.count_nonzero()
 
 def nonzero_flat(
@@ -142,8 +144,9 @@ def zero_masked_(
     mask:torch.Tensor, # Boolean, the shape of `t`; `True` leaves the number as it is
 )->torch.Tensor: # `t`
     "Set `t` to zero where `mask` is `False`, whatever is there"
-    if t.element_size() not in _ints or torch.jit.is_tracing(): return t.masked_fill_(~mask, 0)
-    if not _compiled(t, mask): t.view(_ints[t.element_size()]).mul_(mask)
+    own,mask = piece(t),piece(mask)
+    if own.element_size() not in _ints or torch.jit.is_tracing(): own.masked_fill_(~mask, 0)
+    elif not _compiled(own, mask): own.view(_ints[own.element_size()]).mul_(mask)
     return t
 
 # %% ../nbs/01_masks.ipynb #0fd94f70
@@ -168,6 +171,7 @@ def zero_masked_all_(
     masks:list, # Boolean, one of each tensor's shape
 )->None:
     "Set each tensor to zero where its mask is `False`, in one call per device"
+    tensors,masks = [piece(t) for t in tensors],[piece(mask) for mask in masks]
     for device in dict.fromkeys(t.device for t in tensors):
         some = [(t, mask) for t,mask in zip(tensors, masks) if t.device==device]
         torch.ops.sparsefast.zero_masked_all_([t for t,_ in some], [mask for _,mask in some])

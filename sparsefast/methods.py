@@ -20,7 +20,8 @@ from .checks import (Case, check_lost, check_momentum, check_orphans, check_star
 from .exploration import ExploringLayer
 from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gradients
 from .guard import look_at_copies, vouch
-from .layer import find_layers, mask_gradients_, mask_weights_, sparse_layers
+from .find import find_layers, sparse_layers
+from .layer import mask_gradients_, mask_weights_
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
 from .plan import target_counts

@@ -17,11 +17,15 @@ import torch
 from .masks import zero_masked_
 
 # %% ../nbs/01d_optim.ipynb #c2df6938
+def _wrapped(opt):
+    "The optimizer that another wraps, or `None`"
+    return next((o for n in ('opt', 'optimizer', 'base_optimizer') if (o := getattr(opt, n, None)) is not None), None)
+
 def inner_opt(
     opt, # fastai's or torch's optimizer, or a wrapper around one
 )->object: # The one that holds the state
     "Unwrap `OptimWrapper`, `Lookahead`, accelerate's wrapper, and SAM, whose steps another optimizer takes"
-    inner = next((o for n in ('opt', 'optimizer', 'base_optimizer') if (o := getattr(opt, n, None)) is not None), None)
+    inner = _wrapped(opt)
     return opt if inner is None else inner_opt(inner)
 
 def attached_to(
@@ -209,11 +213,19 @@ def _keeps_codes(opt):
     if bits<32 or any(low in type(opt).__name__.lower() for low in _low_precision): return True
     return any(_is_coded(v) for p in opt_params(opt) for v in state_tensors(opt, p) if v.dim())
 
+def _is_deepspeed(opt):
+    "True if an optimizer, or one that it wraps, is DeepSpeed's"
+    if opt is None: return False
+    kind = type(opt)
+    return kind.__name__.startswith('DeepSpeed') or kind.__module__.startswith('deepspeed.') or _is_deepspeed(_wrapped(opt))
+
 def refusal(
     opt, # An optimizer
     reads_momentum:bool=False, # True if a method scores weights by their momentum
 )->tuple: # (what is wrong, what to do about it); empty if nothing is
     "Say why an optimizer cannot serve sparse weights"
+    if _is_deepspeed(opt):
+        return 'DeepSpeed trains flat copies of the weights, which masks do not reach','use `fully_shard` or `ZeroRedundancyOptimizer`'
     opt = inner_opt(opt)
     name = type(opt).__name__.lower()
     if 'lbfgs' in name: return 'it keeps one history for all weights, and a weight must start without one','use SGD or Adam'

@@ -130,10 +130,10 @@ def target_counts(
 
 def _resized(m, layers, active, opt, t):
     "Compute the masks after phase one, held, and the number of weights that each layer should have"
-    if m.sparsity_sched_f is None: return [l.hold(l.mask) for l in layers],None
+    if m.sparsity_sched_f is None: return [l.held for l in layers],None
     goal,field = target_counts(m, layers, active, opt, t),_prune_field(m)
-    def new(l, a, g): return l.mask if g==a else exchange(m, l, l.mask, max(a-g, 0), max(g-a, 0), opt, t, a, field)
-    return [l.hold(new(l, a, g)) for l,a,g in zip(layers, active, goal)],goal
+    def new(l, a, g): return l.held if g==a else l.hold(exchange(m, l, l.mask, max(a-g, 0), max(g-a, 0), opt, t, a, field))
+    return [new(l, a, g) for l,a,g in zip(layers, active, goal)],goal
 
 # %% ../nbs/03h_plan.ipynb #a919fb7e
 def _importance(m, l, mask, active, opt, t):
@@ -223,7 +223,7 @@ def plan(
     _warn_empty(layers, before, [a-d+g for a,d,g in zip(active, n_drop, n_grow)], t.step)
     for i,(l,a,d,g) in enumerate(zip(layers, active, n_drop, n_grow)):
         if d or g: masks[i] = l.hold(exchange(m, l, l.unhold(masks[i]), d, g, opt, t, a))
-    if layers[0].group:
-        masks = [h.clone() for h in masks]
-        agree(masks, layers[0].group)
+    together = [i for i,l in enumerate(layers) if l.group]         # each rank has a copy of these, and pieces of sharded ones
+    for i in together: masks[i] = masks[i].clone()
+    if together: agree([masks[i] for i in together], layers[together[0]].group)
     return [Change(h, _new_values(m, l, h, opt, t), s, memory) for l,h,s in zip(layers, masks, targets)]

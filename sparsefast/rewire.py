@@ -15,9 +15,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
-from .layer import Layer, find_layers, sparse_layers
+from .find import find_layers, sparse_layers
+from .layer import Layer
 from .masks import nonzero_flat
 from .optim import opt_state, state_tensors
+from .pieces import piece
 from .plan import plan
 
 # %% ../nbs/04a_rewire.ipynb #be2f48aa
@@ -37,8 +39,8 @@ def saved(self:Layer,
 )->Callable: # Called without arguments, it puts everything back
     "Remember what `write` changes"
     dicts = self.module._buffers,opt_state(opt, self.p)
-    tensors = [self.p.data, self.mask, *state_tensors(opt, self.p)]
-    numbers,old = _copied(tensors, self.mask^new),[dict(d) for d in dicts]
+    tensors = [piece(t) for t in (self.p.data, self.held, *state_tensors(opt, self.p))]
+    numbers,old = _copied(tensors, self.held^new),[dict(d) for d in dicts]
     def put_back():
         numbers()
         for now,before in zip(dicts, old): now.clear(), now.update(before)

@@ -18,9 +18,11 @@ from .cautions import warn_empty, warn_formula, warn_stacks, warn_trained
 from .distributions import global_sparsity, uniform_sparsity
 from .guard import enforce_masks, remove_guards
 from .masks import (Compressed, adopt_memory, apply_masks, check_mask, masked_params, memory_name,
-                              memory_names, n_active, sparse_mask_like, stored_sparsity, zero_masked_)
+                              memory_names, n_active, nnz, sparse_mask_like, stored_sparsity, zero_masked_)
 from .noted import note_masks
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
+from .pieces import is_cut_up, piece, piece_of, whole
+from .ranks import cut_mask, cut_masks
 from .scores import random_score, weight_magnitude
 from .select import is_transposed
 from .targets import (find_named, find_owners, fixed_masks, fixed_sparsities, mask_sparsity, named_distributions,
@@ -46,7 +48,7 @@ def add_mask(
     p = module._parameters[name]
     check_mask(mask, p, f'the mask of {name!r}')
     if sparsity is None: sparsity = mask_sparsity(mask)
-    module.register_buffer(f'{name}_mask', mask.to(p.device, copy=True))
+    module.register_buffer(f'{name}_mask', cut_mask(mask, p).to(p.device, copy=True))
     module.register_buffer(f'{name}_sparsity', stored_sparsity(sparsity).to(p.device))
     if not _load_hooks(module): module.register_load_state_dict_pre_hook(adopt_memory)
     zero_masked_(p.data, module._buffers[f'{name}_mask'])
@@ -62,8 +64,8 @@ def _make_mask(w, sparsity, score_f, pattern_f):
     "Make one mask by a score and a pattern"
     if w.p.is_meta or pattern_f is drop_grow and score_f is random_score:
         return sparse_mask_like(w.p, sparsity)                     # drawn on the CPU, in one go
-    dense = torch.ones_like(w.p, dtype=torch.bool)
-    score = score_f(w.p, opt=None, mask=dense, step=0, pct=0., generator=None)
+    p = whole(w.p)
+    score = score_f(p, opt=None, mask=torch.ones_like(p, dtype=torch.bool), step=0, pct=0., generator=None)
     shape,found = tuple(w.p.shape),tuple(score.shape)
     if found!=shape: raise ValueError(f"{score_f} must return a tensor of shape {shape}, got {found}")
     pattern = transposed_pattern(pattern_f) if is_transposed(w.module) else pattern_f
@@ -82,8 +84,7 @@ def _make_masks(sparse, starts, targets, own, names, score_f, pattern_f):
     for p,w in sparse.items():
         try:
             _check_room(p, targets[p], pattern_f)
-            if p in own: masks[w] = own[p]
-            else: masks[w] = _make_mask(w, starts[p], score_f, pattern_f)
+            masks[w] = cut_mask(own[p] if p in own else _make_mask(w, starts[p], score_f, pattern_f), p)
         except ValueError as e: errors[names[w]] = e
     if not errors: return masks
     found = [f'{n}: {e}' for n,e in errors.items()]
@@ -93,8 +94,8 @@ def _make_masks(sparse, starts, targets, own, names, score_f, pattern_f):
 def _new_values(w, mask, init_f):
     "Compute what a weight starts from, by `init_f`; the weight itself stays as it is"
     if init_f is None: return None
-    mask = mask.to(w.p.device)
-    new = w.p.detach().clone()
+    mask = whole(mask).to(w.p.device)
+    new = whole(w.p.detach()).clone()
     init_f(new, mask, transposed=is_transposed(w.module))
     return zero_masked_(new, mask)
 
@@ -103,7 +104,7 @@ def _set_mask(w, mask, sparsity, keep_dense, new):
     module,name,p = *w, w.p
     dense = p.detach().clone() if keep_dense else None
     add_mask(module, name, mask, sparsity)
-    if new is not None: p.data.copy_(new)
+    if new is not None: piece(p.data).copy_(piece_of(new, p) if is_cut_up(p) else new)
     if dense is None: return
     store = zero_masked_(dense, ~mask.to(p.device))
     module.register_buffer(memory_name(name, 'store'), store)
@@ -165,11 +166,9 @@ def _warn(model, made, names, by_chance, by_share):
     weights = {w: names[w] for w in made}
     warn_formula(weights)
     warn_stacks(model, weights)
-    made = {w: mask for w,mask in made.items() if not mask.is_meta}          # what is in others is not known
-    cut = [w for w,mask in made.items() if not mask.all()]
-    empty = [w for w,mask in made.items() if not mask.any()]
-    warn_trained(model, {w: names[w] for w in cut if w.p in by_chance})
-    warn_empty([names[w] for w in empty if w.p in by_share])
+    active = {w: int(nnz(mask)) for w,mask in made.items() if not mask.is_meta}        # what is in others is not known
+    warn_trained(model, {w: names[w] for w,n in active.items() if n<w.p.numel() and w.p in by_chance})
+    warn_empty([names[w] for w,n in active.items() if not n and w.p in by_share])
 
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
@@ -233,6 +232,7 @@ def unsparsify_model(
 )->nn.Module: # The same model, with plain dense layers; masked weights are zeros
     "Undo `sparsify_model`: bake the zeros in, then remove masks, targets and hooks"
     model = as_module(model)
+    cut_masks(model.modules())
     apply_masks(model)
     remove_guards(model)
     for m in model.modules(): m.__dict__.pop('_noted_masks', None)

@@ -16,7 +16,7 @@ from torch import nn
 from .distributions import (erdos_renyi_sparsity, erk_plus, first_layer_dense_uniform, lamp_sparsity,
                                       uniform_sparsity)
 from .masks import check_mask, nnz
-from .ranks import check_whole
+from .ranks import check_placement
 from .select import check_plain, is_depthwise, select_weights, weight_names
 from .utils import check_fraction, did_you_mean
 
@@ -54,13 +54,13 @@ def find_owners(
     "Find the parameters to make sparse"
     names = _chosen(model, exclude, additional_types, depthwise)
     for w,n in names.items():
-        if w.p is None: check_whole(w.module, n)
+        if w.p is None: check_placement(w.module, n)
     check_plain(names)
     owners = {}
     for w,n in names.items():
         if f'{w.name}_mask' in w.module._buffers:
             raise ValueError(f"layer {n!r} is already sparse: call `unsparsify_model(model)` first")
-        check_whole(w.p, n)
+        check_placement(w.p, n)
         if w.p.numel(): owners.setdefault(w.p, w)
     if owners: return owners,names
     by = f' by {exclude!r}' if exclude else ''

@@ -303,7 +303,8 @@ def test_one_history_for_all_weights_is_refused(engine):
 def named(name, **attrs): return type(name, (torch.optim.Adam,), attrs)
 @pytest.mark.parametrize('engine', [False, True], ids=['attach', 'method.step'])
 @pytest.mark.parametrize('make,why', [(named('AdamW8bit'), 'AdamW8bit: it keeps its state in a few bits.*full precision'), (named('Adam4bit'), 'few bits'), (named('AdamWFp8'), 'few bits'), (named('Adam', args=type('A', (), dict(optim_bits=8))), 'few bits'),
-                                      (named('CPUOffloadOptimizer'), 'works during the backward pass')], ids=['8bit', '4bit', 'fp8', 'bits', 'offload'])
+                                      (named('CPUOffloadOptimizer'), 'works during the backward pass'), (named('DeepSpeedZeroOptimizer'), 'DeepSpeed trains flat copies of the weights.*use `fully_shard`'), (named('BF16_Optimizer', __module__='deepspeed.runtime.bf16_optimizer'), 'flat copies')],
+                         ids=['8bit', '4bit', 'fp8', 'bits', 'offload', 'deepspeed', 'deepspeed bf16'])
 def test_an_optimizer_that_cannot_serve_is_refused(make, why, engine):
     model = sparse_mlp()
     opt,before = make(model.parameters(), lr=.1),snapshot(model)

@@ -394,27 +394,35 @@ def test_learner_without_an_optimizer_yet():
     assert learn.opt is None and masked_are_zero(learn.model)
 
 def test_sharded_parameters():
-    "In a process of its own, for it needs a process group"
+    "In a process of its own, for it needs a process group: `fully_shard` before and after, and what is refused"
     import subprocess, sys
     code = f"""
-import os, torch, torch.distributed as dist
-os.environ.update(MASTER_ADDR='localhost', MASTER_PORT='0')
+import torch, torch.distributed as dist
 dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from sparsefast.all import *
-for late in (False, True):
+def made(late):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    if late: sparsify_model(model, .5)
+    if not late: sparsify_model(model, .5)
     fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
-    try:
-        if not late: sparsify_model(model, .5)
-        else: DSTMethod(**Static_presets).check(model, torch.optim.SGD(model.parameters(), lr=.1))
+    if late: sparsify_model(model, .5)
+    return model
+for late in (False, True):
+    model = made(late)
+    try: sparse_doctor(model)
     except ValueError as e: print(e)
+    DSTMethod(**Static_presets).check(model, torch.optim.SGD(model.parameters(), lr=.1))
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+sparsify_model(model, .5)
+to_sparse_layers(model, least=0.)
+fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
+try: DSTMethod(**Static_presets).check(model, torch.optim.SGD(model.parameters(), lr=.1))
+except ValueError as e: print(e)
 """
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     lines = p.stdout.splitlines()
-    assert len(lines)==2 and all('is sharded over processes' in l and 'DistributedDataParallel' in l for l in lines), p.stderr
+    assert len(lines)==3 and all('model must be whole' in l for l in lines[:2]) and 'is compressed, and sharded over processes: call `to_masked_layers(model)` before `fully_shard`' in lines[2], p.stdout+p.stderr
 
 # ------------------------------------------------------------ time
 @pytest.mark.parametrize('kw,match', [(dict(step=0, total=10), 'step must be 1 or more, got 0: count optimizer steps from 1'), (dict(step=None, total=10), 'step must be 1 or more, got None'),

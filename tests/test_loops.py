@@ -189,7 +189,7 @@ def test_churn_is_the_share_of_active_weights_replaced(hf, tmp_path):
 
 def test_trainer_twice_and_in_epochs(hf, tmp_path):
     "The same trainer again, and a method that updates once an epoch"
-    trainer = trainer_of(hf, tmp_path, cb := hf.SparseTrainerCallback('set'), model=Net(dense=False), steps=30, accumulate=2)
+    trainer = trainer_of(hf, tmp_path, cb := hf.SparseTrainerCallback(SET(update_every=None)), model=Net(dense=False), steps=30, accumulate=2)
     for _ in range(2):
         before = masks(trainer.model)
         trainer.train()
@@ -457,7 +457,7 @@ def test_lightning_logs(pl, tmp_path):
     assert trainer.callback_metrics['churn']==pytest.approx(cb.now['churn']) and trainer.callback_metrics['sparsity']==pytest.approx(cb.now['sparsity'])
 
 def test_lightning_twice_and_in_epochs(pl, tmp_path):
-    cb,module = pl.SparseCallback('set', sparsity=.6),pl.Lit()
+    cb,module = pl.SparseCallback(SET(update_every=None), sparsity=.6),pl.Lit()
     for _ in range(2):
         trainer,before = lit_trainer(pl, tmp_path, cb, accumulate_grad_batches=2),masks(module)
         trainer.fit(module, loader())

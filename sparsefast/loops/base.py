@@ -14,7 +14,7 @@ __all__ = ['prepare_model', 'check_orphan_options', 'begin', 'look', 'figures', 
 # %% ../../nbs/loops/00_base.ipynb #4f9b4a2c
 import warnings
 from ..attach import Attached, attach
-from ..layer import find_layers
+from ..find import find_layers
 from ..masks import nnz
 from ..methods import DSTMethod
 from ..optim import attached_to

@@ -29,7 +29,7 @@ try:
 except ImportError as e:
     raise ImportError("sparsefast.loops.hf needs transformers and accelerate: `pip install 'sparsefast[hf]'`") from e
 from ..guard import enforce_masks
-from ..layer import find_layers
+from ..find import find_layers
 from .base import begin, check_orphan_options, warn_other_method, described, figures, look, prepare_model
 from ..noted import note_masks
 from ..presets import as_method

@@ -17,7 +17,8 @@ from torch import nn
 from ..storage import as_masked
 from .flops import LayerFlops, count_flops
 from ..masks import masked_params, sparse_params
-from ..layer import find_layers
+from ..find import find_layers
+from ..pieces import whole
 from ..select import is_depthwise, is_transposed, select_weights, weight_names
 from ..utils import as_module, uncompiled, text_table, html_table
 
@@ -137,7 +138,8 @@ def _dead(live):
 def _row(w, mask, target, names, cost):
     "The row of one weight"
     masked = mask is not None
-    live = mask if masked else torch.ones_like(w.p, dtype=torch.bool)
+    live = mask = whole(mask) if masked else None
+    if not masked: live = torch.ones(w.p.shape, dtype=torch.bool, device=w.p.device)
     outputs,inputs = live_units(w.module, live)
     n = w.p.numel()
     active = int(live.count_nonzero())

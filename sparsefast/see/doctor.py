@@ -22,6 +22,7 @@ from ..guard import guard_places, guards
 from ..masks import masked_params
 from ..methods import DSTMethod
 from ..optim import inner_opt, opt_params, param_lists, state_tensors
+from ..pieces import check_uncut
 from .mask_checks import *
 from ..utils import as_module, check_fraction, html_table, uncompiled
 
@@ -189,6 +190,7 @@ def sparse_doctor(
     if opt is not None and not param_lists(opt):
         raise TypeError(f"opt must be an optimizer, got {opt!r:.60}: pass a preset by `method=`")
     model = get_model(as_module(model))
+    check_uncut(model)
     names = {m: n for n,m in uncompiled(model).named_modules()}
     max_dead = check_fraction(max_dead, 'max_dead')
     case = Case(model, sound_layers(model), opt, _as_method(method), names=names, max_dead=max_dead)

@@ -23,7 +23,7 @@ from .analysis import SparseSummary, live_units, named_masks, sparse_summary as 
 from ..callback import DynamicSparseTrainingCallback
 from .flops import FlopCount, LayerFlops, count_flops, macs_at, record_flops
 from ..masks import nnz
-from ..layer import find_layers
+from ..find import find_layers
 from ..utils import tolist
 
 # %% ../../nbs/see/03_recorder.ipynb #f16c1dd4

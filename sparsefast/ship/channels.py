@@ -15,7 +15,7 @@ __all__ = ['weakest', 'channel_counts', 'remove_channels']
 import torch
 from torch import nn
 from ..allocation import _apportion
-from ..layer import find_layers
+from ..find import find_layers
 from ..masks import n_active, stored_sparsity
 from ..optim import inner_opt
 from .chains import chains

@@ -22,6 +22,7 @@ from statistics import median
 import torch
 from torch import nn
 from ..masks import Compressed, masked_params, apply_masks
+from ..pieces import check_uncut
 from ..storage.kernels import kernel_of
 from .fold import Fused, fold, fold_norm, is_folded, unfold
 from .graph import FoldChain, call_args
@@ -199,6 +200,7 @@ def to_fastest(
 )->tuple: # (copy of the model in evaluation mode, `SpeedTable`)
     "Put each layer into the form that is fastest on this machine for inputs like this one"
     model = as_module(model)
+    check_uncut(model)
     masked = list(masked_params(model))
     if not masked:
         raise ValueError(f"{type(model).__name__} has no masks: call `sparsify_model` or `load_sparse` first")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from ..pieces import check_uncut
 from .deploy import call_args, from_fastest
 from ..sparsify import unsparsify_model
 from ..utils import as_module, atomic_write, output_error
@@ -24,7 +25,9 @@ def bake(
     model, # A masked model, one from `to_fastest`, or a `Learner`; not changed
 )->nn.Module: # Without masks and hooks
     "Copy a model as plain dense layers in evaluation mode, with zeros where the masks are `False`"
-    return unsparsify_model(from_fastest(deepcopy(as_module(model)))).eval()
+    model = as_module(model)
+    check_uncut(model)
+    return unsparsify_model(from_fastest(deepcopy(model))).eval()
 
 def export_model(
     model, # A masked model, one from `to_fastest`, or a `Learner`; not changed

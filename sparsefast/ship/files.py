@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from ..storage import SparseLayer
 from ..masks import memory_name, stored_sparsity
+from ..pieces import check_uncut
 from .codes import *
 from .optim_state import check_opt, compressed_layers, encode_opt, from_tree, load_opt, to_tree, tree_tensors
 from ..storage.kernels import index_of
@@ -72,6 +73,7 @@ def save_sparse(
 )->Path: # `path`
     "Write a model's state, and an optimizer's, to a compact file"
     model = as_module(model)
+    check_uncut(model)
     named = {plain_name(n): t for n,t in masked_state(model).items()}
     for n,t in named.items():
         if not torch.is_tensor(t):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..masks import memory_names, stored_sparsity
 from ..optim import replace_param
+from ..pieces import check_uncut
 from .chains import Chain, chain_from, chains, graphs, through
 from ..utils import as_module, output_error
 
@@ -190,6 +191,7 @@ def shrink_model(
 )->tuple: # (smaller model, layer -> (shape of its weight before, after) where it has changed); a `RuntimeError` if the outputs differ
     "Copy a model without units that have no weights or are not used; outputs in evaluation are equal to rounding"
     model = as_module(model)
+    check_uncut(model)
     small = deepcopy(model).eval()
     with torch.no_grad():
         out = small(*inputs, **kwargs)

@@ -15,6 +15,7 @@ from copy import deepcopy
 from torch import nn
 import torch
 from ..masks import memory_name
+from ..pieces import check_uncut
 from ..guard import add_guards, guards
 from ..optim import opt_state, replace_param
 from .base import SparseLayer
@@ -71,6 +72,7 @@ def to_sparse_layers(
 )->list: # Names of the layers that are compressed now
     "Replace masked layers by compressed ones, wherever that is faster"
     model = as_module(model)
+    check_uncut(model)
     kinds = _to_convert(model, least)
     if model in kinds: raise ValueError("a single layer is not converted in place: use `from_masked`")
     if not kinds:

@@ -118,6 +118,8 @@ _at_once = 1<<17                                                   # weights sco
 
 class CompressedLayer(Layer):
     "A compressed layer as the engine sees it"
+    form,remedy = 'compressed','call `to_masked_layers(model, opt)`'
+
     def _param(self): return self.module.values
 
     @property
