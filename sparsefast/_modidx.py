@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sparsefast.cli.train.describe': ('cli/train.html#describe', 'sparsefast/cli/train.py'),
                                       'sparsefast.cli.train.fit': ('cli/train.html#fit', 'sparsefast/cli/train.py'),
                                       'sparsefast.cli.train.get_learner': ('cli/train.html#get_learner', 'sparsefast/cli/train.py'),
+                                      'sparsefast.cli.train.interval': ('cli/train.html#interval', 'sparsefast/cli/train.py'),
                                       'sparsefast.cli.train.make_sparse': ('cli/train.html#make_sparse', 'sparsefast/cli/train.py'),
                                       'sparsefast.cli.train.n_channels': ('cli/train.html#n_channels', 'sparsefast/cli/train.py'),
                                       'sparsefast.cli.train.prepare': ('cli/train.html#prepare', 'sparsefast/cli/train.py'),

@@ -200,8 +200,9 @@ def test_an_interval_too_short_is_a_line_of_warning(command):
     assert len(err.splitlines())==1 and err.startswith('warning: updates take the place of 25%')
 
 def test_the_interval_is_the_presets_or_the_users():
-    every = lambda e: cli.prepare('digits', 'mlp', 'rigl', 0.9, 'erk', 2, 128, e, 8, 0)[3][0].method.batches_per_update
-    assert every(None)==cli.methods['rigl']['batches_per_update']<1 and every(40)==40
+    every = lambda method, e, epochs: cli.prepare('digits', 'mlp', method, 0.9, 'erk', epochs, 128, e, 8, 0)[3][0].method.batches_per_update
+    assert every('rigl', None, 50)==cli.methods['rigl']['batches_per_update']<1 and every('rigl', 40, 50)==40
+    assert every('rigl', None, 2)==10 and every('set', None, 2)==cli.methods['set']['batches_per_update']
 
 # ------------------------------------------------------------ images in folders
 def too_short(n): return f'warning: --every 10: no update falls into {n} optimizer steps, so the masks will stay what they are: use a shorter interval\n'
@@ -229,7 +230,7 @@ def test_resnet18_on_a_folder(command, load, here):
     folder(here/'pets', n=6)
     code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
     assert (code,err)==(0, too_short(1)) and len(table(out))==22 and table(out)['total'][3]==0.9
-    masked = list(masked_params(load('r.pkl').model))
+    masked = list(masked_params(as_masked(load('r.pkl').model)))
     assert len(masked)>15 and all((p[~mask]==0).all() for *_,p,mask in masked)
 
 # ------------------------------------------------------------ Fashion-MNIST and MNIST
