@@ -2,7 +2,7 @@
 
 A method of sparse training asks a layer for scores, and changes its mask. A `Layer` is one sparse weight and all that may be asked of it or done to it: *score it*, *mask its gradient and its weight*, *write a new mask with what follows from it*, *remember* something.
 
-This class serves masked layers. A [compressed layer](storage/02_linear.ipynb) answers the same questions in its own way, and so does a layer that is [sharded](03ea_sharded.ipynb) over processes. Nobody in the engine asks what kind of layer it has.
+This class serves masked layers. A [compressed layer](storage/02_linear.ipynb) answers the same questions in its own way, and so does a layer that is [sharded](03f_sharded.ipynb) over processes. Nobody in the engine asks what kind of layer it has.
 
 With a [`Time`](03e_training_time.ipynb), it is all that the engine deals in."""
 
