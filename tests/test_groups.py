@@ -129,7 +129,7 @@ def test_every_method_in_groups(name, kind):
     torch.manual_seed(0)
     pattern_f = partial(group_pattern, ids=IDS[kind])
     model = nn.Sequential(nn.Unflatten(1, (4,2,1)), nn.Conv2d(4, 8, (2,1)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
-    m = DSTMethod(**{**getattr(presets, f'{name}_presets'), 'batches_per_update': 4, 'replaces_step': False, 'pattern_f': pattern_f})
+    m = DSTMethod(**{**getattr(presets, f'{name}_presets'), 'batches_per_update': 4, 'replaces_step': False, 'pattern_f': pattern_f, **({'grad_steps': 4} if name=='SEFT' else {})})
     sparsify_model(model, .5, **m.sparsify_kwargs(.5))
     opt,seen,start = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9),[],masks(model)
     def look(step):
@@ -138,4 +138,5 @@ def test_every_method_in_groups(name, kind):
     plain_loop(model, opt, m, 40, look)
     sizes = [4 if kind=='kernels' and mask.dim()==4 else 1 if kind=='kernels' else min(len(mask), mask[0].numel()) for mask in masks(model)]
     if not (m.sparsity_sched_f or m.redistribute_f or m.grow_share_f): assert len(set(seen))==1
-    assert not same_masks(start, masks(model)) and abs(seen[-1]-.5*sum(mask.numel() for mask in masks(model)))<sum(sizes)
+    too_few = name=='Chase' and kind=='diagonals'                                            # it moves fewer weights than a diagonal has
+    assert same_masks(start, masks(model))==too_few and abs(seen[-1]-.5*sum(mask.numel() for mask in masks(model)))<sum(sizes)
