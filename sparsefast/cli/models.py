@@ -34,10 +34,11 @@ def convnet(
 def mlp(
     n_in:int, # Pixels times channels
     n_out:int, # Number of classes
+    hidden=(300, 100), # Units of the two hidden layers
 )->nn.Module: # Untrained
     "Make LeNet-300-100, a network with two hidden layers"
-    hidden = [nn.Linear(n_in, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU()]
-    return nn.Sequential(Flatten(), *hidden, nn.Linear(100, n_out))
+    a,b = hidden
+    return nn.Sequential(Flatten(), nn.Linear(n_in, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, n_out))
 
 # %% ../../nbs/cli/03_models.ipynb #690a9aac
 def wide_mlp(
@@ -45,8 +46,7 @@ def wide_mlp(
     n_out:int, # Number of classes
 )->nn.Module: # Untrained
     "Make a network with two hidden layers of 1024 units: 1.1 million weights for images of 8x8"
-    hidden = [nn.Linear(n_in, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
-    return nn.Sequential(Flatten(), *hidden, nn.Linear(1024, n_out))
+    return mlp(n_in, n_out, (1024, 1024))
 
 # Names of the small networks
 nets = ('convnet', 'mlp', 'wide_mlp')
