@@ -8,7 +8,7 @@ import helpers
 from sparsefast import ops as loops
 from sparsefast.core import sparsify_model
 from sparsefast.storage import SparseConv1d, SparseConv2d, SparseLinear, to_sparse_layers
-from sparsefast.storage.kernels import index_of
+from sparsefast.storage.kernels import index_of, spmm
 from sparsefast.storage.planes import Window, backward_images, backward_index, forward_images, forward_offsets
 
 needs_kernel = pytest.mark.skipif(loops._kernels is None, reason='no compiled kernel')
@@ -372,3 +372,13 @@ def test_inference_mode(way, monkeypatch):
     model(x).sum().backward()                                                # what has been derived in inference mode serves training
     dense(x).sum().backward()
     assert torch.allclose(model[0].values.grad, dense[0].weight.grad[dense[0].weight_mask], atol=1e-4)
+
+@needs_kernel
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('n_in, bad', [(20, 20), (20, -1), (20, 2**31-1), (0, 0), (1, 1)])
+def test_one_example_refuses_a_column_outside(n_in, bad, dtype):
+    "Wherever it is: within whole vectors of a row, or in the rest"
+    for at in (0, 7, 15, 16, 30):
+        col = torch.zeros(31, dtype=torch.int32)
+        col[at] = bad
+        with pytest.raises(ValueError, match='the index must have'): spmm(torch.tensor([0, 31], dtype=torch.int32), col, torch.ones(31, dtype=dtype), torch.ones(1, n_in, dtype=dtype))
