@@ -1,0 +1,107 @@
+"""A small language model: methods of sparse training with AdamW, in float32 and bfloat16, beside dense models.
+
+    python benchmarks/language_model.py                 # runs what language_model.jsonl lacks, then prints the tables
+    python benchmarks/language_model.py --only REGEX    # those whose name, as printed, matches
+    python benchmarks/language_model.py --table         # only prints them
+
+A decoder of three blocks (width 128, 4 heads, 590,000 weights in its linear layers) predicts the next letter of docstrings of numpy, pandas and scipy (as installed: other versions, other text), of which the
+last 5 % are held out. 2,000 steps of AdamW with torch's defaults but for the learning rate: .004 (for the dense model better than .002), after a warm-up of 100 steps a cosine to a tenth. Sparse models have the same share of weights in each linear layer of the
+blocks; embeddings, norms and the head stay dense. `small dense` is narrower, with as many weights in its blocks as the sparse model has active ones. In bfloat16 weights, gradients and AdamW's averages are
+all bfloat16. Methods are the presets; `RigL, zeroed` starts the optimizer's state of new weights at zero.
+
+Loss is that of the held-out letters in nats a letter, after the last step. Each run is one thread, in plain PyTorch, and masked (`storage` would not change what is learned)."""
+import argparse, json, math, re, time
+from pathlib import Path
+from statistics import mean, stdev
+import torch
+from sparsefast.all import *
+from sparsefast.find import sparse_layers
+from sparsefast.optim import zero_state
+from sparsefast.presets import presets_by_name
+from deploy import hardware
+from newborns import Letters, batch, loss_of, text
+
+out = Path(__file__).with_suffix('.jsonl')
+settings = dict(lr=4e-3, lr_warmup=100, total=2000, bs=16, context=64, width=128, heads=4, blocks=3)
+small = {0.7: 72, 0.9: 40, 0.95: 28}                                         # widths with as many weights as are active
+methods = ('static', 'SET', 'RigL', 'RigL, zeroed', 'RigL_avg', 'CHTs', 'GMP_lm', 'GraNet')
+dtypes = ('float32', 'bfloat16')
+seeds = (0, 1, 2)
+
+def method_of(name, seed, total):
+    kw = dict(reset_state_f=zero_state) if name=='RigL, zeroed' else {}
+    return DSTMethod(**{**presets_by_name()[name.split(',')[0].lower()], 'seed': seed, **kw}).in_steps(total)
+
+def lr_at(step, lr, lr_warmup, total, **_):
+    "Linear warm-up, then a cosine to a tenth"
+    if step<lr_warmup: return lr*step/lr_warmup
+    return lr*(.1+.9*(1+math.cos(math.pi*(step-lr_warmup)/(total-lr_warmup)))/2)
+
+def evaluate(model, data, context, n=64, bs=64):
+    "Mean loss of pieces that do not overlap"
+    pieces = data[:len(data)//(context+1)*(context+1)].view(-1, context+1)
+    with torch.no_grad(): losses = [loss_of(model, p[:,:-1], p[:,1:])*len(p) for p in pieces.split(bs)]
+    return sum(losses).item()/len(pieces)
+
+def train(data, name, sparsity, dtype, seed):
+    "One run from start to end; returns its record"
+    s,start,cut = settings,time.process_time(),int(.95*len(data))
+    total,held = s['total'],data[cut:]
+    torch.manual_seed(seed)
+    model = Letters(small[sparsity] if name=='small dense' else s['width'], s['heads'], s['blocks'], s['context'])
+    method = None if 'dense' in name else method_of(name, seed, total)
+    if method: sparsify_model(model, sparsity, exclude=['head'], **{'sparse_f': uniform_sparsity, **method.sparsify_kwargs(sparsity)})
+    model = model.to(getattr(torch, dtype))
+    opt,gen = torch.optim.AdamW(model.parameters(), lr=s['lr']),torch.Generator().manual_seed(seed)
+    curve,recent = [],[]
+    for step in range(1, total+1):
+        for g in opt.param_groups: g['lr'] = lr_at(step, **s)
+        loss = loss_of(model, *batch(data[:cut], gen, s['bs'], s['context']))
+        loss.backward()
+        if method: method.step(model, opt, step, total=total)
+        else: opt.step()
+        opt.zero_grad()
+        recent.append(loss.item())
+        if step%100==0: curve,recent = [*curve, round(mean(recent), 4)],[]
+    weights = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))
+    active = sum(int(l.nnz) for l in sparse_layers(model)) if method else weights
+    return dict(name=run_name(name, sparsity, dtype, seed), method=name, sparsity=sparsity, dtype=dtype, seed=seed, loss=round(evaluate(model, held, s['context']), 4),
+                weights=weights, active=active, curve=curve, letters=len(data), cpu_seconds=round(time.process_time()-start, 1), **settings, **hardware(1))
+
+def run_name(name, sparsity, dtype, seed): return f'{name} {sparsity:g} {dtype} {seed}'
+
+def plan():
+    "All runs: (method, sparsity, dtype, seed), the most telling first"
+    at = lambda s, names, dtype='float32', seed=0: [(n, s, dtype, seed) for n in names]
+    every = ('small dense', *methods)
+    leading = ('small dense', 'static', 'SET', 'RigL', 'RigL, zeroed', 'RigL_avg', 'GMP_lm')
+    dense = [('dense', 0., d, seed) for seed in seeds for d in dtypes]
+    return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
+            *dense[2:3], *dense[4:5], *at(.9, every, seed=2), *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16', 1), *at(.95, leading, seed=1), *at(.7, leading, seed=1)]
+
+def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+
+def cell(name, sparsity, dtype):
+    v = [r['loss'] for r in done().values() if (r['method'], r['sparsity'], r['dtype'])==(name, sparsity, dtype)]
+    return '' if not v else f'{v[0]:.3f} (1)' if len(v)==1 else f'{mean(v):.3f} ± {stdev(v):.3f} ({len(v)})'
+
+def table():
+    "Held-out loss, mean, standard deviation and number of seeds, as Markdown"
+    cols = [(s, d) for d in dtypes for s in (.7, .9, .95) if any((r['sparsity'], r['dtype'])==(s, d) for r in done().values())]
+    rows = ['| | ' + ' | '.join(f'{s:.0%}, {d}' for s,d in cols) + ' |', '|---|' + '---:|'*len(cols)]
+    rows.append('| dense | ' + ' | '.join(cell('dense', 0., d) for _,d in cols) + ' |')
+    return '\n'.join([*rows, *(f'| {n} | ' + ' | '.join(cell(n, s, d) for s,d in cols) + ' |' for n in ('small dense', *methods))])
+
+if __name__=='__main__':
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
+    ap.add_argument('--table', action='store_true', help='only print the tables')
+    args = ap.parse_args()
+    torch.set_num_threads(1)
+    data = None if args.table else text()
+    for r in [] if args.table else plan():
+        if run_name(*r) in done() or not re.search(args.only, run_name(*r)): continue
+        row = train(data, *r)
+        with out.open('a') as f: f.write(json.dumps(row)+'\n')
+        print(row['name'], row['loss'], row['cpu_seconds'], flush=True)
+    print(table())
