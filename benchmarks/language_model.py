@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import torch
 from sparsefast.all import *
 from sparsefast.find import sparse_layers
-from sparsefast.optim import zero_state
+from sparsefast.optim import reset_state, zero_state
 from sparsefast.presets import presets_by_name
 from deploy import hardware
 from newborns import Letters, batch, loss_of, text
@@ -24,12 +24,18 @@ from newborns import Letters, batch, loss_of, text
 out = Path(__file__).with_suffix('.jsonl')
 settings = dict(lr=4e-3, lr_warmup=100, total=2000, bs=16, context=64, width=128, heads=4, blocks=3)
 small = {0.7: 72, 0.9: 40, 0.95: 28}                                         # widths with as many weights as are active
-methods = ('static', 'SET', 'RigL', 'RigL, zeroed', 'RigL_avg', 'CHTs', 'GMP_lm', 'GraNet')
+methods = ('static', 'SET', 'SET, zeroed', 'RigL', 'RigL, zeroed', 'RigL, mean', 'RigL, random growth', 'RigL_avg', 'RigL_avg, zeroed', 'CHTs', 'GMP_lm', 'GraNet')
 dtypes = ('float32', 'bfloat16')
 seeds = (0, 1, 2)
 
+def mean_state(p, opt, where, born=None, dense_state=False):
+    "Give new weights the mean second moment of the others, whatever their gradient"
+    reset_state(p, opt, where, born=born, dense_state=dense_state)
+
+changes = {**{f'{n}, zeroed': dict(reset_state_f=zero_state) for n in ('SET', 'RigL', 'RigL_avg')}, 'RigL, mean': dict(reset_state_f=mean_state), 'RigL, random growth': dict(grow_score_f=random_score)}
+
 def method_of(name, seed, total):
-    kw = dict(reset_state_f=zero_state) if name=='RigL, zeroed' else {}
+    kw = changes.get(name, {})
     return DSTMethod(**{**presets_by_name()[name.split(',')[0].lower()], 'seed': seed, **kw}).in_steps(total)
 
 def lr_at(step, lr, lr_warmup, total, **_):
@@ -91,6 +97,11 @@ def table():
     rows = ['| | ' + ' | '.join(f'{s:.0%}, {d}' for s,d in cols) + ' |', '|---|' + '---:|'*len(cols)]
     rows.append('| dense | ' + ' | '.join(cell('dense', 0., d) for _,d in cols) + ' |')
     return '\n'.join([*rows, *(f'| {n} | ' + ' | '.join(cell(n, s, d) for s,d in cols) + ' |' for n in ('small dense', *methods))])
+
+def setting():
+    "The machine and versions of the runs, in one sentence"
+    where = sorted({(r['processor'], r['threads'], r['torch'], r['letters']) for r in done().values()})
+    return ' '.join(f'Hardware: {cpu}, {n} thread. PyTorch {torch}; {letters:,} letters of text.' for cpu,n,torch,letters in where)
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
