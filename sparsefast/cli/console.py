@@ -13,13 +13,12 @@ __all__ = ['number', 'check_number', 'check_choice', 'check_out', 'command_parse
            'first_line', 'run_command']
 
 # %% ../../nbs/cli/01_console.ipynb #833b6e3a
-import math, sys, tempfile, warnings
+import math, sparsefast, sys, tempfile, warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.docments import docments
-from .. import __version__
 
 # %% ../../nbs/cli/01_console.ipynb #4327ef8c
 def number(
@@ -87,7 +86,7 @@ def command_parser(
     "Make a parser for the parameters of a command"
     usage = ' '.join(['%(prog)s', *(f'[{n}]' for n in pos), '[options]'])
     p = ArgumentParser(command.__name__, usage, command.__doc__, epilog, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument('--version', action='version', version=f'sparsefast {__version__}')
+    p.add_argument('--version', action='version', version=f'sparsefast {sparsefast.__version__}')
     params = docments(command, full=True, returns=False)
     for title,names in groups.items():
         group = p.add_argument_group(title)
