@@ -14,9 +14,11 @@ Modules:
 - `sparsefast.checkpoint`: Save a training after each epoch, and resume it bit for bit
 - `sparsefast.checks`: What can be wrong with a sparse model and its method, each in one place: `method.check` raises it, the doctor reports it
 - `sparsefast.cli.bench`: `sparsefast_bench`: measure from the shell whether sparse is faster on this machine
+- `sparsefast.cli.commands`: `sparsefast_train` and `sparsefast_bench`: their options, and their entries in a shell
 - `sparsefast.cli.console`: Checks of values and one-line errors, shared by the commands
 - `sparsefast.cli.datasets`: Small image data sets by name, and images from folders
 - `sparsefast.cli.models`: Two small networks, and every model of torchvision and timm
+- `sparsefast.cli.options`: What `sparsefast_train` accepts: names, defaults, and checks of every value
 - `sparsefast.cli.outcome`: What a sparse model has gained over its dense twin: accuracy, file, speed and time of training
 - `sparsefast.cli.train`: `sparsefast_train`: train a sparse model and its dense twin from the shell
 - `sparsefast.copies`: Whose copy a model is, and whether it has become an average with masks of the past

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Loops that PyTorch has no operation for. The rest of the library works without this file, slower.
 
    Python hands over addresses; sizes and layout have been checked there, and the index of a matrix is checked here.

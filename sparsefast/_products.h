@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The products of `_kernels.c`, for one kind of processor and one type of number: VARIANT is the processor, BYTES and
    TARGET its vectors, T the type, NAME(f) the name of f for both. A tile is a matrix with one input or output a row, and up to
    FULL columns: examples of a linear layer, pixels of a convolution. */

@@ -15,7 +15,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, 'to_fastest', lambda m, x, margin: real(m, x, margin, seconds=0))
     script = tmp_path/'entry.py'
-    script.write_text("import sys\nfrom sparsefast.cli.bench import sparsefast_bench\nsys.exit(sparsefast_bench())\n")
+    script.write_text("import sys\nfrom sparsefast.cli.commands import bench_main\nsys.exit(bench_main())\n")
     def run(args):
         monkeypatch.setattr(sys, 'argv', ['sparsefast_bench', *args.split()])
         capsys.readouterr()

@@ -1,18 +1,18 @@
 "The console command: what it prints, saves and refuses"
-import gzip, json, runpy, subprocess, sys
+import gzip, inspect, json, re, runpy, subprocess, sys
 from functools import partial
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, sparsefast, torch
 from PIL import Image
 from fastai.learner import load_learner
 from fastprogress import fastprogress
-from sparsefast.cli import train as cli, datasets, models
+from sparsefast.cli import commands, options, train as cli, datasets, models
 from sparsefast.ship.files import load_sparse, masked_state
 from sparsefast.storage import SparseLinear, as_masked
 from sparsefast.masks import masked_params, sparse_params
 
-ENTRY = "import sys\nfrom sparsefast.cli.train import sparsefast_train\nsys.exit(sparsefast_train())\n"
-OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage json'.split()
+ENTRY = "import sys\nfrom sparsefast.cli.commands import train_main\nsys.exit(train_main())\n"
+OPTIONS = 'data arch method sparsity dist epochs lr bs every size seed out storage json device pretrained seeds'.split()
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_shell_and_a_fresh_process(here):
     rows = table(p.stdout)
     assert [r[0] for r in rows.values()]==['1024x64', '1024x1024', '10x1024', '']
     total = rows.pop('total')
-    assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==0.9
+    assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==0.95
     assert all(abs(r[3]-r[4])<1e-3 and abs(r[3]-(1-r[2]/r[1]))<1e-4 for r in rows.values())
     sparse,dense = accuracies(p.stdout)
     assert sparse>70 and dense>70
@@ -140,7 +140,7 @@ def test_nothing_is_pickled_by_value(command, here):
 
 @pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl', 'rigl_avg', 'gmp', 'granet', 'topkast', 'srigl', 'dsr'])
 def test_methods(command, load, method):
-    code,out,err = command(f'--arch mlp --method {method} --epochs 2 --bs 128 --storage masked --out m.pkl')
+    code,out,err = command(f'--arch mlp --method {method} --sparsity 0.9 --epochs 2 --bs 128 --storage masked --out m.pkl')
     assert code==0 and (err=='' or method in ('topkast', 'srigl', 'dsr')) and f'sparse ({method})' in out and abs(table(out)['total'][3]-0.9)<(.01 if method=='srigl' else 1e-9)
     assert ('masks change every' in out)==(method!='static')
     start = cli.prepare(**cli.check_args('digits', 'mlp', method, 0.9, 'erk', 2, None, 128, None, None, 42, 'n.pkl', 'masked'))[1]
@@ -204,6 +204,81 @@ def test_the_interval_is_the_presets_or_the_users():
     assert every('rigl', None, 50)==cli.methods['rigl']['batches_per_update']<1 and every('rigl', 40, 50)==40
     assert every('rigl', None, 2)==10 and every('set', None, 2)==cli.methods['set']['batches_per_update']
 
+# ------------------------------------------------------------ several runs, trained weights, devices
+def test_seeds(command, load, here):
+    "Every seed is a run like one alone; the table has means and deviations, and the first model is saved"
+    single = {}
+    for seed in (1, 5):
+        assert command(f'--arch mlp --epochs 1 --bs 256 --seed {seed} --out s{seed}.pkl --json r{seed}.json')[0]==0
+        single[seed] = json.loads((here/f'r{seed}.json').read_text())['runs']
+    code,out,err = command('--arch mlp --epochs 1 --bs 256 --seeds 1,5 --json r.json')
+    results = json.loads((here/'r.json').read_text())
+    same = lambda run: (run['name'], run['seed'], run['accuracy'], run['file'])
+    assert code==0 and [*map(same, results['runs'])]==[*map(same, single[1]+single[5])] and results['seeds']==[1, 5]
+    assert '; seeds 1, 5\n' in out and out.count('\nSeed 5\n')==1 and out.count('Seed')==1
+    for name in ('dense', 'sparse (rigl)'):
+        acc = [100*r['accuracy'] for r in results['runs'] if r['name']==name]
+        row = next(l for l in out[out.index('total'):].splitlines() if l.startswith(name))
+        assert f'{np.mean(acc):.2f}% ± {np.std(acc, ddof=1):.2f}' in row
+    first,alone = (load(f).model.state_dict() for f in ('sparsefast_digits.pkl', 's1.pkl'))
+    assert all(torch.equal(v, alone[k]) for k,v in first.items())
+
+def test_seeds_of_dense_runs(command):
+    code,out,err = command('--arch mlp --method dense --epochs 1 --bs 256 --seeds 2')
+    assert (code,err)==(0, '') and re.search(r'^accuracy: [\d.]+% ± [\d.]+$', out, re.M)
+
+@pytest.mark.parametrize('given, seeds', [(None, [7]), (3, [7, 8, 9]), ('3', [7, 8, 9]), (1, [7]), ('4,2', [4, 2]), ([4, 2], [4, 2]), (range(2), [0, 1])])
+def test_lists_of_seeds(given, seeds): assert options.check_seeds(given, 7)==seeds
+
+@pytest.fixture
+def offline(monkeypatch):
+    "A stand-in for the servers of torchvision and timm: files of 1000 classes, made of random numbers, once each"
+    import timm, torchvision
+    made = {}
+    def weights(arch, make):
+        if arch not in made: made[arch] = {k: torch.randn_like(v) if v.is_floating_point() else v for k,v in make().state_dict().items()}
+        return made[arch]
+    def download(url, *args, **kwargs):
+        if 'resnet50' in url: raise OSError('no route to host')
+        return weights('resnet18', torchvision.models.resnet18)
+    real = timm.create_model
+    def create(arch, pretrained=False, num_classes=1000):
+        model = real(arch, num_classes=num_classes)
+        if pretrained: model.load_state_dict({k: v for k,v in weights(arch, partial(real, arch)).items() if v.shape==model.state_dict()[k].shape}, strict=False)
+        return model
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', download)
+    monkeypatch.setattr(timm, 'create_model', create)
+    return made
+
+@pytest.mark.parametrize('arch, head', [('resnet18', 'fc'), ('resnet10t', 'fc')])
+def test_pretrained_models_have_the_weights_but_for_the_head(offline, arch, head):
+    pytest.importorskip('timm')
+    state = models.make_model(arch, 32, 3, 7, pretrained=True).state_dict()
+    assert state[f'{head}.weight'].shape[0]==7 and {k for k,v in state.items() if not v.equal(offline[arch][k])}=={f'{head}.weight', f'{head}.bias'}
+
+def test_pretrained_keeps_the_largest_weights(offline):
+    "In each layer, at the sparsity of the distribution"
+    _,model,twin,_ = cli.prepare(**cli.check_args('digits', 'resnet18', 'rigl', .9, 'uniform', 1, None, 64, None, 32, 42, 'm.pkl', 'masked', pretrained=True))
+    masks = {n: m for n,m in model.named_buffers() if n.endswith('_mask')}
+    for n,mask in masks.items():
+        w = twin.get_parameter(n.removesuffix('_mask')).abs()
+        assert w[mask].min()>=w[~mask].max() and abs(mask.float().mean()-.1)<1e-3
+    assert len(masks)==21
+
+def test_weights_that_cannot_be_had(offline, command, here):
+    code,out,err = command('--arch resnet50 --pretrained')
+    assert code==2 and out=='' and "weights of 'resnet50', which cannot be had: no route to host" in err and len(err.splitlines())==1 and not list(here.iterdir())
+
+def test_device(command, here):
+    code,out,err = command('--arch mlp --epochs 1 --bs 256 --device cpu --json r.json')
+    assert code==0 and json.loads((here/'r.json').read_text())['device']=='cpu'
+
+def test_device_reaches_data_and_model(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, 'get_dls', lambda *args: seen.append(args) or (_ for _ in ()).throw(ValueError('stop')))
+    with pytest.raises(ValueError, match='stop'): cli.sparsefast_train(device='cpu')
+    assert seen[0][-1]==torch.device('cpu')
+
 # ------------------------------------------------------------ images in folders
 def too_short(n): return f'warning: --every 10: no update falls into {n} optimizer steps, so the masks will stay what they are: use a shorter interval\n'
 
@@ -229,7 +304,7 @@ def test_split_depends_on_the_seed(here):
 def test_resnet18_on_a_folder(command, load, here):
     folder(here/'pets', n=6)
     code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
-    assert (code,err)==(0, too_short(1)) and len(table(out))==22 and table(out)['total'][3]==0.9
+    assert (code,err)==(0, too_short(1)) and len(table(out))==22 and table(out)['total'][3]==0.95
     masked = list(masked_params(as_masked(load('r.pkl').model)))
     assert len(masked)>15 and all((p[~mask]==0).all() for *_,p,mask in masked)
 
@@ -270,7 +345,8 @@ BAD = {
     '--sparsity 1.1': '1.1', '--sparsity -0.1': '-0.1', '--sparsity nan': 'nan', '--sparsity high': "'high'",
     '--epochs 0': 'got 0', '--epochs 1.5': '1.5', '--epochs abc': "'abc'", '--bs 0': 'bs', '--bs many': "'many'", '--bs 5000': '1438',
     '--every 0': 'every', '--every 2.5': '2.5', '--every x': "'x'", '--lr 0': 'above 0', '--lr -1': '-1', '--lr inf': 'inf', '--lr slow': "'slow'",
-    '--seed -1': '-1', '--seed s': "'s'", '--size 0': 'size', '--out no/where.pkl': 'no', '--out empty': 'folder', '--out /proc/x.pkl': '/proc/x.pkl',
+    '--device abacus': "got 'abacus'", '--device meta': 'device must be one that PyTorch can use here', '--seeds 0': 'got 0', '--seeds 1,1': 'different numbers, got [1, 1]', '--seeds 1,x': "'x'",
+    '--pretrained': 'convnet, mlp, wide_mlp, which have no trained weights', '--seed -1': '-1', '--seed s': "'s'", '--size 0': 'size', '--out no/where.pkl': 'no', '--out empty': 'folder', '--out /proc/x.pkl': '/proc/x.pkl',
     '--sparsty 0.9': 'did you mean --sparsity', 'digits': "'digits'"}
 
 def layout(path): return sorted(str(f.relative_to(path)) for f in path.rglob('*'))
@@ -323,6 +399,25 @@ def test_interrupt(command, here, monkeypatch):
 def test_help(command):
     code,out,err = command('--help')
     assert (code,err)==(0, '') and all(f'--{o} ' in out for o in OPTIONS)
+    parts = re.split(r'\n\n(\w+):\n', out)
+    assert parts[1::2]==['options', *commands.train_groups, 'methods', 'examples'] and parts[-1].count('sparsefast_train ')==2
+    assert parts[-3].replace('\n', ' ').split()==', '.join(cli.methods).split()
+
+@pytest.mark.parametrize('main', ['train_main', 'bench_main'])
+@pytest.mark.parametrize('option', ['--help', '--version'])
+def test_help_and_version_import_nothing_large(main, option):
+    code = f"""import sys
+from sparsefast.cli.commands import {main}
+try: {main}(['{option}'])
+except SystemExit as e: assert not e.code
+print(*{{m.split('.')[0] for m in sys.modules}} & {{'torch', 'fastai', 'numpy', 'IPython'}}, 'end')"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert p.stderr=='' and p.stdout.endswith('\nend\n'), p.stdout+p.stderr
+    if option=='--version': assert p.stdout==f'sparsefast {sparsefast.__version__}\nend\n'
+
+def test_every_option_is_in_one_group():
+    for f,groups in ((commands.sparsefast_train, commands.train_groups), (commands.sparsefast_bench, commands.bench_groups)):
+        assert sorted(' '.join(groups.values()).split())==sorted(inspect.signature(f).parameters)
 
 def test_imports_without_vision():
     "The default run needs neither torchvision nor fastai.vision"

@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'cli.bench', 'cli.console', 'cli.datasets', 'cli.models', 'cli.train', 'core', 'learning_rates', 'see.doctor', 'see.recorder'}
+NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'cli.bench', 'cli.datasets', 'cli.models', 'cli.options', 'cli.train', 'core', 'learning_rates', 'see.doctor', 'see.recorder'}
 NEEDS_EXTRA = {'loops.hf': 'transformers', 'loops.lightning': 'lightning'}
 PURE = [m for m in MODULES if m not in NEEDS_FASTAI and m not in NEEDS_EXTRA]                                    # the engine, storage and files among them
 
@@ -108,12 +108,14 @@ MAY_IMPORT = {
     'learning_rates': 'callback find optim training_time',
     'callback': 'masks methods optim presets ranks scores sparsify',
     'checkpoint': 'sparsify storage',
-    'cli.bench': 'cli.console cli.models cli.train masks ship.deploy ship.files ship.shrink sparsify storage',
+    'cli.bench': 'cli.commands cli.console cli.models cli.options masks ship.deploy ship.files ship.shrink sparsify storage',
+    'cli.commands': 'cli.console',
     'cli.console': '',
     'cli.datasets': '',
     'cli.models': 'cli.console',
+    'cli.options': 'cli.console cli.datasets cli.models distributions presets',
     'cli.outcome': 'masks see.analysis ship.deploy ship.files ship.timing storage',
-    'cli.train': 'callback cli.console cli.datasets cli.models cli.outcome distributions masks presets ship.files sparsify storage',
+    'cli.train': 'callback cli.commands cli.console cli.datasets cli.models cli.options cli.outcome masks presets scores ship.files sparsify storage',
     'loops.base': 'attach find masks methods optim ranks sparsify',
     'loops.hf': 'find guard loops.base methods noted presets serialize ship.files sparsify',
     'loops.lightning': 'loops.base presets sparsify',
@@ -173,7 +175,10 @@ def test_compressed_layers_are_found_by_all_their_paths():
 
 def test_old_names_of_the_command_line():
     from sparsefast.cli import sparsefast_train
-    assert sparsefast_train is importlib.import_module('sparsefast.cli.train').sparsefast_train
+    from sparsefast.cli.bench import sparsefast_bench
+    commands = importlib.import_module('sparsefast.cli.commands')
+    assert sparsefast_train is importlib.import_module('sparsefast.cli.train').sparsefast_train is commands.sparsefast_train
+    assert sparsefast_bench is commands.sparsefast_bench
 
 def test_the_package_gives_the_names_of_core_and_stays_quick():
     done = python("import sparsefast; assert 'torch' not in sys.modules; from sparsefast import sparsify_model; import sparsefast.core as core; assert sparsify_model is core.sparsify_model")

@@ -174,6 +174,7 @@ def get_dls(
     channels:int=1, # 1 or 3
     bs:int=None, # Images in a batch; by default 64, or fewer for a small data set
     seed:int=42, # Seed of the split
+    device=None, # Where batches go; by default where fastai takes them
 )->DataLoaders: # Batches of (images, classes)
     "Make `DataLoaders` of a data set or a folder; `ValueError` if there is no such data, or too little"
     if data in sources: source = sources[data]
@@ -188,4 +189,4 @@ def get_dls(
     blocks = (kw.pop('block'), CategoryBlock(vocab=classes))
     block = DataBlock(blocks=blocks, get_items=lambda data: items, splitter=IndexSplitter(valid), **kw)
     workers = 0 if n<2000 else None                         # `None`: one for each core
-    return block.dataloaders(data, bs=bs or min(64, n, max(8, n//16)), num_workers=workers)
+    return block.dataloaders(data, bs=bs or min(64, n, max(8, n//16)), num_workers=workers, device=device)
