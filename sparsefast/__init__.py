@@ -6,6 +6,7 @@ Modules:
 
 - `sparsefast.all`: Every public name of the rooms that scripts use, in one import
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
+- `sparsefast.amounts`: How many weights each layer drops, grows, and should have
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.average`: The masks of a model for an average of its weights, or for its target network
 - `sparsefast.calibration`: How large the inputs of each layer are, collected from a few batches
@@ -22,6 +23,7 @@ Modules:
 - `sparsefast.copies`: Whose copy a model is, and whether it has become an average with masks of the past
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
+- `sparsefast.exchange`: Drop and grow weights of one layer by its scores
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
 - `sparsefast.find`: Every sparse weight of a model, as the engine sees it
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings

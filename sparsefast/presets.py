@@ -356,12 +356,14 @@ def CHTss(**kwargs):
 # %% ../nbs/05a_presets.ipynb #5a08beb4
 # The interval is that of 1000 steps in 200 epochs of CIFAR, rounded; updates end after 120 of them
 GSE_presets = dict(keep_score_f=weight_magnitude, grow_score_f=in_subset(gradient_magnitude), initial_drop_grow_pct=0.2,
-                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False)
+                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False,
+                   drop_share_f=global_share, grow_share_f=global_growth)
 
 @_function_of(GSE_presets)
 def GSE(**kwargs):
     """Grow where the gradient is largest in a random subset of the weights: guided stochastic exploration (GSE), uniform draws
 
+    Weights of all layers are ranked together, as in the authors' code. Within each layer, its other option: `GSE(drop_share_f=None, grow_share_f=None)`.
     As published, for CIFAR: `GSE(update_every=1000)`.
 
     Heddes, Srinivasa, Givargis and Nicolau 2024, *Always-Sparse Training by Growing Connections with Guided Stochastic Exploration*,
