@@ -51,7 +51,8 @@ def _phase_one(m, layers, active, opt, t):
     "Compute masks, held, after the schedule of sparsity, the numbers of weights it asks for, and those there are"
     if not m.sparsity_sched_f: return [l.held for l in layers],None,active
     goal = target_counts(m, layers, active, opt, t)
-    masks = [_resized(m, *each, opt, t) for each in zip(layers, active, goal)]
+    given = zip(layers, active, goal)
+    masks = [_resized(m, *of_layer, opt, t) for of_layer in given]
     left = [nnz(l.unhold(h)) for l,h in zip(layers, masks)]
     return masks,goal,tolist(left)
 
@@ -79,8 +80,10 @@ def _exchanged(m, l, held, active, n_drop, n_grow, opt, t):
 def _agreed(layers, masks):
     "Copy the masks of the first rank where several train a layer, or the pieces of a sharded one"
     together = [i for i,l in enumerate(layers) if l.group]
+    if not together: return masks
     for i in together: masks[i] = masks[i].clone()
-    if together: agree([masks[i] for i in together], layers[together[0]].group)
+    group = layers[together[0]].group
+    agree([masks[i] for i in together], group)
     return masks
 
 def _new_values(m, l, held, opt, t):
@@ -105,7 +108,8 @@ def plan(
     if m.pattern_f is not drop_grow: n_grow,targets = _for_pattern(m, layers, goal, active, n_drop, n_grow)
     after = [a-d+g for a,d,g in zip(active, n_drop, n_grow)]
     _warn_empty(layers, before, after, t.step)
-    masks = [_exchanged(m, *each, opt, t) for each in zip(layers, masks, active, n_drop, n_grow)]
+    given = zip(layers, masks, active, n_drop, n_grow)
+    masks = [_exchanged(m, *of_layer, opt, t) for of_layer in given]
     masks = _agreed(layers, masks)
     values = [_new_values(m, l, h, opt, t) for l,h in zip(layers, masks)]
     return [Change(h, v, s, memory) for h,v,s in zip(masks, values, targets)]
