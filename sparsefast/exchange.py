@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from .masks import nonzero_flat
 from .patterns import drop_grow, transposed_pattern
+from .scores import reads
 from .select import is_transposed
 from .topk import top_k_mask
 from .utils import attribute
@@ -28,6 +29,7 @@ def _context(m, what, l, mask, t, **kwargs):
     if what!='grow_score_f': key = *key,what
     seed = random.Random(repr(key)).getrandbits(32)
     generator = torch.Generator().manual_seed(seed)
+    if what=='grow_score_f' and 'tokens' in reads(m.grow_score_f): kwargs['sums'] = l.token_sums
     return dict(mask=mask, step=t.step, pct=t.pct, generator=generator, **kwargs)
 
 def scores(
