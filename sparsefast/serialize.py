@@ -38,8 +38,9 @@ def _find(full, setting, allow):
     if module not in _allowed(allow):
         raise ValueError(f"{setting} must be a function of sparsefast or of a module in `allow`, got {full!r:.80}: "
                          f"pass `allow=[{module!r:.60}]` if you trust that module")
-    f = getattr(import_module(module), name, None)                 # which may have moved from one room to another
-    if name.startswith('_') or not isinstance(f, FunctionType) or f.__module__ not in _allowed(allow):
+    m = import_module(module)
+    f,moved = getattr(m, name, None),getattr(m, '_all_', ())        # names that have a room of their own now
+    if name.startswith('_') or not isinstance(f, FunctionType) or f.__module__!=module and name not in moved:
         raise ValueError(f"{setting} must be a public function that {module} defines, got {full!r:.80}")
     return f
 
