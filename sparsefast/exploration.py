@@ -13,7 +13,8 @@ __all__ = ['explored', 'ExploringLayer']
 import torch
 from .layer import Layer
 from .masks import nnz, zero_masked_
-from .optim import StateView, call_reset
+from .optim import StateView
+from .resets import call_reset
 from .topk import top_k_mask
 
 # %% ../nbs/03g_exploration.ipynb #b318bc84

@@ -17,7 +17,7 @@ __all__ = ['group_pattern', 'row_groups', 'input_groups', 'kernel_groups', 'head
 # %% ../nbs/01h_groups.ipynb #a422705b
 import math
 import torch
-from .patterns import _amounts, _check_blocks, _check_size, _exchange_groups, _rows, _unrows
+from .patterns import as_rows, check_block_size, check_blocks, exchange_groups, final_counts, from_rows
 
 # %% ../nbs/01h_groups.ipynb #d946f4bd
 def _ids_of(ids, shape, device):
@@ -63,10 +63,10 @@ def group_pattern(
     order = flat.argsort(stable=True)[int((flat<0).sum()):]
     sizes = flat[order].unique_consecutive(return_counts=True)[1]
     keep,grow = (_group_scores(s, order, sizes, by) for s in (keep_score, grow_score))
-    active,amounts = _group_sums(mask, order, sizes)==sizes,_amounts(mask, n_drop, n_grow)
+    active,amounts = _group_sums(mask, order, sizes)==sizes,final_counts(mask, n_drop, n_grow)
     if len(sizes) and sizes.amin()==sizes.amax():
         n_stay,total = (round(n/int(sizes[0])) for n in amounts)
-        new = _exchange_groups(active, keep, grow, n_stay, min(total, len(sizes)))
+        new = exchange_groups(active, keep, grow, n_stay, min(total, len(sizes)))
     else:
         kept,left = _fitting(keep, active, sizes, amounts[0])
         new = kept | _fitting(grow, ~kept, sizes, left+amounts[1]-amounts[0])[0]
@@ -109,18 +109,18 @@ def diagonal_groups(
     "Number the diagonals, which go on at the other side; each has as many weights as the shorter side of the matrix"
     o,i = shape[0],math.prod(shape[1:])
     row,col = torch.arange(o)[:,None],torch.arange(i)
-    return _unrows((row-col)%o if o>=i else (col-row)%i, shape)
+    return from_rows((row-col)%o if o>=i else (col-row)%i, shape)
 
 def block_groups(
     shape, # Shape of a weight, a matrix in which the input channel runs fastest
     size:tuple=(1,4), # Rows and columns of a block; a `ValueError` if blocks do not divide the matrix
 )->torch.Tensor: # int64, of this shape
     "Number the blocks of `block_pattern`"
-    _check_size(size)
-    _check_blocks(shape, size)
+    check_block_size(size)
+    check_blocks(shape, size)
     (height,width),cols = size,math.prod(shape[1:])
     ids = torch.arange(shape[0])[:,None]//height*(cols//width)+torch.arange(cols)//width
-    return _unrows(ids, shape)
+    return from_rows(ids, shape)
 
 def shuffled_groups(
     shape, # Shape of a weight
@@ -128,6 +128,6 @@ def shuffled_groups(
     seed:int=0, # Seed of the order of rows and of columns
 )->torch.Tensor: # int64, of this shape
     "Shuffle the rows and the columns of ids, so that groups are not made of neighbours"
-    g,ids = torch.Generator().manual_seed(seed),_rows(groups(shape))
+    g,ids = torch.Generator().manual_seed(seed),as_rows(groups(shape))
     rows,cols = (torch.randperm(n, generator=g) for n in ids.shape)
-    return _unrows(ids[rows][:,cols], shape)
+    return from_rows(ids[rows][:,cols], shape)

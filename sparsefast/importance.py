@@ -26,6 +26,7 @@ from torch import nn
 from .calibration import InputNorms, grouped, ungrouped
 from .masks import n_active
 from .patterns import fan_in_pattern
+from .scores import relative_shares
 from .utils import check_fraction
 
 # %% ../nbs/03a_importance.ipynb #af32de0d
@@ -62,14 +63,9 @@ def wanda_rows(
     return new.flip(1).view(mask.shape)
 
 # %% ../nbs/03a_importance.ipynb #7a1a0baa
-def _relative(t):
-    "Divide magnitudes, (groups, outputs, inputs, ...), by the sums of their rows and columns, and add; 0/0 is 0"
-    rows = t.sum(list(range(2, t.dim())), keepdim=True)
-    return (t/rows).nan_to_num(0.) + (t/t.sum(1, keepdim=True)).nan_to_num(0.)
-
 def _ria(p, norms, a, **kwargs):
     w,size = norms.weight(p)[0],_widened(p)
-    return ungrouped(w, _relative(grouped(w, size))*norms.norms(p).to(size)**a)
+    return ungrouped(w, relative_shares(grouped(w, size))*norms.norms(p).to(size)**a)
 
 _ria.reads = ('weight',)
 

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from .masks import memory_name, nnz, zero_masked_, zero_masked_all_
-from .optim import StateView, call_reset
+from .optim import StateView
+from .resets import call_reset
 from .scores import reads
+from .tokens import TokenHook, shows_tokens
 from .utils import maybe_float, show_value
 
 # %% ../nbs/03e_layer.ipynb #898c8167
@@ -130,8 +132,22 @@ def gradient_sources(self:Layer)->list: # Tensors
 @patch
 def expect_gradient(self:Layer,
     dense:bool, # True if the next step reads the gradient of all weights
+    tokens:bool=False, # True if the method draws by what goes in and comes back
 )->None:
     "Prepare for the next backward pass; a masked layer always has its dense gradient"
+    hook = TokenHook.of(self.module, make=tokens and dense)
+    if hook is not None: hook.wanted = tokens and dense
+
+@patch
+def token_sums(self:Layer,
+    generator:torch.Generator=None, # Draws signs; without it magnitudes are summed
+)->tuple: # (sums of the weight's rows, sums of its columns in each group)
+    "Sum up output gradients and inputs over the tokens of this step, for guided draws"
+    hook = TokenHook.of(self.module)
+    if hook is None or not hook.held:
+        raise ValueError(f"{self.module} holds no inputs and output gradients: call `method.enforce(model, opt)` "
+                         "before the first backward pass")
+    return hook.sums(self.module, generator)
 
 # %% ../nbs/03e_layer.ipynb #58204188
 def rewrite_(
@@ -190,8 +206,10 @@ def refusal(self:Layer,
     method, # `DSTMethod`
     opt, # The optimizer, or `None`
 )->str: # Continues 'this method ...'; empty if it can
-    "Say why this layer cannot serve a method; a masked layer serves all"
-    return ''
+    "Say why this layer cannot serve a method; a masked layer serves all but guided draws by what it does not show"
+    if method is None or 'tokens' not in method.reads: return ''
+    shown = shows_tokens(self.module) and self.module._parameters.get('weight') is self.p
+    return '' if shown else 'draws by inputs and output gradients, which only linear layers and convolutions show'
 
 # %% ../nbs/03e_layer.ipynb #e99a6c51
 @patch

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from fastcore.basics import patch
-from .optim import reset_state
+from .resets import reset_state
 from .patterns import drop_grow
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, reads, weight_magnitude

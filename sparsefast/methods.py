@@ -80,7 +80,7 @@ def update(self:DSTMethod,
 def _look_ahead(self:DSTMethod, layers, t):
     "Tell the layers whether the next step reads dense gradients"
     dense = self.needs_dense_grad(t.at(t.step+1))
-    for l in layers: l.expect_gradient(dense)
+    for l in layers: l.expect_gradient(dense, 'tokens' in self.reads)
 
 # %% ../nbs/05_methods.ipynb #dad287a3
 @patch
@@ -102,7 +102,7 @@ def enforce(self:DSTMethod,
     layers = self._layers(modules, opt, find_layers)
     mask_weights_(layers)
     for l in layers:
-        l.expect_gradient(True)                                    # until a step says what the next one needs
+        l.expect_gradient(True, 'tokens' in self.reads)            # until a step says what the next one needs
         if opt is not None and not self.reads_momentum: l.reset_masked(opt, self.reset_state_f)
 
 # %% ../nbs/05_methods.ipynb #9f7b627b

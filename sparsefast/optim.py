@@ -8,13 +8,11 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 
 # %% auto #0
 __all__ = ['inner_opt', 'attached_to', 'param_lists', 'opt_params', 'group_settings', 'opt_state', 'slow_weights',
-           'state_tensors', 'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'zero_state', 'call_reset',
-           'reset_state', 'refusal', 'StateView', 'replace_param']
+           'state_tensors', 'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'refusal', 'StateView',
+           'replace_param', 'zero_state', 'call_reset', 'reset_state']
 
 # %% ../nbs/01d_optim.ipynb #483eb92c
-import inspect
 import torch
-from .masks import zero_masked_
 
 # %% ../nbs/01d_optim.ipynb #c2df6938
 def _wrapped(opt):
@@ -140,65 +138,14 @@ def scaled_step(
         else: del opt.step
     return bool(taken)
 
-# %% ../nbs/01d_optim.ipynb #01e1d26f
-@torch.no_grad()
-def zero_state(
-    p:torch.Tensor, # A parameter
-    opt, # Its optimizer
-    where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
-    spare=(), # Tensors of the state to leave as they are
-)->None:
-    "Zero the optimizer's state of some of a parameter's weights"
-    for v in state_tensors(opt, p):
-        if not any(v is s for s in spare): zero_masked_(v, ~where)
+# %% ../nbs/01d_optim.ipynb #fbf8c386
+_all_ = ['zero_state', 'call_reset', 'reset_state']
 
-def _takes(f, name):
-    "True if `f` takes an argument of this name"
-    try: ps = inspect.signature(f).parameters
-    except ValueError: return False
-    return name in ps or any(p.kind==p.VAR_KEYWORD for p in ps.values())
-
-def call_reset(
-    f, # A method's `reset_state_f`
-    p:torch.Tensor, # A parameter
-    opt, # Its optimizer
-    where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
-    **kwargs # `born`, `grad` and `dense_state` as for `reset_state`, passed if `f` takes them
-)->None:
-    "Reset optimizer state by a method's own rule"
-    f(p, opt, where, **{k: v for k,v in kwargs.items() if _takes(f, k)})
-
-# %% ../nbs/01d_optim.ipynb #c5a523e8
-_moments = dict(exp_avg_sq=2, max_exp_avg_sq=2, square_avg=2, sqr_avg=2, sum=2, variance=2, exp_inf=1,
-                acc_delta=0, step_size=0)                          # second moments, and the power of the gradient in each
-
-def _excess(grad, stays, n):
-    "Divide gradients by the root mean square of those that stay; in [1,100]"
-    g = grad.abs().to(torch.promote_types(grad.dtype, torch.float32))
-    rms = (zero_masked_(g.square(), stays).sum()/n).sqrt()
-    return (g/rms).nan_to_num(1., posinf=1.).clamp(1, 100)
-
-@torch.no_grad()
-def reset_state(
-    p:torch.Tensor, # A parameter
-    opt, # Its optimizer
-    where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
-    born:torch.Tensor=None, # Boolean, the shape of `p`: weights that an update has just grown; `None` where nothing grows
-    grad:torch.Tensor=None, # The gradient of all weights, if the update reads it
-    dense_state:bool=False, # True if weights have second moments of their own before they are grown
-)->None:
-    "Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay"
-    state = opt_state(opt, p)
-    moments = {k: state[k] for k in _moments if torch.is_tensor(state.get(k)) and state[k].shape==p.shape}
-    if dense_state: return zero_state(p, opt, where, spare=moments.values())
-    stays = ~where if born is None else ~(where | born)
-    zero_state(p, opt, ~stays)
-    if born is None or not moments: return
-    n = stays.sum().clamp(min=1)
-    excess = 1. if grad is None else _excess(grad, stays, n)
-    for k,v in moments.items():
-        mean = v.sum(dtype=torch.promote_types(v.dtype, torch.float32))/n                    # zero elsewhere
-        v.copy_(torch.where(born, mean*excess**_moments[k], v))
+def __getattr__(name):
+    "Find what was here before it had a room of its own"
+    if name not in _all_: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsefast import resets
+    return getattr(resets, name)
 
 # %% ../nbs/01d_optim.ipynb #0c7d51aa
 _low_precision = ('8bit', '4bit', 'fp8')                           # as bitsandbytes and torchao name their optimizers

@@ -21,13 +21,13 @@ __all__ = ['Static_presets', 'SET_presets', 'SET_original_presets', 'SNFS_preset
            'CHTss', 'GSE', 'SEFT', 'presets_by_name', 'as_method']
 
 # %% ../nbs/05a_presets.ipynb #5e59022b
-import inspect
-from dataclasses import fields
-from functools import partial, wraps
+from functools import partial
 from fastcore.basics import patch
 from .allocation import (adaptive_threshold_share, global_growth, global_share, importance_redistribution,
                                    survivor_redistribution)
+from .draws import in_subset, sampled
 from .methods import DSTMethod
+from .naming import function_of as _function_of, nearest
 from .patterns import fan_in_pattern, nm_pattern
 from .schedules import (constant_anneal, density_times, inverse_power_anneal, late_cosine_anneal,
                                   spare_density, square_wave, step_anneal)
@@ -35,41 +35,9 @@ from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum,
                                per_sign_magnitude, random_elsewhere, random_score, random_value, sr_ste_penalty,
                                weight_magnitude)
 from .schedules import linear_anneal, sigmoid_anneal
-from .scores import in_subset, relative_importance, sampled, sensitivity
+from .scores import relative_importance, sensitivity
 from .topology import ch2_l3n
 from .utils import did_you_mean, show_value
-
-# %% ../nbs/05a_presets.ipynb #ce384c2a
-def _method(
-    preset:dict, # Settings of `DSTMethod`
-    update_every=..., # Another spelling of `batches_per_update`; both together raise a `TypeError`
-    **kwargs
-)->DSTMethod: # The method
-    "Create a method of a preset's settings with `kwargs` over them"
-    if update_every is not ...:
-        if 'batches_per_update' in kwargs:
-            raise TypeError(f"update_every must be given without batches_per_update, got {update_every} and "
-                            f"{kwargs['batches_per_update']}: leave one out, they are the same setting")
-        kwargs['batches_per_update'] = update_every
-    return DSTMethod(**{**preset, **kwargs})
-
-_method.__delwrap__ = DSTMethod                                              # its fields are documented there
-
-def _signature(preset):
-    "Get the signature of `DSTMethod` with the values of a preset as defaults, and with `update_every`"
-    kind,fields = inspect.Parameter.KEYWORD_ONLY, inspect.signature(DSTMethod).parameters.values()
-    fields = [p.replace(default=preset.get(p.name, p.default), kind=kind) for p in fields]
-    every = inspect.Parameter('update_every', kind, default=preset.get('batches_per_update'))
-    return inspect.Signature([*fields, every], return_annotation=DSTMethod)
-
-def _function_of(preset):
-    "Decorate an empty function: it then returns a method of the preset's settings with its keywords over them"
-    def decorate(f):
-        @wraps(f)
-        def make(**kwargs): return _method(preset, **kwargs)
-        make.__signature__,make.__delwrap__ = _signature(preset), _method
-        return make
-    return decorate
 
 # %% ../nbs/05a_presets.ipynb #63c06ded
 # No updates
@@ -356,12 +324,15 @@ def CHTss(**kwargs):
 # %% ../nbs/05a_presets.ipynb #5a08beb4
 # The interval is that of 1000 steps in 200 epochs of CIFAR, rounded; updates end after 120 of them
 GSE_presets = dict(keep_score_f=weight_magnitude, grow_score_f=in_subset(gradient_magnitude), initial_drop_grow_pct=0.2,
-                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False)
+                   batches_per_update=1/50, stop_pct=0.6, replaces_step=False,
+                   drop_share_f=global_share, grow_share_f=global_growth)
 
 @_function_of(GSE_presets)
 def GSE(**kwargs):
     """Grow where the gradient is largest in a random subset of the weights: guided stochastic exploration (GSE), uniform draws
 
+    Weights of all layers are ranked together, as in the authors' code. Within each layer, its other option: `GSE(drop_share_f=None, grow_share_f=None)`.
+    Draws guided by inputs and output gradients: `GSE(grow_score_f=in_subset(subset_f=graest_subset))`, or `grabo_subset`.
     As published, for CIFAR: `GSE(update_every=1000)`.
 
     Heddes, Srinivasa, Givargis and Nicolau 2024, *Always-Sparse Training by Growing Connections with Guided Stochastic Exploration*,
@@ -402,20 +373,9 @@ def as_method(
     raise ValueError(f"method must be the name of a preset, got {method!r}{fix}")
 
 # %% ../nbs/05a_presets.ipynb #a26c4079
-def _same(a, b):
-    "True if two settings are equal; scores of scores are, if they are made in the same way"
-    return a==b or hasattr(a, 'made_by') and hasattr(b, 'made_by') and show_value(a)==show_value(b)
-
-def _changes(m, preset):
-    "List the settings of a method that a preset has otherwise"
-    settings = {**{f.name: f.default for f in fields(DSTMethod)}, **preset}
-    return [k for k,v in settings.items() if not _same(getattr(m, k), v)]
-
 @patch
 def __repr__(self:DSTMethod):
     "Name the nearest preset with the same drop and grow criteria, and the settings that differ"
     presets = {n.removesuffix('_presets'): p for n,p in globals().items() if n.endswith('_presets')}
-    near = {n: changes for n,p in presets.items() if not {'keep_score_f', 'grow_score_f'} & set(changes := _changes(self, p))}
-    name = min(near, key=lambda n: len(near[n]), default='DSTMethod')
-    changed = near.get(name, _changes(self, {}))
+    name,changed = nearest(self, presets)
     return f"{name}({', '.join(f'{k}={show_value(getattr(self, k))}' for k in changed)})"

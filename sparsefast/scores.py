@@ -9,7 +9,7 @@ the share of training done, and a generator that is the same on every machine an
 
 A score says what it reads in one attribute, as fastai's step functions carry `.defaults`: `score_f.reads = ('gradient',)`, some of 'weight', 'gradient' and 'momentum'. The engine keeps dense what a score reads. A function without
 the attribute is taken to read weight and gradient. A second attribute, `by_rows = True`, says that each row of a weight is scored by itself, in the order of the rows, so that a large one may be scored some rows at a time. A third, `subset_f`,
-is of scores that look at the gradient of some weights only (see `in_subset`).
+is of scores that look at the gradient of some weights only ([scores that draw](03a_draws.ipynb)).
 
 Grow scores are also given `kept`, the boolean mask of what survived the drop."""
 
@@ -17,14 +17,12 @@ Grow scores are also given `kept`, the boolean mask of what survived the drop.""
 
 # %% auto #0
 __all__ = ['reads', 'random_score', 'weight_magnitude', 'per_sign_magnitude', 'random_elsewhere', 'magnitude_no_empty_rows',
-           'relative_importance', 'gradient_magnitude', 'weight_and_gradient', 'sensitivity', 'movement',
-           'gradient_momentum', 'gumbel_noise', 'sampled', 'not_returning', 'uniform_subset', 'in_subset',
-           'random_value', 'gradient_value', 'exploration_penalty', 'sr_ste_penalty', 'relative_gradient']
+           'relative_shares', 'relative_importance', 'gradient_magnitude', 'weight_and_gradient', 'sensitivity',
+           'movement', 'gradient_momentum', 'random_value', 'gradient_value', 'exploration_penalty', 'sr_ste_penalty',
+           'relative_gradient', 'gumbel_noise', 'sampled', 'not_returning', 'uniform_subset', 'in_subset']
 
 # %% ../nbs/03_scores.ipynb #a7ece682
 import torch
-from collections.abc import Callable
-from functools import partial
 from .optim import inner_opt, keeps_momentum, momentum, opt_state, slow_weights
 from .utils import attribute
 
@@ -105,6 +103,14 @@ def magnitude_no_empty_rows(
 magnitude_no_empty_rows.reads,magnitude_no_empty_rows.by_rows = ('weight',),True
 
 # %% ../nbs/03_scores.ipynb #011a573f
+def relative_shares(
+    t:torch.Tensor, # Magnitudes: (groups, outputs, inputs, ...)
+)->torch.Tensor: # With the shape of `t`
+    "Add each magnitude's share of its row and its share of its column, within its group; 0/0 counts as 0"
+    flat = t.flatten(2)
+    shares = [(flat/flat.sum(d, keepdim=True)).nan_to_num_(nan=0.) for d in (1, 2)]
+    return sum(shares).view(t.shape)
+
 def relative_importance(
     p:torch.Tensor, # A parameter; rows are outputs, or filters
     mask:torch.Tensor=None, # Boolean: active weights; all by default
@@ -112,8 +118,8 @@ def relative_importance(
 )->torch.Tensor: # float32 or wider, with the shape and device of `p`
     "Score by `|w|` as a share of its row, plus its share of its column: RI of [CHTss](https://arxiv.org/abs/2501.19107); 0/0 counts as 0"
     w = weight_magnitude(p) if mask is None else weight_magnitude(p)*mask
-    w = w.to(torch.promote_types(w.dtype, torch.float32)).flatten(1)
-    return sum((w/w.sum(d, keepdim=True)).nan_to_num_(nan=0.) for d in (0, 1)).view(p.shape)
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return relative_shares(w.to(wide)[None])[0]
 
 relative_importance.reads = ('weight',)
 
@@ -170,71 +176,14 @@ def gradient_momentum(
 
 gradient_momentum.reads,gradient_momentum.by_rows = ('momentum',),True
 
-# %% ../nbs/03_scores.ipynb #72f73b80
-def gumbel_noise(
-    p:torch.Tensor, # A parameter
-    generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
-)->torch.Tensor: # float64, with the shape and device of `p`
-    "Draw numbers of the Gumbel distribution"
-    u = torch.rand(p.shape, generator=generator, dtype=torch.float64, device='cpu', pin_memory=p.is_cuda)
-    return u.to(p.device, non_blocking=True).log_().neg_().log_().neg_()
+# %% ../nbs/03_scores.ipynb #1b0c5e01
+_all_ = ['gumbel_noise', 'sampled', 'not_returning', 'uniform_subset', 'in_subset']
 
-def _wrapped(maker, f, score_f, **kwargs):
-    "Make a score of another score, which it is given as `score_f`; it remembers its `maker`, by which a file can name it"
-    new = partial(f, score_f=score_f, **kwargs)
-    new.reads,new.by_rows = reads(score_f),attribute(score_f, 'by_rows', False)
-    new.made_by = maker,dict(score_f=score_f, **kwargs)
-    return new
-
-def _sampled(p, score_f, gamma, pct=0., generator=None, **kwargs):
-    q,power = score_f(p, pct=pct, generator=generator, **kwargs).double(),gamma(pct) if callable(gamma) else gamma
-    return torch.where(q>0, power*q.log() + gumbel_noise(p, generator), -torch.inf)
-
-def sampled(
-    score_f, # A score; where it is 0 or less, a weight is drawn last
-    gamma=1., # Exponent of the score: a number, or a function of the share of training done
-)->Callable: # A score, float64
-    "Draw without replacement, with weights `score**gamma`: soft removal and growth of [CHTs](https://arxiv.org/abs/2501.19107). The highest scores are the draw"
-    return _wrapped(sampled, _sampled, score_f, gamma=gamma)
-
-# %% ../nbs/03_scores.ipynb #d7df09cc
-def _not_returning(p, score_f, mask, **kwargs):
-    return torch.where(mask, -torch.inf, score_f(p, mask=mask, **kwargs))
-
-def not_returning(
-    score_f, # A grow score
-)->Callable: # A grow score: -infinity at weights that were active before the update
-    "Grow weights that were just dropped last, as SMET and GSE do"
-    return _wrapped(not_returning, _not_returning, score_f)
-
-# %% ../nbs/03_scores.ipynb #7da5b2cc
-def uniform_subset(
-    mask:torch.Tensor, # Boolean: active weights
-    generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
-    factor:float=1., # Draws per active weight
-)->torch.Tensor: # Boolean, with the shape of `mask`: all positions if half of the weights or more are active
-    "Draw positions with replacement, all with equal chances: the uniform variant of [GSE](https://arxiv.org/abs/2401.06898)"
-    n = int(mask.count_nonzero())
-    if 2*n>=mask.numel(): return torch.ones_like(mask)
-    at = torch.randint(mask.numel(), (int(factor*n),), generator=generator, device='cpu').to(mask.device)
-    return torch.zeros_like(mask).view(-1).index_fill_(0, at, True).view(mask.shape)
-
-def _in_subset(p, score_f, subset_f, mask, subset=None, generator=None, **kwargs):
-    if subset is None: subset = subset_f(mask, generator)
-    score = score_f(p, mask=mask, generator=generator, **kwargs)
-    elsewhere = -1-random_score(p, generator)
-    return torch.where(subset & ~mask, score, elsewhere).masked_fill_(mask, -torch.inf)
-
-def in_subset(
-    score_f=gradient_magnitude, # A grow score that is never negative
-    subset_f=uniform_subset, # Draws the subset: `subset_f(mask, generator)` returns a boolean tensor of the mask's shape
-)->Callable: # A grow score: chance, below all scores, outside the subset; -infinity at weights that were active before the update
-    "Grow by a score in a random subset: [GSE](https://arxiv.org/abs/2401.06898). Where a subset has too few candidates, chance decides"
-    new = _wrapped(in_subset, _in_subset, score_f, subset_f=subset_f)
-    new.subset_f = subset_f
-    return new
-
-sampled.makes_score = not_returning.makes_score = in_subset.makes_score = True
+def __getattr__(name):
+    "Find what was here before it had a room of its own, and what pickles of it name"
+    if name.removeprefix('_') not in _all_: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsefast import draws
+    return getattr(draws, name)
 
 # %% ../nbs/03_scores.ipynb #c1d898f7
 def random_value(

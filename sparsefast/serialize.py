@@ -25,7 +25,7 @@ from .utils import atomic_write, maybe_float, show_value
 
 # %% ../nbs/04h_serialize.ipynb #7a9a1f83
 # Rooms whose public functions a file may name
-function_rooms = ('allocation', 'distributions', 'optim', 'patterns', 'saliency', 'schedules', 'scores', 'topology')
+function_rooms = ('allocation', 'distributions', 'draws', 'optim', 'patterns', 'resets', 'saliency', 'schedules', 'scores', 'topology')
 
 def _allowed(allow):
     "List the names of modules that may be looked into"
@@ -38,8 +38,9 @@ def _find(full, setting, allow):
     if module not in _allowed(allow):
         raise ValueError(f"{setting} must be a function of sparsefast or of a module in `allow`, got {full!r:.80}: "
                          f"pass `allow=[{module!r:.60}]` if you trust that module")
-    f = vars(import_module(module)).get(name)
-    if name.startswith('_') or not isinstance(f, FunctionType) or f.__module__!=module:
+    m = import_module(module)
+    f,moved = getattr(m, name, None),getattr(m, '_all_', ())        # names that have a room of their own now
+    if name.startswith('_') or not isinstance(f, FunctionType) or f.__module__!=module and name not in moved:
         raise ValueError(f"{setting} must be a public function that {module} defines, got {full!r:.80}")
     return f
 

@@ -19,13 +19,17 @@ from .masks import nnz, nonzero_flat
 # %% ../nbs/01c_topk.ipynb #1fe33007
 _numpy_types = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 
+def _compared(f, t, cut):
+    "Compare by a function of NumPy, which is faster than torch's"
+    return torch.from_numpy(f(t.numpy(), cut.numpy()))
+
 def _greater(t, cut):
     "Compare `t > cut`"
-    return torch.from_numpy(np.greater(t.numpy(), cut.numpy())) if t.dtype in _numpy_types else t>cut
+    return _compared(np.greater, t, cut) if t.dtype in _numpy_types else t>cut
 
 def _equal(t, cut):
     "Compare `t == cut`"
-    return torch.from_numpy(np.equal(t.numpy(), cut.numpy())) if t.dtype in _numpy_types else t==cut
+    return _compared(np.equal, t, cut) if t.dtype in _numpy_types else t==cut
 
 def _first(where, n):
     "Clear all but the first `n` ones of 1-d `where`, in place; halving finds the place"
@@ -35,15 +39,16 @@ def _first(where, n):
         left = int(nnz(where[lo:mid]))
         if before+left>=n: hi = mid
         else: lo,before = mid,before+left
-    ones = nonzero_flat(where[lo:hi])
-    end = lo+int(ones[n-before-1])+1 if n>before else lo
-    where[end:] = False
+    if n>before:
+        ones = nonzero_flat(where[lo:hi])
+        lo += int(ones[n-before-1])+1
+    where[lo:] = False
     return where
 
 # %% ../nbs/01c_topk.ipynb #9a2b0a45
 def _top_k(t, k):
     "Select `k` of 1-d `t`"
-    if k==0 or k==len(t): return torch.full(t.shape, k>0, dtype=torch.bool, device=t.device)
+    if k in (0, len(t)): return torch.full_like(t, k>0, dtype=torch.bool)
     if t.dtype==torch.bool: t = t.byte()
     cut = t.topk(k, sorted=False).values.min()
     if cut.isnan(): return _top_k_nan(t, k)                         # `topk` ranks NaN first, so any NaN shows here
@@ -53,21 +58,27 @@ def _top_k(t, k):
 
 def _top_k_nan(t, k):
     "Select `k` of 1-d `t`, numbers before NaN"
-    numbers,nans = nonzero_flat(~t.isnan()),nonzero_flat(t.isnan())
-    mask = torch.zeros_like(t, dtype=torch.bool)
-    mask[numbers[_top_k(t[numbers], min(k, len(numbers)))]] = True
-    mask[nans[:max(k-len(numbers), 0)]] = True
+    nan = t.isnan()
+    numbers,nans = nonzero_flat(~nan),nonzero_flat(nan)
+    n = min(k, len(numbers))
+    best = _top_k(t[numbers], n)
+    mask = torch.zeros_like(nan)
+    mask[numbers[best]] = True
+    mask[nans[:k-n]] = True
     return mask
 
 # %% ../nbs/01c_topk.ipynb #b95ebdb5
 def _guess(t, k, among, n):
     "Guess a score that a few more than `k` of the `n` candidates exceed, from a sample; `None` if the sample cannot tell"
     every = len(t)//(1<<14)|1                                      # odd, so that the sample does not walk down a column
-    sample = t[::every] if among is None else t[::every][among[::every]]
+    sample = t[::every]
+    if among is not None: sample = sample[among[::every]]
     if t.is_floating_point(): sample = torch.where(sample.isnan(), -math.inf, sample)
-    expected = len(sample)*k/n
-    rank = math.ceil(expected + 4*math.sqrt(expected*(1-k/n)) + 8)
-    return sample.topk(rank).values[-1] if rank<len(sample) else None
+    share = k/n
+    expected = len(sample)*share
+    deviation = math.sqrt(expected*(1-share))
+    rank = math.ceil(expected + 4*deviation + 8)
+    if rank<len(sample): return sample.topk(rank).values[-1]
 
 def _above(t, cut, among):
     "Compare `t > cut` at the candidates"
@@ -78,8 +89,9 @@ def _kth(t, where, k):
     "Get the `k`-th highest of the scores at the ones of `where`; none of them is NaN"
     if t.dtype not in _numpy_types: return t[where].topk(k, sorted=False).values.min()
     some = t.numpy()[where.numpy()]
-    some.partition(len(some)-k)
-    return torch.from_numpy(some)[len(some)-k]
+    rank = len(some)-k
+    some.partition(rank)
+    return torch.from_numpy(some)[rank]
 
 def _add_ties(above, t, cut, among, n):
     "Add the first `n` candidates that equal `cut` to `above`, piece by piece to save memory; False if there are fewer"
@@ -102,17 +114,19 @@ def _sampled(t, k, among, n):
         cut = _kth(t, above, k)
         del above                                                   # so that only one such mask is in memory
         above = _above(t, cut, among)
-    return above if _add_ties(above, t, cut, among, k-int(nnz(above))) else None
+    rest = k-int(nnz(above))
+    if _add_ties(above, t, cut, among, rest): return above
 
 # %% ../nbs/01c_topk.ipynb #020f2230
 def _sorted(t, k, among):
     "Select `k` of 1-d `t` by stable sorts"
     nan = t.isnan()
-    score = torch.where(nan, -math.inf, t) if t.is_floating_point() else t
-    order = score.sort(descending=True, stable=True).indices
+    if t.is_floating_point(): t = torch.where(nan, -math.inf, t)
+    order = t.sort(descending=True, stable=True).indices
     rank = (~nan).byte()+1                                         # numbers before NaN, then what is no candidate
     if among is not None: rank = rank*among
-    order = order[rank[order].sort(descending=True, stable=True).indices]
+    by_rank = rank[order].sort(descending=True, stable=True).indices
+    order = order[by_rank]
     return torch.zeros_like(nan).index_fill_(0, order[:k], True)
 
 # %% ../nbs/01c_topk.ipynb #f8797f78
@@ -125,21 +139,42 @@ def _reduce(scores, at, k):
         score,where = score[best],where[best]
     return [score],[where]
 
+def _promising(piece, here, cut, k):
+    "Clear candidates that cannot be among the best `k`: with a `cut` those not above it, for an equal score is in already"
+    if cut is not None: return _greater(piece, cut).logical_and_(here)
+    n = int(nnz(here))
+    return top_k_mask(piece, k, among=here, n_among=n) if n>k else here
+
 def _of_pieces(pieces, k, among=None, kept=None):
     "Select `k` of the candidates, which are those of `among` or those not in `kept`, from an iterable of 1-d pieces of the scores; returns positions"
     scores,at,cut,begin = [],[],None,0
-    for piece in pieces if k else ():
+    for piece in pieces:
         some = slice(begin, begin+len(piece))
         here = among[some] if kept is None else ~kept[some]        # piece by piece, to save memory
-        if cut is not None: here = _greater(piece, cut).logical_and_(here)          # an equal score is in already
-        elif (some := int(nnz(here)))>k: here = top_k_mask(piece, k, among=here, n_among=some)
-        idx = nonzero_flat(here)
+        idx = nonzero_flat(_promising(piece, here, cut, k))
         scores.append(piece.detach()[idx])
         at.append(idx.add_(begin))
         begin += len(piece)
-        if sum(map(len, scores))>2*k: scores,at = _reduce(scores, at, k)
-        if len(scores[-1])==k: cut = None if (lowest := scores[-1].min()).isnan() else lowest
-    return _reduce(scores, at, k)[1][0] if scores else torch.zeros(0, dtype=torch.int64)
+        n = sum(map(len, scores))
+        if n>2*k: scores,at = _reduce(scores, at, k)
+        if len(scores[-1])==k:
+            lowest = scores[-1].min()
+            cut = None if lowest.isnan() else lowest
+    return _reduce(scores, at, k)[1][0]
+
+def _from_pieces(pieces, k, among, kept):
+    "Select `k` of the candidates, from an iterable of 1-d pieces of the scores; returns a mask, which is `kept` if it is given"
+    mask = torch.zeros_like(among) if kept is None else kept
+    if not k: return mask
+    among,kept = (None if m is None else m.reshape(-1) for m in (among, kept))
+    at = _of_pieces(pieces, k, among, kept)
+    mask.view(-1).index_fill_(0, at, True)
+    return mask
+
+def _n_candidates(t, among, kept):
+    "Count the candidates"
+    if kept is not None: return int(nnz(~kept))
+    return t.numel() if among is None else int(nnz(among))
 
 # %% ../nbs/01c_topk.ipynb #f9567d28
 def top_k_mask(
@@ -152,21 +187,21 @@ def top_k_mask(
     "Select exactly `n_keep` positions with the highest scores, ties to the lower index"
     whole = torch.is_tensor(t)
     if kept is not None and whole: return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
-    if n_among is None: n_among = int(nnz(~kept)) if kept is not None else t.numel() if among is None else int(nnz(among))
+    if n_among is None: n_among = _n_candidates(t, among, kept)
     if not 0<=n_keep<=n_among:
         raise ValueError(f"n_keep must be from 0 to the number of candidates, {n_among}, got {n_keep}")
+    if not whole: return _from_pieces(t, n_keep, among, kept)
     cand = None if among is None else among.reshape(-1)
-    if not whole:
-        mask = torch.zeros_like(among) if kept is None else kept
-        mask.view(-1).index_fill_(0, _of_pieces(t, n_keep, cand, None if kept is None else kept.view(-1)), True)
-        return mask
     shape,flat = t.shape,t.detach().reshape(-1)
     if not flat.is_cpu: return _sorted(flat, n_keep, cand).view(shape)
-    if len(flat)>1<<16 and 0<n_keep<0.5*n_among and flat.dtype!=torch.bool:
+    is_large = len(flat)>1<<16 and flat.dtype!=torch.bool
+    if is_large and 0<n_keep<0.5*n_among:
         mask = _sampled(flat, n_keep, cand, n_among)
         if mask is not None: return mask.view(shape)
     if among is None: return _top_k(flat, n_keep).view(shape)
     idx = nonzero_flat(cand)
-    some,mask = flat[idx],torch.zeros_like(flat, dtype=torch.bool)
+    some = flat[idx]
+    mask = torch.zeros_like(flat, dtype=torch.bool)
     del t,flat                                                      # as large as the weight, and no longer needed
-    return mask.scatter_(0, idx, _top_k(some, n_keep)).view(shape)
+    best = _top_k(some, n_keep)
+    return mask.scatter_(0, idx, best).view(shape)

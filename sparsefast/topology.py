@@ -14,7 +14,8 @@ __all__ = ['ch2_l3n', 'brf_score']
 
 # %% ../nbs/03d_topology.ipynb #ccd77480
 import torch
-from .scores import gumbel_noise, random_score
+from .draws import gumbel_noise
+from .scores import random_score
 from .utils import check_fraction
 
 # %% ../nbs/03d_topology.ipynb #ce2f9fd4

@@ -1,5 +1,5 @@
 "The public names of `sparsefast.core`, with their signatures and defaults"
-import inspect
+import importlib, inspect
 import pytest
 import sparsefast.core as core
 from sparsefast import callback, distributions, masks, methods, scores, sparsify
@@ -65,3 +65,17 @@ def test_documented(name):
 def test_version():
     import sparsefast
     assert sparsefast.__version__.count('.')>=2
+
+# ------------------------------------------------------------ names that have a room of their own now
+MOVED = dict(draws=('scores', 'gumbel_noise sampled not_returning uniform_subset in_subset'), resets=('optim', 'zero_state call_reset reset_state'),
+             exchange=('plan', 'scores pattern_of exchange'), amounts=('plan', 'max_active target_counts'))
+@pytest.mark.parametrize('room', MOVED)
+def test_moved_names_are_found_where_they_were(room):
+    before,names = MOVED[room]
+    new,old = (importlib.import_module(f'sparsefast.{m}') for m in (room, before))
+    for n in names.split(): assert getattr(old, n) is getattr(new, n)
+    if room in ('draws', 'resets'):                                                      # public rooms, also by a star
+        scope = {}
+        exec(f'from sparsefast.{before} import *', scope)
+        assert all(scope[n] is getattr(new, n) for n in names.split())
+        with pytest.raises(AttributeError, match='no_such_name'): old.no_such_name

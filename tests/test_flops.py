@@ -465,3 +465,23 @@ def test_looks_where_the_engine_needs_it(name):
         return snapshot(model)
     if method.explore_pct: pytest.skip('what trains is decided anew at every step')
     assert not changed(run(False), run(True))
+
+# ------------------------------------------------------------ growth in a subset
+def test_a_subset_costs_its_positions():
+    "Updates of GSE against a count of what is drawn; a method that averages gradients, or draws in its own way, reads all"
+    from sparsefast.draws import grabo_subset, in_subset, looked_at, uniform_subset
+    from sparsefast.see.flops import draws_of, looked_macs
+    assert draws_of(GSE())==1 and draws_of(GSE(grow_score_f=in_subset(subset_f=partial(grabo_subset, factor=2.))))==2
+    assert draws_of(None) is draws_of(RigL()) is draws_of(GSE(grad_steps=2, update_every=9)) is draws_of(GSE(grow_score_f=in_subset(subset_f=lambda mask, g: mask))) is None
+    d,n,g = .1,200,torch.Generator().manual_seed(0)
+    mask = sparse_mask((n, n), 1-d)
+    drawn = mean(int((uniform_subset(mask, g) & ~mask).sum()) for _ in range(20))/n**2
+    assert looked_at(d)==pytest.approx(drawn, abs=2e-3) and looked_at(.6)==pytest.approx(.4)
+    macs,ds = {'w': 1000, 'v': 10},{'w': (d, d)}
+    assert looked_macs(macs, ds)==1010 and looked_macs(macs, ds, 1.)==pytest.approx(1000*(d+looked_at(d))+10) and looked_macs(macs, {'w': .5}, 1.)==1010
+    count = FlopCount({k: LayerFlops(v) for k,v in macs.items()})
+    method = GSE(update_every=10, stop_pct=1.)
+    cost = training_flops(count, method, 100, [(1, ds)])
+    assert cost==pytest.approx(2*(100*3*110 + 9*1000*looked_at(d)), abs=2)
+    record = dict(macs=macs, densities=[(1, ds)], looks=[[i, i] for i in range(10, 100, 10)], start=0, step=100, samples=100)
+    assert record_flops(record)==pytest.approx(2*(100*3*110 + 9*900), abs=2) and record_flops({**record, 'draws': 1.})==pytest.approx(cost, abs=2)

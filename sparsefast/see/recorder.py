@@ -21,7 +21,7 @@ from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import apply, find_bs, get_model, get_random_states, num_distrib, set_random_states, to_device
 from .analysis import SparseSummary, live_units, named_masks, sparse_summary as _summary
 from ..callback import DynamicSparseTrainingCallback
-from .flops import FlopCount, LayerFlops, count_flops, macs_at, record_flops
+from .flops import FlopCount, LayerFlops, count_flops, draws_of, looked_macs, macs_at, record_flops
 from ..masks import nnz
 from ..find import find_layers
 from ..utils import tolist
@@ -167,7 +167,7 @@ def _begin(self:SparseRecorderCallback):
     start = dst.n_step if dst else self.epoch*n_iter
     total = dst.n_total if dst else self.n_epoch*n_iter
     macs = {n: l.macs for n,l in self.count.layers.items()}
-    self.fits.append(dict(total=total, start=start, step=start, samples=0, macs=macs, densities=[], looks=[]))
+    self.fits.append(dict(total=total, start=start, step=start, samples=0, macs=macs, densities=[], looks=[], draws=draws_of(self.method)))
     self.open = self.fresh = True
 
 @patch
@@ -182,7 +182,7 @@ def _note_densities(self:SparseRecorderCallback):
     old = fit['densities']
     if not old or old[-1][1]!=densities: old.append((fit['step']+1, densities))
     self.used,self.trained = macs_at(fit['macs'], densities)
-    self.dense = sum(fit['macs'].values())
+    self.dense = looked_macs(fit['macs'], densities, fit.get('draws'))
     self.fresh = False
 
 # %% ../../nbs/see/03_recorder.ipynb #294e6ebd

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from fastcore.basics import patch
 from ..guard import MaskGuard
 from ..masks import Compressed, adopt_memory, check_mask, memory_name
+from ..tokens import TokenHook
 from .kernels import check_index, finished, index_of, positions
 
 # %% ../../nbs/storage/01a_base.ipynb #034d9c01
@@ -77,9 +78,9 @@ def _mask_of(module):
                          "which a compressed layer has no room for: leave it masked")
     return mask
 
-def _is_guard(hook):
-    "True for a guard's hook, before or after a forward pass"
-    return isinstance(getattr(hook, '__self__', hook), MaskGuard)
+def _is_ours(hook):
+    "True for a hook that belongs to the storage of a layer: a guard's, before or after a forward pass, or one that holds tokens"
+    return isinstance(getattr(hook, '__self__', hook), (MaskGuard, TokenHook))
 
 _hook_dicts = ['_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks']
@@ -92,7 +93,7 @@ def _take_over(old, new):
     "Give `new` the user's own hooks, what a method remembers, and the training mode of `old`"
     for k in _hook_dicts:
         for i,h in getattr(old, k).items():
-            if _is_guard(h): continue
+            if _is_ours(h): continue
             getattr(new, k)[i] = h
     new._is_full_backward_hook = old._is_full_backward_hook
     for n in _remembered(old): new.register_buffer(n, old._buffers[n])

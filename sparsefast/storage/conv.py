@@ -15,6 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from .base import SparseLayer, _check_use, _misuse
 from .kernels import kernel_of, positions
+from ..tokens import conv_sums
 from .planes import Window, backward_index, convolve, convolve_back, convolve_values, forward_offsets
 
 # %% ../../nbs/storage/03_conv.ipynb #88e808b7
@@ -104,6 +105,9 @@ def _grad_at(self:_SparseConv, crow, col, g, x):
     g,x = self._images(g),self._images(x)
     at = self._offsets(x.shape) if col is self.col else forward_offsets(crow, col, self.window, x.shape, self.groups)
     return convolve_values(crow, at, g, x, self.window)
+
+@patch
+def _token_sums(self:_SparseConv, g, x, s): return conv_sums(g, x, s, self._dense, (self.groups, *self.shape[1:]))
 
 @patch
 def _values_grad(self:_SparseConv, g, x): return self._grad_at(self.crow, self.col, g, x)

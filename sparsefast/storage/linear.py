@@ -13,6 +13,7 @@ __all__ = ['SparseLinear']
 import torch, torch.nn.functional as F
 from torch import nn
 from .base import SparseLayer, _check_use, _misuse
+from ..tokens import linear_sums
 from .kernels import sddmm, spmm, transposed_index
 
 # %% ../../nbs/storage/02_linear.ipynb #eb01b12a
@@ -58,6 +59,7 @@ class SparseLinear(SparseLayer):
     def _multiply(self, values, bias, x, add=None, relu=False): return spmm(*self._matrix(values), x, bias, add, relu)
     def _input_grad(self, values, g, x): return spmm(*self._matrix(values, back=True), g)
     def _grad_at(self, crow, col, g, x): return sddmm(crow, col, *((x, g) if self.swapped else (g, x)))
+    def _token_sums(self, g, x, s): return linear_sums(*((x, g) if self.swapped else (g, x)), s)
     def _values_grad(self, g, x): return self._grad_at(self.crow, self.col, g, x)
 
     def _dense_grad(self, g, x, rows=slice(None)):

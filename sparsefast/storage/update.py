@@ -15,9 +15,12 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from ..layer import Layer
+from ..draws import draw_subset
 from ..masks import nonzero_flat
-from ..optim import StateView, call_reset, opt_state
+from ..optim import StateView, opt_state
+from ..resets import call_reset
 from ..scores import reads
+from ..tokens import token_sums
 from .base import SparseLayer
 from .kernels import index_at
 from ..utils import attribute
@@ -147,7 +150,11 @@ class CompressedLayer(Layer):
 
     def reset_masked(self, opt, reset_state_f): pass
 
-    def expect_gradient(self, dense): self.module.kept = dense
+    def expect_gradient(self, dense, tokens=False): self.module.kept = dense
+
+    def token_sums(self, generator=None):
+        self.module._check_held()
+        return token_sums(self.module._held, self.module._token_sums, len(self.shape)>2, generator)
 
     def dense_gradient(self): return self.module.dense_gradient()
 
@@ -195,7 +202,9 @@ def score_pieces(self:CompressedLayer, f, opt, **kwargs):
 @patch
 def _scores_by_rows(self:CompressedLayer, f, opt, **kwargs):
     "Yield the scores of some rows at a time, flat"
-    if _has_subset(f): kwargs['subset'] = attribute(f, 'subset_f')(kwargs['mask'], kwargs['generator']) & ~kwargs['mask']
+    if _has_subset(f):
+        subset = draw_subset(attribute(f, 'subset_f'), kwargs['mask'], kwargs['generator'], self.token_sums)
+        kwargs['subset'] = subset & ~kwargs['mask']
     wide = {k: v for k,v in kwargs.items() if k in ('mask', 'kept', 'subset')}
     for rows,grad in self._row_gradients(f, kwargs.get('subset')):
         w,view = self._shown(f, opt, grad, rows)
