@@ -6,6 +6,7 @@ Modules:
 
 - `sparsefast.all`: Every public name of the rooms that scripts use, in one import
 - `sparsefast.allocation`: How a number of drops, or of new weights, is shared out among the layers of a model
+- `sparsefast.amounts`: How many weights each layer drops, grows, and should have
 - `sparsefast.attach`: Sparse training where the loop is somebody else's, by the optimizer's own hooks
 - `sparsefast.average`: The masks of a model for an average of its weights, or for its target network
 - `sparsefast.calibration`: How large the inputs of each layer are, collected from a few batches
@@ -24,6 +25,8 @@ Modules:
 - `sparsefast.copies`: Whose copy a model is, and whether it has become an average with masks of the past
 - `sparsefast.core`: Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 - `sparsefast.distributions`: How the sparsity of a model is shared out among its layers
+- `sparsefast.draws`: Scores made of scores: draws by a score, weights that may not return, and growth in a random subset
+- `sparsefast.exchange`: Drop and grow weights of one layer by its scores
 - `sparsefast.exploration`: Weights that train although the forward pass does not use them: the dense store of Top-KAST and SR-STE
 - `sparsefast.find`: Every sparse weight of a model, as the engine sees it
 - `sparsefast.findings`: What a check is: a function of a `Case` that yields findings
@@ -39,6 +42,7 @@ Modules:
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks kept beside the parameters they belong to
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: what a method is, when it acts, and what it does around the optimizer's step
+- `sparsefast.naming`: A function for each preset, and a name for each method
 - `sparsefast.noted`: Which weights had masks when they were made, and checks that they still have them
 - `sparsefast.one_shot`: Cut a trained model in one go, block by block or all at once, by scores that look at data
 - `sparsefast.ops`: The compiled loops, where there are any, and how operations of PyTorch are defined
@@ -48,6 +52,7 @@ Modules:
 - `sparsefast.plan`: Every new mask of an update, computed before anything is written
 - `sparsefast.presets`: Published methods, each as a dict of settings and as a function that returns the method
 - `sparsefast.ranks`: The same masks in every process of a data-parallel training
+- `sparsefast.resets`: What the optimizer remembers of weights that come and go
 - `sparsefast.rewire`: One update of the masks: plan it, then write masks, weights and optimizer state
 - `sparsefast.saliency`: Which weights to train, judged before training: SNIP, GraSP and SynFlow
 - `sparsefast.schedules`: How a number changes during training: the drop fraction, or sparsity itself
@@ -86,6 +91,7 @@ Modules:
 - `sparsefast.storage.planes`: Convolutions as sparse products: how images lie in planes of pixels, and where in them each active weight begins to read
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.targets`: Which weights are to be sparse, and how sparse each of them
+- `sparsefast.tokens`: What goes into a layer and what comes back, summed over examples and positions
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
 - `sparsefast.topology`: Growth from the mask alone: where a network has many short paths between an input and an output, a link is missing
 - `sparsefast.training_time`: A place in training: an optimizer step, and the number of steps in the whole
