@@ -79,9 +79,9 @@ Modules:
 - `sparsefast.storage.base`: What compressed layers share: the stored weights and their index, the differentiable product, and the state
 - `sparsefast.storage.conv`: `SparseConv2d` and `SparseConv1d`: convolutions that store and multiply their active weights only, forward and backward
 - `sparsefast.storage.convert`: `to_sparse_layers` compresses the layers of a masked model where that wins; `to_masked_layers` gives the masked model back
-- `sparsefast.storage.kernels`: Matrix products that touch active weights only: a compiled kernel, and PyTorch's own operations where it is not there
+- `sparsefast.storage.kernels`: Matrix products that touch active weights only: a compiled kernel, or PyTorch's own operations without it
 - `sparsefast.storage.linear`: `SparseLinear`: a linear layer that stores and multiplies its active weights only, forward and backward
-- `sparsefast.storage.planes`: Convolutions as sparse products: how images lie in planes of pixels, and where in them each active weight begins to read
+- `sparsefast.storage.planes`: Convolutions as sparse products: how images are laid out in planes of pixels, and where each active weight begins to read
 - `sparsefast.storage.update`: What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 - `sparsefast.targets`: Which weights are to be sparse, and how sparse each of them
 - `sparsefast.topk`: Exact selection of the k highest scores among some candidates, without sorting a layer
