@@ -53,7 +53,7 @@ Modules:
 - `sparsefast.see.analysis`: The layers of a sparse model, as a table to read and as data
 - `sparsefast.see.doctor`: What is wrong with a sparse model, where, and what to do about it
 - `sparsefast.see.figures`: Colours, axes and scales of all figures, and a figure of many runs
-- `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole training costs
+- `sparsefast.see.flops`: What a forward pass costs, dense and with masks, and what a whole run costs
 - `sparsefast.see.mask_checks`: Masks that are broken, lost or different from what they should be: the half of the doctor that looks at masks
 - `sparsefast.see.plots`: Figures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
@@ -61,7 +61,7 @@ Modules:
 - `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.sharded`: The layer of a model that `fully_shard` has cut up: of its weight each process has a piece
-- `sparsefast.ship.chains`: Layers whose outputs only other layers use, channel by channel: where units can be cut
+- `sparsefast.ship.chains`: Layers whose outputs are used only by other layers, channel by channel: where units can be cut
 - `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and go on with a smaller one
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
@@ -74,7 +74,7 @@ Modules:
 - `sparsefast.ship.lora`: Adapters that are trained on a sparse model, and merged into it without filling its zeros
 - `sparsefast.ship.optim_state`: An optimizer's state as tensors and a description, checked before it is loaded
 - `sparsefast.ship.shrink`: Cut out units that have no weights, and units whose output nothing uses
-- `sparsefast.ship.timing`: Compare the speed of functions on a computer that does other things too
+- `sparsefast.ship.timing`: Compare the speed of functions on a computer with other work running
 - `sparsefast.sparsify`: From a dense model to a sparse one, and back
 - `sparsefast.storage.base`: What compressed layers share: the stored weights and their index, the differentiable product, and the state
 - `sparsefast.storage.conv`: `SparseConv2d` and `SparseConv1d`: convolutions that store and multiply their active weights only, forward and backward
