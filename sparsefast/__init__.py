@@ -62,7 +62,7 @@ Modules:
 - `sparsefast.settings`: Checks of a method's settings, before anything runs
 - `sparsefast.sharded`: The layer of a model that `fully_shard` has cut up: of its weight each process has a piece
 - `sparsefast.ship.chains`: Layers whose outputs are used only by other layers, channel by channel: where units can be cut
-- `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and go on with a smaller one
+- `sparsefast.ship.channels`: Remove the weakest channels while a model trains, and continue with a smaller one
 - `sparsefast.ship.codes`: Masks in a bit per weight or less, and tensors as their values on a mask
 - `sparsefast.ship.deploy`: Each layer in the form that is fastest here: measured, not guessed
 - `sparsefast.ship.export`: The model for other runtimes: zeros baked in, no masks, no hooks

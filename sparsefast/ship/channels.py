@@ -1,4 +1,4 @@
-"""Remove the weakest channels while a model trains, and go on with a smaller one
+"""Remove the weakest channels while a model trains, and continue with a smaller one
 
 A filter whose weights are small on average adds little. [Chase](https://arxiv.org/abs/2305.19454) removes such filters permanently, on a schedule while it trains: the row of the weight, its bias, its entry in the batch norm, and the inputs of the layers that follow. The model is smaller and denser afterwards, with the same number of active weights.
 
