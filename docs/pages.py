@@ -134,10 +134,10 @@ def targets():
                 res |= {n: (fn, n) for n in defs if n in core.__all__ or '.' in n} | {n: (fn, head) for n in consts if n in core.__all__}
     return res
 
-_skip = re.compile(r'(^ *(?:```|~~~).*?^ *(?:```|~~~)|^#+ .*?$|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)', re.M|re.S)
+_skip = re.compile(r'(^ *(?:```|~~~).*?^ *(?:```|~~~)|^#+ .*?$|^ {4}.*?$|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)', re.M|re.S)
 
 def link_names(md, tgts, fn, here=()):
-    "Make `name` a link, outside code, headings and links; not to the heading it stands under"
+    "Make `name` a link, outside code (indented too), headings and links; not to the heading it stands under"
     def one(m):
         t = tgts.get(m[1])
         if t is None or m[1] in here: return m[0]
@@ -230,9 +230,8 @@ def toctree(pages, caption=''): return '\n'.join(['```{toctree}', ':hidden:', *(
 def write_api(out, names, tgts):
     "A page for each group of rooms, and one with the names that most scripts need; returns the pages"
     (out/'api').mkdir()
-    rows = [(nm, inspect.getdoc(o).partition('\n')[0], fn) for nm,(fn,_) in tgts.items() if '.' not in nm and callable(o := _find(nm, 'core'))]
-    table = '\n'.join(['| name | what it does |', '|---|---|', *(f'| [`{nm}`](../{names[fn]}.ipynb#{slug(nm)}) | {_cell(line)} |' for nm,line,fn in rows)])
-    (out/'api'/'names.md').write_text(f'# Names for scripts\n\nAll that `from sparsefast.core import *` imports. Each name links to its page, with its parameters, examples and source.\n\n{table}\n', encoding='utf-8')
+    lines = [f'- [`{nm}`](../{names[fn]}.ipynb#{slug(nm)}): {inspect.getdoc(o).partition(chr(10))[0]}' for nm,(fn,_) in tgts.items() if '.' not in nm and callable(o := _find(nm, 'core'))]
+    (out/'api'/'names.md').write_text('\n'.join(['# Names for scripts', '', 'All that `from sparsefast.core import *` imports. Each name links to its page, with its parameters, examples and source.', '', *lines, '']), encoding='utf-8')
     for cap,fns in api(names).items():
         lines = [f'- [{title(f)}](../{names[f]}.ipynb): {summary(f)}' for f in fns]
         (out/'api'/f'{slug(cap)}.md').write_text('\n'.join([f'# {cap}', '', *lines, '', toctree([f'/{names[f]}' for f in fns]), '']), encoding='utf-8')
