@@ -1,7 +1,7 @@
 """The site's pages, made from the notebooks with their stored outputs: nothing is executed, and Quarto is not needed
 
-An exported cell becomes its names' signatures and tables of parameters, read from the module, with the source folded away beneath. The menu is made
-from the files: rooms by their numbers, wings by their folders, explanations by their titles, tutorials in the order given here."""
+An exported cell becomes its names' signatures and tables of parameters, read from the module, with the source folded away beneath. The menu is
+`groups`, what a reader wants, and the API: rooms by their numbers, wings by their folders."""
 import ast, importlib, inspect, json, os, re, shutil, sys
 from pathlib import Path
 from typing import get_args
@@ -15,13 +15,27 @@ from nbdev.showdoc import showdoc_nm
 
 nbs,lib,skip = root/'nbs','sparsefast',('_', '.')
 
-# From beginner to researcher. A notebook in `tutorials` that is not named here stops the build, and so does a name without a notebook. One of another folder is named with it
-tutorials = ['first_ten_minutes', 'vision', 'tabular', 'text', 'plain_pytorch', 'hugging_face', 'lightning', 'pretrained', 'prune_a_transformer', 'choosing', 'large_batches', 'averages', 'ship', 'distributed',
-             'explanations/write_your_own', 'explanations/from_paper_to_code']
+# What a reader wants, and the notebooks for it. Other explanations are evidence; a tutorial that is not named here stops the build, and so does a name without a notebook
+groups = {
+    'Start': ['index', 'tutorials/first_ten_minutes', '00_core', 'tutorials/choosing'],
+    'Tutorials': ['tutorials/vision', 'tutorials/tabular', 'tutorials/text', 'tutorials/plain_pytorch', 'tutorials/hugging_face', 'tutorials/lightning'],
+    'How-to': ['tutorials/pretrained', 'tutorials/prune_a_transformer', 'tutorials/averages', 'tutorials/resume', 'tutorials/large_batches', 'tutorials/distributed', 'explanations/sharded', 'explanations/gpu',
+               'tutorials/ship', 'explanations/write_your_own'],
+    'Evidence': ['explanations/which_method', 'explanations/which_models', 'explanations/when_is_sparse_faster', 'results'],
+    'Project': ['explanations/code_map', 'explanations/how_the_kernel_works', 'explanations/from_paper_to_code']}
 # Rooms by number: a group reaches to the next one's first
 rooms = [(1, 'Foundations'), (3.5, 'Engine'), (5.2, 'In loops')]
 # Wings: a folder of rooms, and its caption
 wings = dict(loops='In other trainers', storage='Compressed layers', see='See it', ship='Ship it', cli='Command line')
+# Files beside the notebooks that are pages of the group "Project"
+files = dict(changelog='CHANGELOG.md', contributing='CONTRIBUTING.md', security='SECURITY.md', citing='CITATION.cff')
+# Words that people search for, on the page that answers them
+keywords = {'index': 'install pip setup requirements lottery ticket', 'tutorials/pretrained': 'pretrained prune pruning finetune fine tune checkpoint lottery ticket',
+            'tutorials/prune_a_transformer': 'prune pruning pretrained llm language model one shot Wanda', 'one_shot': 'prune pruning', 'tutorials/ship': 'speed up faster inference deploy quantize quantization int8 onnx',
+            'explanations/when_is_sparse_faster': 'speed up faster latency benchmark quantize quantization int8 fp16 bfloat16', 'explanations/gpu': 'cuda fp16 amp half mixed precision speed up memory',
+            'explanations/which_method': 'lottery ticket compare accuracy', 'saliency': 'prune at initialization lottery ticket', 'tutorials/resume': 'resume checkpoint interrupted continue restart',
+            'tutorials/averages': 'ema swa average weights', 'tutorials/distributed': 'ddp multi gpu several gpus devices', 'explanations/sharded': 'fsdp tensor parallel', 'callback': 'fp16 mixed precision fastai',
+            'ship/export': 'onnx quantize quantization', 'tutorials/plain_pytorch': 'fp16 amp GradScaler mixed precision'}
 
 # ------------------------------------------------------------ notebooks and their names
 def notebooks():
@@ -120,10 +134,10 @@ def targets():
                 res |= {n: (fn, n) for n in defs if n in core.__all__ or '.' in n} | {n: (fn, head) for n in consts if n in core.__all__}
     return res
 
-_skip = re.compile(r'(^ *(?:```|~~~).*?^ *(?:```|~~~)|^#+ .*?$|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)', re.M|re.S)
+_skip = re.compile(r'(^ *(?:```|~~~).*?^ *(?:```|~~~)|^#+ .*?$|^ {4}.*?$|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)', re.M|re.S)
 
 def link_names(md, tgts, fn, here=()):
-    "Make `name` a link, outside code, headings and links; not to the heading it stands under"
+    "Make `name` a link, outside code (indented too), headings and links; not to the heading it stands under"
     def one(m):
         t = tgts.get(m[1])
         if t is None or m[1] in here: return m[0]
@@ -174,20 +188,22 @@ def page(fn, tgts, names):
             defs,consts = names_in(src)
             body = ast.parse(src).body
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) or any(c.startswith('_all_') for c in re.findall(r'^\w+', src, re.M)): continue
-            for nm in defs: res += [_index([nm]), _md(text(doc(nm, mod, min(level+1, 4)), (nm,)))]
-            if consts: res.append(_index(consts))
+            for nm in defs: res += [_index([nm], fn), _md(text(doc(nm, mod, min(level+1, 4)), (nm,)))]
+            if consts: res.append(_index(consts, fn))
             folded = not (consts and not defs)
             if folded and not defs and res and 'hide-input' in res[-1]['metadata'].get('tags', []): res[-1]['source'] += f'\n\n{src}'      # helpers after one another: one fold
             else: res.append(_code({}, src, *(['hide-input'] if folded else [])))
-        elif (m := re.match(r'show_doc\(([\w.]+)', bare(src))): res.append(_md(text(doc(m[1], mod or 'core', min(level+1, 4)), ())))
         else: res.append(_code(c, bare(src), *(['remove-input'] if d.get('echo')=='false' else []), alt=re.sub(r'[`*\[\]]', '', head)))
     return res
 
-def _index(nms):
-    "The place that the index of names leads to"
-    return _md('\n'.join(f'```{{index}} {nm}\n```' for nm in nms))
+def _index(nms, fn):
+    "The place that the index of names leads to; a name that only the engine uses has none"
+    public = {*importlib.import_module(f'{lib}.all').__all__, 'Learner'}
+    return _md('\n'.join(f'```{{index}} {nm}\n```' for nm in nms if nm.split('.')[0] in public or fn.startswith(('loops/', 'ship/05_hub', 'cli/04', 'cli/05'))))
 
 def title(fn): return next((m[1] for c in read(fn)[1] if c['cell_type']=='markdown' and (m := re.search(r'^# (.+)$', c['source'], re.M))), fn)
+
+def summary(fn): return next((m[1] for c in read(fn)[1] if c['cell_type']=='markdown' and (m := re.search(r'^> (.+)$', c['source'], re.M))), '').replace('`', '')
 
 def _number(f):
     "The place of a room among its neighbours: 5 for `05_`, 5.2 for `05b_`"
@@ -195,32 +211,53 @@ def _number(f):
     return int(n) + ('abcdefghi'.index(letter)+1)/10 if letter else int(n)
 
 def menu(names):
-    "Captions, and the pages under each; stops at a tutorial that has no place, and at a place that has no tutorial"
-    at = lambda d: {f: p for f,p in names.items() if f.startswith(d+'/')}
-    files = {t: f'{t if "/" in t else f"tutorials/{t}"}.ipynb' for t in tutorials}
-    if lost := set(at('tutorials'))-set(files.values()): raise SystemExit(f'no place in the menu: say in docs/pages.py where {sorted(lost)} come among the tutorials')
-    if gone := [f for f in files.values() if f not in names]: raise SystemExit(f'no such notebook: {gone}, which docs/pages.py lists among the tutorials')
-    tuts = [names[f] for f in files.values()]
+    "Captions, and the pages under each; stops at a tutorial that has no place, and at a place that has no notebook"
+    res = {cap: [f'{o}.ipynb' for o in fns] for cap,fns in groups.items()}
+    placed = {f for fns in res.values() for f in fns}
+    if lost := {f for f in names if f.startswith('tutorials/')}-placed: raise SystemExit(f'no place in the menu: say in docs/pages.py where {sorted(lost)} belong')
+    if gone := placed-set(names): raise SystemExit(f'no such notebook: {sorted(gone)}, which docs/pages.py has in the menu')
+    res['Evidence'][-1:-1] = sorted((f for f in names if f.startswith('explanations/') and f not in placed), key=title)
+    return {cap: [names[f] for f in fns] for cap,fns in res.items()}
+
+def api(names):
+    "Captions of the API, and the notebooks of the rooms under each"
     def group(f): return max(i for i,(n,_) in enumerate(rooms) if n<=_number(f))
-    numbered = [f for f in names if re.match(r'(?!00)\d', f)]
-    return [('Start', ['self', tuts[0], *(p for f,p in names.items() if f.startswith('00'))]),
-            ('Tutorials', tuts[1:]),
-            *((cap, [names[f] for f in numbered if group(f)==i]) for i,(_,cap) in enumerate(rooms)),
-            *((cap, list(at(wing).values())) for wing,cap in wings.items()),
-            ('Explanations', [p for f,p in sorted(at('explanations').items(), key=lambda o: title(o[0])) if p not in tuts]),
-            ('Results', [*(p for f,p in names.items() if '/' not in f and not f[0].isdigit() and f!='index.ipynb'), 'changelog', 'Index of names <genindex>'])]
+    numbered = [f for f in names if re.match(r'(?!00_)\d', f)]
+    return {**{cap: [f for f in numbered if f!='00a_all.ipynb' and group(f)==i] for i,(_,cap) in enumerate(rooms)}, **{cap: [f for f in names if f.startswith(f'{wing}/')] for wing,cap in wings.items()}}
+
+def toctree(pages, caption=''): return '\n'.join(['```{toctree}', ':hidden:', *([f':caption: {caption}'] if caption else []), '', *('Home <self>' if p=='index' else p for p in pages), '```'])
+
+def write_api(out, names, tgts):
+    "A page for each group of rooms, and one with the names that most scripts need; returns the pages"
+    (out/'api').mkdir()
+    lines = [f'- [`{nm}`](../{names[fn]}.ipynb#{slug(nm)}): {inspect.getdoc(o).partition(chr(10))[0]}' for nm,(fn,_) in tgts.items() if '.' not in nm and callable(o := _find(nm, 'core'))]
+    (out/'api'/'names.md').write_text('\n'.join(['# Names for scripts', '', 'All that `from sparsefast.core import *` imports. Each name links to its page, with its parameters, examples and source.', '', *lines, '']), encoding='utf-8')
+    for cap,fns in api(names).items():
+        lines = [f'- [{title(f)}](../{names[f]}.ipynb): {summary(f)}' for f in fns]
+        (out/'api'/f'{slug(cap)}.md').write_text('\n'.join([f'# {cap}', '', *lines, '', toctree([f'/{names[f]}' for f in fns]), '']), encoding='utf-8')
+    return ['api/names', 'all', *(f'api/{slug(cap)}' for cap in api(names)), 'Index of names <genindex>']
+
+def write_files(out):
+    "The files beside the notebooks, as pages; returns the pages"
+    for nm,f in files.items():
+        text = (root/f).read_text(encoding='utf-8')
+        if f.endswith('.cff'): text = f'# Citing\n\nIf you publish results, please cite the paper of the method that you used; its docstring names it. Cite this library, too:\n\n```yaml\n{text}```\n'
+        (out/f'{nm}.md').write_text(text, encoding='utf-8')
+    return list(files)
 
 def build(out):
     "Write all pages to the folder `out`"
     names,tgts = notebooks(),targets()
     if len(set(names.values()))<len(names): raise SystemExit(f'two notebooks want the same page: {sorted(names.values())}')
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    caps = menu(names)
+    caps = {**{cap: caps[cap] for cap in caps if cap!='Project'}, 'API': write_api(out, names, tgts), 'Project': write_files(out)+caps['Project']}
     for fn,nm in names.items():
-        cells = page(fn, tgts, names)
-        if fn=='index.ipynb':
-            for cap,pages in menu(names):
-                if pages: cells.append(_md('\n'.join(['```{toctree}', ':hidden:', f':caption: {cap}', '', *('Home <self>' if p=='self' else p for p in pages), '```'])))
+        cells = page(fn, tgts, names) + [_md(f'---\nMade from a notebook: {{download}}`nbs/{fn} <{os.path.relpath(nbs/fn, (out/nm).parent)}>`')]
+        if fn=='index.ipynb': cells += [_md(toctree(pages, cap)) for cap,pages in caps.items()]
         for i,c in enumerate(cells): c['id'] = f'c{i}'
+        meta = {'description': summary(fn), 'property=og:title': title(fn), 'property=og:description': summary(fn), 'property=og:type': 'article', 'property=og:site_name': lib}
+        if nm in keywords: meta['keywords'] = keywords[nm].replace(' ', ', ')
         (out/nm).parent.mkdir(parents=True, exist_ok=True)
-        (out/f'{nm}.ipynb').write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'), language_info=dict(name='python')))))
-    shutil.copy(root/'CHANGELOG.md', out/'changelog.md')
+        (out/f'{nm}.ipynb').write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=dict(myst=dict(html_meta=meta), kernelspec=dict(name='python3', display_name='Python 3', language='python'), language_info=dict(name='python')))))

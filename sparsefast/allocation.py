@@ -1,4 +1,4 @@
-"""How a number of drops, or of new weights, is shared out among the layers of a model
+"""How drops and new weights are distributed over the layers of a model
 
 By default each layer replaces a share of its own weights. Some methods look at the whole model instead: they drop the smallest weights of all layers, or give new weights
 to the layers that use theirs best. There are three signatures, one for drops and two for growth. All lists have one entry for each layer:

@@ -1,12 +1,12 @@
-"""Save a training after each epoch, and resume it bit for bit
+"""Save a run after each epoch, and resume it bit for bit
 
-To resume a sparse training, weights are not enough. Masks, a method's memory, the optimizer's state, the count of optimizer steps and
-the order of the batches must come back too. `CheckpointCallback` writes all of it before the first epoch and after each one, to a single file that is complete at any moment. The line of code that
-started a training also resumes it:
+To resume a sparse run, weights are not enough. Masks, a method's memory, the optimizer's state, the number of optimizer steps and
+the order of the batches must be restored too. `CheckpointCallback` writes all of it before the first epoch and after each one, to a single file that is complete at any moment. The line of code that
+starts a run also resumes it:
 
     learn.fit_one_cycle(20, cbs=[DynamicSparseTrainingCallback(**RigL_presets), CheckpointCallback('run1')])
 
-Run it again after an interruption, in a new process with the same learner, and the epochs that are done are skipped. The result has the same weights, bit
+Run it again after an interruption, in a new process with the same learner, and finished epochs are skipped. The result has the same weights, bit
 for bit, as a run that was never interrupted (on the same machine, with deterministic kernels). This holds for all of fastai's `fit` functions and for
 `fine_tune`."""
 

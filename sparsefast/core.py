@@ -1,10 +1,10 @@
 """Neural networks that are sparse from the first step: masks, distributions, drop and grow, and the callback that runs it all in fastai
 
-Ninety percent of a trained network's weights can be zero without the network losing much. The usual way there is to train it dense and prune it
-after. **Dynamic sparse training** never trains it dense: most weights are zero from the first step to the last, and every so often the weakest connections are dropped
-and promising ones are grown. The pattern moves while the network learns; the number of weights stands still.
+Ninety percent of a trained network's weights can be zero without the network losing much. The usual way is to train it dense and prune it
+afterwards. **Dynamic sparse training** never trains it dense: most weights are zero from the first step to the last, and at intervals the weakest connections are dropped
+and promising ones are grown. The connections change while the network learns; their number does not.
 
-All that a script needs is imported from here. Two lines make a fastai training sparse:
+All that a script needs is imported from here. Two lines make training in fastai sparse:
 
     from sparsefast.core import *
     sparsify_model(learn, 0.9)

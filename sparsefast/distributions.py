@@ -1,4 +1,4 @@
-"""How the sparsity of a model is shared out among its layers
+"""How the sparsity of a model is distributed over its layers
 
 A layer of 800 weights and one of 600,000 should not lose the same share of their weights. A **sparsity distribution** decides how much each layer loses. Every function here has the signature
 

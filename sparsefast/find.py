@@ -1,8 +1,8 @@
 """Every sparse weight of a model, as the engine sees it
 
-Three kinds of layers have a sparse weight: a [masked layer](03e_layer.ipynb), one that is [sharded](03f_sharded.ipynb) over processes, and a [compressed layer](storage/02_linear.ipynb). This room walks through a model and gives each its `Layer`.
+Three kinds of layers have a sparse weight: a [masked layer](03e_layer.ipynb), one that is [sharded](03f_sharded.ipynb) over processes, and a [compressed layer](storage/02_linear.ipynb). This module walks through a model and makes a `Layer` for each.
 
-Here a model that `fully_shard` has cut up is brought in order: its masks are cut like their weights, and weights that a forward pass has gathered are cut again.
+It also prepares models cut by `fully_shard`: their masks are cut like their weights, and weights that a forward pass has gathered are cut again.
 
 Every function takes a model, a `Learner`, or a list of modules."""
 

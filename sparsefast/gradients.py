@@ -1,6 +1,6 @@
-"""What an update needs of gradients: averages over steps, a copy that outlasts a step, and whether all are finite
+"""What an update needs of gradients: averages over steps, a copy that is kept after a step, and whether all are finite
 
-An update reads the gradient of all weights, masked ones included, where its scores ask for it.
+An update reads the gradients of all weights, including masked ones, if its scores need them.
 
 `m` is the `DSTMethod`, `layers` a list of `Layer`, `t` the `Time`, as in [plans](03h_plan.ipynb)."""
 

@@ -1,12 +1,12 @@
-"""Cut a trained model in one go, block by block or all at once, by scores that look at data
+"""Cut a trained model without training, block by block or all at once, by scores that look at data
 
-Pruning without training takes a trained model, a few batches, and a criterion of [importance](03a_importance.ipynb). The norms of a layer's inputs are those of the model it is in, and cutting a block changes what the blocks after it see. So the authors of
-these methods go block by block: collect norms, cut the block, and go on with the next, whose inputs come from blocks that are cut already.
+Pruning without training takes a trained model, a few batches, and a criterion of [importance](03a_importance.ipynb). The norms of a layer's inputs depend on the model, and cutting a block changes the inputs of the blocks after it. So the authors of
+these methods go block by block: collect norms, cut the block, and continue with the next, whose inputs come from blocks that are already cut.
 
     prune_blocks(model, batches, 0.5, score=wanda, pattern_f=wanda_rows)        # as the authors do
     prune_at_once(model, batches, 0.5, score=wanda, pattern_f=wanda_rows)       # one pass over the dense model
 
-The second is a single pass. Its masks are others, except in the first block, and it costs one forward pass over the batches where the first costs one for each block.
+The second is a single pass. Its masks differ, except in the first block, and it costs one forward pass over the batches instead of one for each block.
 
 The result of either is a sparse model like any other, to be used as it is or fine-tuned by any method."""
 

@@ -1,6 +1,6 @@
 """Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 
-A model has many parameters, and not all are worth making sparse. This room lists those that can be sparse, names them, and finds the ones that a user means. Wherever the library asks for layers, it accepts the same values and resolves them with
+A model has many parameters, and not all are worth making sparse. This module lists those that can be sparse, names them, and finds the ones that a user selects. Wherever the library asks for layers, it accepts the same values and resolves them with
 
     select_weights(model, which) -> list of Weight
 

@@ -1,6 +1,6 @@
 """Checks of a method's settings, before anything runs
 
-A `DSTMethod` checks its settings when it is made. What is no function, no share or no interval is refused by name, and so is a setting that would do nothing beside the others.
+A `DSTMethod` checks its settings when it is made. Anything that is not a valid function, share or interval is refused by name, and so is a setting that would have no effect with the others.
 
 An interval so short that updates take the place of many optimizer steps gives a warning."""
 

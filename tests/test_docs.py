@@ -184,6 +184,6 @@ def test_every_notebook_that_prints_or_plots_has_outputs():
 
 def test_every_tutorial_has_its_place_in_the_menu():
     src = (root/'docs'/'pages.py').read_text(encoding='utf-8')
-    named = ast.literal_eval(re.search(r'^tutorials = (\[.*?\])', src, re.M|re.S)[1])
-    files = [t+'.ipynb' if '/' in t else f'tutorials/{t}.ipynb' for t in named]
+    groups = ast.literal_eval(re.search(r'^groups = (\{.*?\})$', src, re.M|re.S)[1])
+    files = [f'{o}.ipynb' for fns in groups.values() for o in fns]
     assert {f for f in notebooks if f.startswith('tutorials/')} <= set(files) <= set(notebooks) and len(set(files))==len(files)

@@ -1,8 +1,8 @@
 """Masks before training, one method at a time, and the figures for a trainer's log
 
-`Trainer` of Hugging Face and `Trainer` of Lightning each own their loop. The callbacks of the next two rooms bring a method into it by `attach`, which listens to the optimizer. This room has what both need: a dense model is made sparse as the method wants it, the schedule gets the trainer's length, and wrong use is refused in one sentence before the first step.
+`Trainer` of Hugging Face and `Trainer` of Lightning each own their loop. The callbacks of the next two modules run a method in it by `attach`, which hooks into the optimizer. This module has what both need: it makes a dense model sparse as the method requires, takes the length of the schedule from the trainer, and refuses wrong use with one sentence before the first step.
 
-An update changes masks within the optimizer's step, and no trainer sees it. So the masks are copied before a step with an update, and compared after it.
+An update changes masks within the optimizer's step, where no trainer sees it. So the masks are copied before a step with an update, and compared afterwards.
 
 Neither trainer is imported here."""
 

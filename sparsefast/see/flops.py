@@ -1,8 +1,8 @@
-"""What a forward pass costs, dense and with masks, and what a whole training costs
+"""What a forward pass costs, dense and with masks, and what a whole run costs
 
-Nobody needs to multiply by a masked weight. How much arithmetic a sparse model saves depends on where its zeros are: a weight of an early convolution is used at thousands of positions, a weight of the last layer once.
+Multiplying by a masked weight is unnecessary. How much arithmetic a sparse model saves depends on where its zeros are: a weight of an early convolution is used at thousands of positions, a weight of the last layer once.
 
-`count_flops` runs the model on an input, lets torch count the operations, and weighs each by the density of the mask that it uses. The result is the number of operations that are *necessary*. How many of them a processor really saves is another matter.
+`count_flops` runs the model on an input, lets torch count the operations, and weights each by the density of the mask that it uses. The result is the number of operations that are *necessary*. How many of them a processor really saves is a different question.
 
 One multiply-add is two floating-point operations (FLOPs), as in torch. Biases, activations and normalisation are not counted."""
 

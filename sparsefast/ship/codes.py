@@ -1,7 +1,7 @@
 """Masks in a bit per weight or less, and tensors as their values on a mask
 
-This room is the format of [compact files](01_files.ipynb), without the file: `encode` turns named tensors into those to store and a description of each,
-`decode` makes the tensors again, bit for bit. In between, `check_encoded` verifies a description that may come from anywhere, before anything of its size is
+This module is the format of [compact files](01_files.ipynb), without the file: `encode` turns named tensors into those to store and a description of each;
+`decode` restores the tensors, bit for bit. Before that, `check_encoded` verifies the description, which may come from anywhere, before any memory of the claimed size is
 allocated.
 
 All masks and codes are on the CPU."""

@@ -1,7 +1,7 @@
 """Each layer in the form that is fastest here: measured, not guessed
 
 Whether a layer is faster sparse than dense depends on its shape, its sparsity, the batch, the number of threads and the processor. `to_fastest(model,
-example_input)` measures it. It times every masked layer on inputs of the size that it gets in the model, dense and in each sparse form, and takes the sparse
+example_input)` measures it. It times every masked layer on inputs of the size it gets in the model, dense and in each sparse form, and takes the sparse
 form only where that wins by a margin. Batch norms, residual additions and ReLUs are [folded](02d_fold.ipynb) into the layers before them, and timed with them. Then
 it times the whole model. The result is never slower than the dense model was in that measurement: if nothing wins, everything stays dense.
 

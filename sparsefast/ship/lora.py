@@ -1,6 +1,6 @@
 """Adapters that are trained on a sparse model, and merged into it without filling its zeros
 
-A LoRA adapter adds the product of two thin matrices, $sBA$, to a weight that stays as it is. On a sparse model ([peft](https://github.com/huggingface/peft) wraps its layers as they are, masks and guards included) that sum is dense. `merge_lora` adds to the active weights
+A LoRA adapter adds the product of two thin matrices, $sBA$, to a frozen weight. On a sparse model ([peft](https://github.com/huggingface/peft) wraps its layers as they are, masks and guards included) that sum is dense. `merge_lora` adds to the active weights
 only, so the merged model is as sparse as its base:
 
     model = get_peft_model(sparse_model, LoraConfig(target_modules=['q', 'v']))
@@ -8,7 +8,7 @@ only, so the merged model is as sparse as its base:
     ...                                   # train as usual; the base's zeros stay
     model = merge_lora(model)
 
-What an adapter has learnt where weights are masked is lost by the merge, and that is most of it in a sparse layer. `lost_by_merge` says how much. `masked_lora` makes the loss zero: the layers then compute with the masked product while they train, which costs a matrix of the weight's
+The merge loses what an adapter has learned where weights are masked, which is most of it in a sparse layer. `lost_by_merge` says how much. With `masked_lora` nothing is lost: the layers compute with the masked product while they train. This costs a matrix of the weight's
 size and its gradient in each forward pass.
 
 Nothing here imports peft: an adapter is a module with `base_layer`, `lora_A`, `lora_B` and `scaling`."""

@@ -1,6 +1,6 @@
 """An optimizer's state as tensors and a description, checked before it is loaded
 
-[Compact files](01_files.ipynb) hold the state of an optimizer too, fastai's or torch's. `encode_opt` takes the state apart into tensors and a description that
+[Compact files](01_files.ipynb) hold the state of an optimizer too, fastai's or torch's. `encode_opt` splits the state into tensors and a description that
 JSON can hold, `check_opt` verifies that a saved state fits an optimizer, and `load_opt` loads it.
 
 The state of a masked weight is stored by its mask, as the weight itself is."""

@@ -1,7 +1,7 @@
-"""Compare the speed of functions on a computer that does other things too
+"""Compare the speed of functions on a computer with other work running
 
-`paired_times` runs functions in turn and returns the time of every call. `ratio` compares two of them round by round, so that what slows the computer down for
-a while slows both.
+`paired_times` runs functions in turn and returns the time of every call. `ratio` compares two of them round by round, so that a temporary slowdown of the computer
+affects both.
 
 A `SpeedTable` shows what was measured of a model, layer by layer.
 

@@ -1,10 +1,10 @@
-"""Convolutions as sparse products: how images lie in planes of pixels, and where in them each active weight begins to read
+"""Convolutions as sparse products: how images are laid out in planes of pixels, and where each active weight begins to read
 
-An output pixel of a convolution is a sum over active weights: each weight times the pixel that it sees. The next output pixel sees the next pixel. So an active weight multiplies a *run* of neighbouring pixels, and all that the kernel needs
-to know of it is its *offset*, where the run begins. No window of an image is copied.
+An output pixel of a convolution is a sum over active weights: each weight times one input pixel. The next output pixel uses the next input pixel. So an active weight multiplies a *run* of neighbouring pixels, and all the kernel needs
+to know is its *offset*, where the run begins. No window of an image is copied.
 
-This holds once an image lies in a plane with its padding around it. With a stride of 2, each second pixel belongs to another plane (a *phase*), so that runs are runs again. Images of a batch lie one below the other, and share the padding between them. A few columns at the ends of rows
-are computed and thrown away.
+This holds once an image is stored in a plane with its padding around it. With a stride of 2, every second pixel belongs to another plane (a *phase*), so that runs are contiguous again. The images of a batch are stored one below the other, and share the padding between them. A few columns at the ends of rows
+are computed and discarded.
 
 The kernel makes the planes and writes outputs where they belong. This room computes the numbers that it needs, and defines the three products of a convolution as operations of PyTorch."""
 

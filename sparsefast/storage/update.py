@@ -1,6 +1,6 @@
 """What the engine asks a compressed layer for: the gradient of all weights, the dense form for a score, and a new set of active weights
 
-This room is the contract between a compressed layer and the engine, which [updates masks](../04a_rewire.ipynb). Nothing here is called by a user.
+This room is the contract between a compressed layer and the engine, which [updates masks](../04a_rewire.ipynb). Users call nothing here.
 
 The dense gradient is computed when an update asks for it, from what the backward passes have multiplied. `CompressedLayer` is the `Layer` that the engine deals with."""
 
