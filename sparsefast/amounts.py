@@ -15,7 +15,7 @@ __all__ = ['room_of', 'max_active', 'targets_of', 'prune_field', 'target_counts'
 import torch
 from .exchange import active_scores, candidate_scores, scores
 from .masks import n_active
-from .patterns import capacity
+from .patterns import capacity, drop_grow
 from .utils import attribute, show_value, tolist
 
 # %% ../nbs/03h_amounts.ipynb #dd1e64d9
@@ -24,6 +24,7 @@ def room_of(
     l, # `Layer`
 )->int: # At most all of its weights
     "Count the weights that the method's pattern allows a layer in the end"
+    if m.pattern_f is drop_grow: return l.numel
     return capacity(m.pattern_f, torch.empty(l.shape, device='meta'))
 
 def max_active(

@@ -122,8 +122,9 @@ def test_flops_of_every_preset(name):
     learn.fit(4)
     rec = learn.sparse_recorder
     if name in ('RigL_avg', 'SEFT'): assert rec.flops>cost.cost                                     # gradients are collected before the optimizer sees them
+    elif name=='GSE': assert .97*cost.cost<rec.flops<cost.cost                                      # the ledger counts the positions that are drawn
     else: assert rec.flops==pytest.approx(cost.cost, rel=dict(SNFS=.01, GMP=.03).get(name, 1e-3))
-    assert rec.spent()==pytest.approx(rec.flops, rel=1e-9) and rec.spent(dense=True)==cost.dense and rec.now['tflops']==rec.flops/1e12
+    assert rec.spent()==pytest.approx(rec.flops, rel=1e-9, abs=8) and rec.spent(dense=True)==cost.dense and rec.now['tflops']==rec.flops/1e12
 
 @pytest.mark.parametrize('name', CATALOGUE)
 def test_the_ledger_is_that_of_the_flops_room(name):
@@ -137,7 +138,7 @@ def test_the_ledger_is_that_of_the_flops_room(name):
     states = [start, *log.log[:-1]]
     trains = lambda m: min(int(m.sum())+round(method.explore_pct*m.numel()), m.numel())/m.numel()
     ds = [(step, {f'{2*i}.weight': (m.double().mean().item(), trains(m)) for i,m in enumerate(ms)}) for step,ms in enumerate(states, 1)]
-    assert learn.sparse_recorder.flops==pytest.approx(training_flops(count, method, 40, ds), rel=1e-9)
+    assert learn.sparse_recorder.flops==pytest.approx(training_flops(count, method, 40, ds), rel=1e-9, abs=.5*8)        # of 8 samples; a subset is no whole number
 
 def test_a_dense_layer_costs_all_of_it_and_batches_their_size():
     learn = make('SET', record=False)

@@ -354,7 +354,7 @@ def largest(f):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kw=None):
             out = op(*args, **(kw or {}))
-            seen.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t) and t.element_size()>1 and not t.is_meta
+            seen.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t) and t.element_size()>1
                         and t.layout==torch.strided and t.untyped_storage().nbytes()>=t.numel()*t.element_size())
             return out
     with Watch(): f()
