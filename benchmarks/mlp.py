@@ -89,6 +89,11 @@ def table():
         if rs: rows.append(f"| {m} | {rs[0]['storage']} | {len(rs)} | {spread([100*r['accuracy'] for r in rs])} | {spread([100*r['best'] for r in rs])} | {published.get(m, '')} |")
     return '\n'.join(rows)
 
+def setting():
+    "The machine and versions of the runs, in one sentence"
+    where = sorted({(r['processor'], r['threads'], r['torch']) for r in done().values()})
+    return ' '.join(f'Hardware: {cpu}, {n} thread. PyTorch {torch}.' for cpu,n,torch in where)
+
 def speed(dsets):
     "Time steps of the dense, the masked and the compressed model, in turns"
     (x,y),_ = dsets
