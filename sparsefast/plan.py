@@ -54,23 +54,25 @@ def pattern_of(
 def exchange(
     m, # `DSTMethod`
     l, # `Layer`
-    mask:torch.Tensor, # Boolean: the layer's mask at this point of the update
+    held:torch.Tensor, # The layer's mask at this point of the update, held
     n_drop:int, # Number of active weights to drop
     n_grow:int, # Number of weights to grow
     opt, # The optimizer
     t, # `Time`
     active:int, # Number of active weights
     keep:str='keep_score_f', # Field of the method that says what is kept
-)->torch.Tensor: # Boolean: the new mask
+)->torch.Tensor: # The new mask, held
     "Drop and grow weights of one layer, within its pattern"
     f = pattern_of(m, l)
     if f is not drop_grow:
+        mask = l.unhold(held)
         grow = scores(m, 'grow_score_f', l, mask, opt, t, kept=mask)
-        return f(mask, scores(m, keep, l, mask, opt, t), grow, n_drop, n_grow)
-    if active-n_drop+n_grow==l.numel: return torch.ones_like(mask)           # every weight: there is nothing to choose
+        return l.hold(f(mask, scores(m, keep, l, mask, opt, t), grow, n_drop, n_grow))
+    mask = l.unhold_for(held, [getattr(m, keep), *([m.grow_score_f] if n_grow else [])])
+    if active-n_drop+n_grow==l.numel: return l.hold(torch.ones_like(mask))           # every weight: there is nothing to choose
     def keep_score(): return l.score_pieces(getattr(m, keep), opt, **_context(m, keep, l, mask, t))
     def grow_score(kept): return l.score_pieces(m.grow_score_f, opt, **_context(m, 'grow_score_f', l, mask, t, kept=kept))
-    return drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active)
+    return l.hold(drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active))
 
 # %% ../nbs/03h_plan.ipynb #c9a9e041
 def max_active(
@@ -132,7 +134,7 @@ def _resized(m, layers, active, opt, t):
     "Compute the masks after phase one, held, and the number of weights that each layer should have"
     if m.sparsity_sched_f is None: return [l.held for l in layers],None
     goal,field = target_counts(m, layers, active, opt, t),_prune_field(m)
-    def new(l, a, g): return l.held if g==a else l.hold(exchange(m, l, l.mask, max(a-g, 0), max(g-a, 0), opt, t, a, field))
+    def new(l, a, g): return l.held if g==a else exchange(m, l, l.held, max(a-g, 0), max(g-a, 0), opt, t, a, field)
     return [new(l, a, g) for l,a,g in zip(layers, active, goal)],goal
 
 # %% ../nbs/03h_plan.ipynb #a919fb7e
@@ -144,7 +146,7 @@ def _importance(m, l, mask, active, opt, t):
 def _candidates(m, l, held, active, n_drop, opt, t):
     "Compute the grow scores of the weights that a layer does not keep, 1-d; a pattern decides later what it drops"
     mask = l.unhold(held)
-    kept = mask if pattern_of(m, l) is not drop_grow else exchange(m, l, mask, n_drop, 0, opt, t, active)
+    kept = mask if pattern_of(m, l) is not drop_grow else l.unhold(exchange(m, l, held, n_drop, 0, opt, t, active))
     return scores(m, 'grow_score_f', l, mask, opt, t, kept=kept).reshape(-1).index_select(0, nonzero_flat(~kept))
 
 def _growth(m, layers, masks, active, n_drop, opt, t):
@@ -216,13 +218,13 @@ def plan(
     "Compute what an update changes in every layer; nothing is written"
     before = active = tolist([l.nnz for l in layers])
     masks,goal = _resized(m, layers, active, opt, t)
-    if m.sparsity_sched_f: active = tolist([nnz(l.unhold(h)) for l,h in zip(layers, masks)])
+    if m.sparsity_sched_f: active = tolist([nnz(l.unhold_for(h, ())) for l,h in zip(layers, masks)])
     n_drop,memory = _drops(m, layers, masks, active, opt, t)
     n_grow,targets = _growth(m, layers, masks, active, n_drop, opt, t),[None]*len(layers)
     if m.pattern_f is not drop_grow: n_grow,targets = _for_pattern(m, layers, goal, active, n_drop, n_grow)
     _warn_empty(layers, before, [a-d+g for a,d,g in zip(active, n_drop, n_grow)], t.step)
     for i,(l,a,d,g) in enumerate(zip(layers, active, n_drop, n_grow)):
-        if d or g: masks[i] = l.hold(exchange(m, l, l.unhold(masks[i]), d, g, opt, t, a))
+        if d or g: masks[i] = exchange(m, l, masks[i], d, g, opt, t, a)
     together = [i for i,l in enumerate(layers) if l.group]         # each rank has a copy of these, and pieces of sharded ones
     for i in together: masks[i] = masks[i].clone()
     if together: agree([masks[i] for i in together], layers[together[0]].group)

@@ -12,13 +12,15 @@ What gathers has to be called in every process. These are the properties `mask`,
 __all__ = ['ShardedLayer']
 
 # %% ../nbs/03f_sharded.ipynb #ae83c6b4
+from functools import partial
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
-from .layer import Layer, rewrite_
+from .layer import Layer, check_scores, rewrite_
 from .optim import StateView, call_reset, inner_opt, opt_state
-from .pieces import is_cut_up, piece, piece_of, unite, whole
+from .pieces import as_piece, combine, is_cut_up, piece, piece_of, rows_before, unite, whole
 from .scores import reads
+from .utils import attribute
 
 # %% ../nbs/03f_sharded.ipynb #e396e759
 class ShardedLayer(Layer):
@@ -44,7 +46,7 @@ class ShardedLayer(Layer):
         "Number of active weights of all processes, 0-d"
         return self._mask.sum().full_tensor()
 
-    def hold(self, mask): return piece_of(mask, self.p)
+    def hold(self, mask): return piece(mask) if is_cut_up(mask) else piece_of(mask, self.p)
 
     def unhold(self, held): return unite(held, self.p)
 
@@ -74,29 +76,63 @@ def seen(self:ShardedLayer, f, opt):
     if 'gradient' in what: p.grad = whole(self.p.grad if mean is None else mean)
     return p, None if opt is None else StateView(opt, self.p, p, whole)
 
+# %% ../nbs/03f_sharded.ipynb #5d1c07a4
+def _by_rows(f):
+    "True if a score needs no more than some rows of a weight"
+    whole_draw = getattr(f, 'keywords', {}).get('on_device')       # a generator of its own
+    return attribute(f, 'by_rows', False) and attribute(f, 'subset_f') is None and not whole_draw
+
+@patch
+def unhold_for(self:ShardedLayer, held, scores):
+    by_piece = rows_before(self.p) is not None and all(map(_by_rows, scores))
+    return as_piece(held, self.p) if by_piece else self.unhold(held)
+
+def _score_rows(l, f, opt, get, mask, kept=None, **kwargs):
+    "Score the rows that `get` takes of a tensor"
+    p,grad = get(l.p).detach(),l.update_gradient()
+    if 'gradient' in reads(f) and grad is not None: p.grad = get(grad)
+    if kept is not None: kwargs['kept'] = get(kept)
+    return check_scores(f, f(p, opt=None if opt is None else StateView(opt, l.p, p, get), mask=get(mask), **kwargs), p)
+
+@patch
+@torch.no_grad()
+def score_pieces(self:ShardedLayer, f, opt, **kwargs):
+    if not is_cut_up(kwargs['mask']): return self.scores(f, opt, **kwargs)
+    n,gen = rows_before(self.p),kwargs['generator']
+    def others(t): return piece(t).new_zeros((n, *t.shape[1:]))
+    start,own = gen.get_state(),_score_rows(self, f, opt, piece, **kwargs)
+    if n and not gen.get_state().equal(start):
+        gen.set_state(start)
+        _score_rows(self, f, opt, others, **kwargs)
+        own = _score_rows(self, f, opt, piece, **kwargs)
+    return as_piece(own, self.p)
+
 # %% ../nbs/03f_sharded.ipynb #a049846c
-def _reset(l, rule, opt, where, **kwargs):
-    "Reset optimizer state by a rule that sees it whole"
-    state,p = opt_state(opt, l.p),whole(l.p)
-    seen = {k: whole(v) if torch.is_tensor(v) else v for k,v in state.items()}
-    call_reset(rule, p, SimpleNamespace(state={p: seen}, param_groups=inner_opt(opt).param_groups), where, **kwargs)
+def _reset(l, rule, opt, where, born=None, grad=None, **kwargs):
+    "Reset optimizer state by a rule, which is given pieces if it can do with them"
+    by_pieces,state = attribute(rule, 'by_pieces', False),opt_state(opt, l.p)
+    def get(t): return t if not is_cut_up(t) else piece(t) if by_pieces else whole(t)
+    def mask(t): return t if t is None or by_pieces else unite(t, l.p)
+    if by_pieces: kwargs['join'] = partial(combine, like=l.p)
+    p,seen = get(l.p),{k: get(v) for k,v in state.items()}
+    view = SimpleNamespace(state={p: seen}, param_groups=inner_opt(opt).param_groups)
+    call_reset(rule, p, view, mask(where), born=mask(born), grad=get(grad), **kwargs)
     for k,v in seen.items():
-        if is_cut_up(state.get(k)): piece(state[k]).copy_(piece_of(v, state[k]))
-        else: state[k] = v
+        if not is_cut_up(state.get(k)): state[k] = v
+        elif not by_pieces: piece(state[k]).copy_(piece_of(v, state[k]))
 
 @patch
 def write(self:ShardedLayer, new, opt, reset_state_f, values=None, read=()):
     "Change this process's piece of the mask, the weight and the optimizer's state"
-    old,wide = self.mask,self.unhold(new)
-    born = wide & ~old
+    born = new & ~self.index
     if values is not None:
-        values = torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(born, values)
-        values = piece_of(values, self.p)[piece_of(born, self.p)]
+        values = torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(unite(born, self.p), values)
+        values = piece_of(values, self.p)[born]
     rewrite_(piece(self.p), self.index, new, values)
-    where = born if 'momentum' in read else ~(old & wide)
-    grad = whole(self.update_gradient()) if 'gradient' in read else None
+    where = born if 'momentum' in read else ~(self.index & new)
+    grad = self.update_gradient() if 'gradient' in read else None
     _reset(self, reset_state_f, opt, where, born=born, grad=grad, dense_state='momentum' in read)
     self.index.copy_(new)
 
 @patch
-def reset_masked(self:ShardedLayer, opt, reset_state_f): _reset(self, reset_state_f, opt, ~self.mask)
+def reset_masked(self:ShardedLayer, opt, reset_state_f): _reset(self, reset_state_f, opt, ~self.index)
