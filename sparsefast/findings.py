@@ -50,8 +50,9 @@ def empty_layer(
     numel:int, # How many it has
 )->Finding: # A warning
     "Say that a layer has no active weight"
-    return Finding('warning', 'empty layer', where, f'none of {numel:,} weights is active, which disconnects the network',
-                   'use ERK (`sparse_f=erdos_renyi_sparsity`), give the layer a sparsity of its own (`sparsities=`), or exclude it')
+    what = f'none of {numel:,} weights is active, which disconnects the network'
+    return Finding('warning', 'empty layer', where, what, 'use ERK (`sparse_f=erdos_renyi_sparsity`), '
+                   'give the layer a sparsity of its own (`sparsities=`), or exclude it')
 
 def raise_findings(
     findings, # `Finding` each

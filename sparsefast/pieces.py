@@ -83,7 +83,8 @@ def combine(
 )->torch.Tensor: # `t`
     "Add up what all pieces of a tensor have, or take the largest; every process must call it"
     from torch import distributed as dist
-    for d in _cuts(like): dist.all_reduce(t, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, like.device_mesh.get_group(d))
+    op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    for d in _cuts(like): dist.all_reduce(t, op, like.device_mesh.get_group(d))
     return t
 
 def rows_before(
@@ -109,9 +110,10 @@ def _kth(keys, k, add):
     left = keys^info.min                                           # in the order of unsigned integers
     for shift in range(info.bits-8, -1, -8):
         digits = (left>>shift) & 255
-        n_above = add(torch.bincount(digits, minlength=256)).flip(0).cumsum(0).tolist()    # with the highest digit, the two highest ...
-        i = sum(n<k for n in n_above)
-        k -= n_above[i-1] if i else 0
+        counts = add(torch.bincount(digits, minlength=256))
+        upto = counts.flip(0).cumsum(0).tolist()                   # with the highest digit, with the two highest ...
+        i = sum(n<k for n in upto)
+        k -= upto[i-1] if i else 0
         kth = kth<<8 | 255-i
         left = left[digits==255-i]
     return kth+info.min, k
