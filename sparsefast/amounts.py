@@ -146,7 +146,7 @@ def _by_scores(m, layers, masks, active, n_drop, room, total, targets, opt, t):
     "Share growth out by `grow_share_f`"
     f,kept = m.grow_share_f,[a-d for a,d in zip(active, n_drop)]
     counted = attribute(f, 'needs_counts', False)
-    def found(l, h, a, d): return candidate_scores(m, l, l.unhold(h), a, d, opt, t, total if counted else None)
+    def found(l, h, a, d): return candidate_scores(m, l, h, a, d, opt, t, total if counted else None)
     candidates = [found(*each) for each in zip(layers, masks, active, n_drop)]
     if not counted: return f(candidates, total)
     target = [n_active(l.numel, s) for l,s in zip(layers, targets)]

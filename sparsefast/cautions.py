@@ -15,6 +15,7 @@ from bisect import bisect
 from copy import deepcopy
 import torch
 from torch import nn
+from .findings import empty_layer, raise_findings
 from .masks import is_sparseable_module
 from .select import is_transposed
 
@@ -25,13 +26,10 @@ def _warn(what, names, todo):
     warnings.warn(f"{names[0]!r}{more}: {what}: {todo}", stacklevel=5)
 
 def warn_empty(
-    names:list, # Names of layers without an active weight
+    sizes:dict, # Name -> number of weights, of layers without an active one
 )->None:
     "Warn of layers without any weight"
-    if not names: return
-    more = f' and {len(names)-1} more have' if len(names)>1 else ' has'
-    warnings.warn(f"{names[0]!r}{more} no weight left, which disconnects the network: "
-                  "use ERK (`sparse_f=erdos_renyi_sparsity`), or exclude the layer", stacklevel=4)
+    raise_findings([empty_layer(repr(n), numel) for n,numel in sizes.items()], stacklevel=5)
 
 # %% ../nbs/04f_cautions.ipynb #0e69b652
 def _varies(t):

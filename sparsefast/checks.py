@@ -8,15 +8,15 @@ Before a run, `method.check` runs the checks of this module and raises the first
 
 # %% auto #0
 __all__ = ['step_checks', 'update_checks', 'method_checks', 'is_rounded', 'check_targets', 'check_momentum', 'check_served',
-           'check_optimizer', 'check_forgotten', 'check_storage', 'check_pattern', 'check_store', 'check_start',
-           'check_interval', 'run_checks', 'Case', 'Finding', 'raise_findings', 'check_lost', 'check_orphans',
-           'check_vanished']
+           'check_optimizer', 'check_forgotten', 'check_storage', 'check_pattern', 'check_empty', 'check_store',
+           'check_start', 'check_interval', 'run_checks', 'Case', 'Finding', 'raise_findings', 'check_lost',
+           'check_orphans', 'check_vanished']
 
 # %% ../nbs/04b_checks.ipynb #5e3e83f4
 from collections.abc import Iterator
 from functools import partial
 import torch
-from .findings import Case, Finding, raise_findings
+from .findings import Case, Finding, empty_layer, raise_findings
 from .masks import Compressed, n_active, nnz
 from .noted import check_lost, check_orphans, check_vanished, parts
 from .optim import inner_opt, keeps_momentum, opt_params, refusal
@@ -142,6 +142,14 @@ def check_pattern(
             what = f'the final sparsity of {l.module}, {l.target:.4g}, does not fit {shown}'
             yield Finding('fault', 'pattern', case.name(l), what, str(e))
 
+def check_empty(
+    case:Case, # What to look at
+)->Iterator: # Yields `Finding`
+    "Find layers without an active weight"
+    active = tolist([l.nnz for l in case.layers]) if case.layers else []
+    for l,n in zip(case.layers, active):
+        if l.numel and not n: yield empty_layer(case.name(l), l.numel)
+
 def check_store(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -185,7 +193,7 @@ step_checks = (check_vanished, check_forgotten)
 update_checks = (check_orphans, check_lost, partial(check_forgotten, others=True))
 # Checks that `method.check` goes through, in this order
 method_checks = (check_orphans, check_lost, check_momentum, check_served, check_storage, check_optimizer,
-                 check_targets, check_pattern, check_store, check_interval)
+                 check_targets, check_empty, check_pattern, check_store, check_interval)
 
 def run_checks(
     case:Case, # What to look at

@@ -93,29 +93,34 @@ def pattern_of(
 def exchange(
     m, # `DSTMethod`
     l, # `Layer`
-    mask:torch.Tensor, # Boolean: the layer's mask at this point of the update
+    held:torch.Tensor, # The layer's mask at this point of the update, held
     n_drop:int, # Number of active weights to drop
     n_grow:int, # Number of weights to grow
     opt, # The optimizer
     t, # `Time`
     active:int, # Number of active weights
     keep:str='keep_score_f', # Field of the method that says what is kept
-)->torch.Tensor: # Boolean: the new mask
+)->torch.Tensor: # The new mask, held
     "Drop and grow weights of one layer, within its pattern"
     f = pattern_of(m, l)
     if f is not drop_grow:
+        mask = l.unhold(held)
         grow = scores(m, 'grow_score_f', l, mask, opt, t, kept=mask)
-        return f(mask, scores(m, keep, l, mask, opt, t), grow, n_drop, n_grow)
-    if active-n_drop+n_grow==l.numel: return torch.ones_like(mask)           # every weight: there is nothing to choose
+        new = f(mask, scores(m, keep, l, mask, opt, t), grow, n_drop, n_grow)
+        return l.hold(new)
+    read = [getattr(m, keep), *([m.grow_score_f] if n_grow else [])]
+    mask = l.unhold_for(held, read)
+    if active-n_drop+n_grow==l.numel: return l.hold(torch.ones_like(mask))           # every weight: there is nothing to choose
     def keep_score(): return score_pieces(m, keep, l, mask, opt, t)
     def grow_score(kept): return score_pieces(m, 'grow_score_f', l, mask, opt, t, kept=kept)
-    return drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active)
+    new = drop_grow(mask, keep_score, grow_score, n_drop, n_grow, nnz=active)
+    return l.hold(new)
 
 # %% ../nbs/03h_exchange.ipynb #20e5a029
 def candidate_scores(
     m, # `DSTMethod`
     l, # `Layer`
-    mask:torch.Tensor, # Boolean: the layer's mask at this point of the update
+    held:torch.Tensor, # The layer's mask at this point of the update, held
     active:int, # Number of active weights
     n_drop:int, # Number of active weights to drop
     opt, # The optimizer
@@ -123,8 +128,8 @@ def candidate_scores(
     most:int=None, # Number of scores wanted; where they come in pieces, only the highest are held
 )->torch.Tensor: # 1-d
     "Compute the grow scores of the weights that a layer does not keep; a pattern decides later what it drops"
-    kept = mask
-    if pattern_of(m, l) is drop_grow: kept = exchange(m, l, mask, n_drop, 0, opt, t, active)
+    mask = kept = l.unhold(held)
+    if pattern_of(m, l) is drop_grow: kept = l.unhold(exchange(m, l, held, n_drop, 0, opt, t, active))
     found = score_pieces(m, 'grow_score_f', l, mask, opt, t, kept=kept)
     if torch.is_tensor(found): return torch.cat(list(_selected(found, ~kept)))
     best = l.p.new_zeros(0)

@@ -12,6 +12,7 @@ Every function takes a model, a `Learner`, or a list of modules."""
 __all__ = ['layer_type', 'find_layers', 'sparse_layers']
 
 # %% ../nbs/03f_find.ipynb #8557c975
+from .guard import check_loaded
 from .layer import Layer
 from .masks import Compressed, masked_params
 from .pieces import is_cut_up
@@ -39,8 +40,9 @@ def _check_values(m):
 def find_layers(
     modules, # A model, a `Learner`, or a list of modules
 )->list: # `Layer` each, in the model's order, each parameter once; empty if there is none
-    "Find every sparse weight, masked or compressed"
+    "Find every sparse weight, masked or compressed; masks that never got values are a `ValueError`"
     every = [m for top in as_modules(modules) for m in submodules(top)]
+    for m in as_modules(modules): check_loaded(m)
     _reshard(every)
     owners = [m for m in every if m._buffers]                      # masks and indices are buffers
     check_sharded(owners)

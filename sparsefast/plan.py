@@ -44,8 +44,7 @@ def _resized(m, l, active, goal, opt, t):
     if goal==active: return l.held
     n_drop = max(active-goal, 0)
     n_grow = max(goal-active, 0)
-    new = exchange(m, l, l.mask, n_drop, n_grow, opt, t, active, prune_field(m))
-    return l.hold(new)
+    return exchange(m, l, l.held, n_drop, n_grow, opt, t, active, prune_field(m))
 
 def _phase_one(m, layers, active, opt, t):
     "Compute masks, held, after the schedule of sparsity, the numbers of weights it asks for, and those there are"
@@ -53,7 +52,7 @@ def _phase_one(m, layers, active, opt, t):
     goal = target_counts(m, layers, active, opt, t)
     given = zip(layers, active, goal)
     masks = [_resized(m, *of_layer, opt, t) for of_layer in given]
-    left = [nnz(l.unhold(h)) for l,h in zip(layers, masks)]
+    left = [nnz(l.unhold_for(h, ())) for l,h in zip(layers, masks)]
     return masks,goal,tolist(left)
 
 def _for_pattern(m, layers, goal, active, n_drop, n_grow):
@@ -73,9 +72,7 @@ def _for_pattern(m, layers, goal, active, n_drop, n_grow):
 def _exchanged(m, l, held, active, n_drop, n_grow, opt, t):
     "Compute a layer's mask after phase two, held"
     if not n_drop and not n_grow: return held
-    mask = l.unhold(held)
-    new = exchange(m, l, mask, n_drop, n_grow, opt, t, active)
-    return l.hold(new)
+    return exchange(m, l, held, n_drop, n_grow, opt, t, active)
 
 def _agreed(layers, masks):
     "Copy the masks of the first rank where several train a layer, or the pieces of a sharded one"

@@ -141,7 +141,7 @@ def cut_mask(
 )->torch.Tensor: # `mask` itself if the parameter is whole
     "Cut a mask like its parameter; `ValueError` if ranks have different ones"
     if is_cut_up(mask) or not is_cut_up(p): return mask
-    _check_equal([mask], p.device_mesh)
+    if not mask.is_meta: _check_equal([mask], p.device_mesh)
     return cut_like(mask.to(p.device), p).clone()
 
 @torch.no_grad()

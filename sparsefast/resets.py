@@ -31,6 +31,8 @@ def zero_state(
     for v in state_tensors(opt, p):
         if not any(v is s for s in spare): zero_masked_(v, ~where)
 
+zero_state.by_pieces = True
+
 def _takes(f, name):
     "True if `f` takes an argument of this name"
     try: ps = inspect.signature(f).parameters
@@ -51,10 +53,20 @@ def call_reset(
 _moments = dict(exp_avg_sq=2, max_exp_avg_sq=2, square_avg=2, sqr_avg=2, sum=2, variance=2, exp_inf=1,
                 acc_delta=0, step_size=0)                          # second moments, and the power of the gradient in each
 
-def _excess(grad, stays, n):
+def _alone(t, largest=False): return t
+
+def _mean(v, n, join):
+    "Compute the sum of numbers of 0 and above, divided by `n`: in fixed point, so that their order and pieces do not matter"
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    most = join(v.max() if v.numel() else v.new_zeros(()), largest=True)
+    scale = (60-most.log2().ceil()-n.to(v.dtype).log2().ceil()).clamp(-126, 126).exp2()    # the sum fits an int64
+    total = join((v*scale).long().sum()).to(v.dtype)/scale
+    return torch.where(most.isfinite(), total, most)/n
+
+def _excess(grad, stays, n, join):
     "Divide gradients by the root mean square of those that stay; in [1,100]"
     g = grad.abs().to(torch.promote_types(grad.dtype, torch.float32))
-    rms = (zero_masked_(g.square(), stays).sum()/n).sqrt()
+    rms = _mean(zero_masked_(g.square(), stays), n, join).sqrt()
     return (g/rms).nan_to_num(1., posinf=1.).clamp(1, 100)
 
 @torch.no_grad()
@@ -65,6 +77,7 @@ def reset_state(
     born:torch.Tensor=None, # Boolean, the shape of `p`: weights that an update has just grown; `None` where nothing grows
     grad:torch.Tensor=None, # The gradient of all weights, if the update reads it
     dense_state:bool=False, # True if weights have second moments of their own before they are grown
+    join=_alone, # `join(number, largest=False)` adds the numbers of all pieces of a weight, or takes the largest; by default it is whole
 )->None:
     "Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay"
     state = opt_state(opt, p)
@@ -73,8 +86,10 @@ def reset_state(
     stays = ~where if born is None else ~(where | born)
     zero_state(p, opt, ~stays)
     if born is None or not moments: return
-    n = stays.sum().clamp(min=1)
-    excess = 1. if grad is None else _excess(grad, stays, n)
+    n = join(stays.sum()).clamp(min=1)
+    excess = 1. if grad is None else _excess(grad, stays, n, join)
     for k,v in moments.items():
-        mean = v.sum(dtype=torch.promote_types(v.dtype, torch.float32))/n                    # zero elsewhere
+        mean = _mean(v, n, join)                                   # zero elsewhere
         v.copy_(torch.where(born, mean*excess**_moments[k], v))
+
+reset_state.by_pieces = True

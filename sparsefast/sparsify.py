@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from .cautions import warn_empty, warn_formula, warn_stacks, warn_trained
 from .distributions import global_sparsity, uniform_sparsity
-from .guard import enforce_masks, remove_guards
+from .guard import enforce_masks, remove_guards, unloaded
 from .masks import (Compressed, adopt_memory, apply_masks, check_mask, masked_params, memory_name,
                               memory_names, n_active, nnz, sparse_mask_like, stored_sparsity, zero_masked_)
 from .noted import note_masks
@@ -168,7 +168,7 @@ def _warn(model, made, names, by_chance, by_share):
     warn_stacks(model, weights)
     active = {w: int(nnz(mask)) for w,mask in made.items() if not mask.is_meta}        # what is in others is not known
     warn_trained(model, {w: names[w] for w,n in active.items() if n<w.p.numel() and w.p in by_chance})
-    warn_empty([names[w] for w,n in active.items() if not n and w.p in by_share])
+    warn_empty({names[w]: w.p.numel() for w,n in active.items() if not n and w.p in by_share})
 
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
@@ -192,7 +192,7 @@ def sparsify_model(
     score_f,sparse_f = _kept(keep, score_f, sparse_f, pattern_f)
     sparse_f = find_named(sparse_f, named_distributions, 'sparse_f')
     owners,names = find_owners(model, exclude, additional_types, depthwise)
-    if masks=='zeros': model_sparsity,sparsities,masks = take_zeros(owners, model_sparsity, sparsities)
+    if zeros := masks=='zeros': model_sparsity,sparsities,masks = take_zeros(owners, model_sparsity, sparsities)
     _check_arguments(model_sparsity, initial_sparsity, init_f, sparsities, masks,
                      sparse_f=sparse_f, score_f=score_f, pattern_f=pattern_f)
     own = fixed_masks(model, masks, additional_types, owners)
@@ -204,7 +204,7 @@ def sparsify_model(
     new = {w: _new_values(w, mask, init_f) for w,mask in made.items()}
     chance = score_f is random_score and keep is None and init_f is None
     by_chance = sparse.keys()-own.keys() if chance else ()
-    by_share = sparse.keys()-fixed.keys() if model_sparsity<1 else ()
+    by_share = sparse.keys() if zeros else sparse.keys()-fixed.keys() if model_sparsity<1 else ()
     _warn(model, made, names, by_chance, by_share)
     for w,mask in made.items():
         _set_mask(w, mask, targets[w.p], keep_dense, new[w])
@@ -232,8 +232,9 @@ def unsparsify_model(
 )->nn.Module: # The same model, with plain dense layers; masked weights are zeros
     "Undo `sparsify_model`: bake the zeros in, then remove masks, targets and hooks"
     model = as_module(model)
-    cut_masks(model.modules())
-    apply_masks(model)
+    if not unloaded(model):
+        cut_masks(model.modules())
+        apply_masks(model)
     remove_guards(model)
     for m in model.modules(): m.__dict__.pop('_noted_masks', None)
     for m,n,*_ in list(masked_params(model)):

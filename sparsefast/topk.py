@@ -15,6 +15,7 @@ import math
 import numpy as np
 import torch
 from .masks import nnz, nonzero_flat
+from .pieces import is_cut_up, top_k_of_pieces
 
 # %% ../nbs/01c_topk.ipynb #1fe33007
 _numpy_types = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
@@ -178,7 +179,7 @@ def _n_candidates(t, among, kept):
 
 # %% ../nbs/01c_topk.ipynb #f9567d28
 def top_k_mask(
-    t:torch.Tensor, # Scores, any shape and dtype; or an iterable of 1-d pieces of the flattened scores, on a CPU, which needs `among`
+    t:torch.Tensor, # Scores, any shape and dtype, also [cut up](03d_pieces.ipynb); or an iterable of 1-d pieces of the flattened scores, on a CPU, which needs `among`
     n_keep:int, # Number of positions to select; a `ValueError` if there are fewer candidates
     among:torch.Tensor=None, # Boolean, the shape of `t`: candidates; all by default
     n_among:int=None, # Number of candidates, if it is known; saves counting
@@ -186,11 +187,12 @@ def top_k_mask(
 )->torch.Tensor: # Boolean, with the shape and device of `t` (of `among` or `kept` for pieces)
     "Select exactly `n_keep` positions with the highest scores, ties to the lower index"
     whole = torch.is_tensor(t)
-    if kept is not None and whole: return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
+    if kept is not None and whole and not is_cut_up(t): return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
     if n_among is None: n_among = _n_candidates(t, among, kept)
     if not 0<=n_keep<=n_among:
         raise ValueError(f"n_keep must be from 0 to the number of candidates, {n_among}, got {n_keep}")
     if not whole: return _from_pieces(t, n_keep, among, kept)
+    if is_cut_up(t): return top_k_of_pieces(t, n_keep, among, kept)
     cand = None if among is None else among.reshape(-1)
     shape,flat = t.shape,t.detach().reshape(-1)
     if not flat.is_cpu: return _sorted(flat, n_keep, cand).view(shape)

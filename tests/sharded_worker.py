@@ -1,4 +1,4 @@
-"What each process of a sharded training runs: `python sharded_worker.py FOLDER CASE ...`; results go to files"
+"What each process of a sharded training runs: `python sharded_worker.py FOLDER PROCESSES RANK`; results go to files"
 import os, sys, warnings                                                       # nothing of fastai: each process would import it
 warnings.filterwarnings('ignore')
 from functools import partial
@@ -10,8 +10,9 @@ from sparsefast.optim import opt_state
 from sparsefast.patterns import fan_in_pattern, nm_pattern
 from sparsefast.pieces import is_cut_up, piece, whole
 from sparsefast.presets import *
-from sparsefast.scores import random_value, weight_magnitude
+from sparsefast.scores import gradient_magnitude, magnitude_no_empty_rows, not_returning, random_value, sampled, weight_magnitude
 from sparsefast.sparsify import sparse_kaiming_normal_, sparsify_model
+from sparsefast.topk import top_k_mask
 
 def noop(*args): pass
 
@@ -33,6 +34,7 @@ RUNS = dict(
     adam      = dict(method=lambda: RigL(update_every=7), opt_f=adam),
     random    = dict(method=lambda: SET(update_every=7)),
     averaged  = dict(method=lambda: RigL_avg(update_every=8)),
+    sampled   = dict(method=lambda: RigL(update_every=7, keep_score_f=sampled(magnitude_no_empty_rows), grow_score_f=not_returning(sampled(gradient_magnitude))), opt_f=adam),
     global_   = dict(method=lambda: GMP(update_every=5, prune_share_f=global_share), start=0.),
     SNFS      = dict(method=lambda: SNFS(update_every=7), opt_f=partial(adam, amsgrad=True)),
     DSR       = dict(method=lambda: DSR(update_every=9, initial_drop_grow_pct=.3)),
@@ -142,6 +144,63 @@ def resume(name, folder, since=97, total=136):
     set_state_dict(model, opt, model_state_dict=state['model'], optim_state_dict=state['opt'])
     train(name, model, opt, range(since, total+1), total, part(), attached=name=='adam')
     return dict(state=state_of(model, opt), masked=masked(model))
+
+# ------------------------------------------------------------ selection
+def counted():
+    "The highest scores, cut up: those of the whole, with ties, NaN, infinity and both zeros, and processes without a row"
+    from torch.distributed.tensor import Shard, distribute_tensor
+    mesh,gen = dist.init_device_mesh('cpu', (dist.get_world_size(),)),torch.Generator().manual_seed(0)
+    def cut(t): return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+    out = {}
+    for shape in ((1, 9), (7, 5), (20, 3, 2)):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool):
+            t = torch.randn(shape, generator=gen).mul(3).round().to(dtype)
+            if dtype.is_floating_point: t.view(-1)[:6] = torch.tensor([0., -0., torch.nan, -torch.inf, torch.inf, 1e-30])
+            mask = torch.rand(shape, generator=gen)<.6
+            n = int(mask.sum())
+            a = [top_k_mask(t, k, among=mask) for k in (0, n//3, n-1)] + [top_k_mask(t, k, kept=mask) for k in (1, t.numel()-n)] + [top_k_mask(t, n)]
+            b = [top_k_mask(cut(t), k, among=cut(mask)) for k in (0, n//3, n-1)] + [top_k_mask(cut(t), k, kept=cut(mask)) for k in (1, t.numel()-n)] + [top_k_mask(cut(t), n)]
+            out[f'{shape} {dtype}'] = all(x.equal(whole(y)) for x,y in zip(a, b))
+    return out
+
+def gathered(name):
+    "Largest tensor that two updates gather"
+    from torch.distributed.tensor import DTensor
+    (model,opt),gather,most = made(name),DTensor.full_tensor,[0]
+    def full_tensor(self, **kwargs):
+        most.append(self.numel())
+        return gather(self, **kwargs)
+    DTensor.full_tensor = full_tensor
+    try: train(name, model, opt, range(1, 19), 40, part())
+    finally: DTensor.full_tensor = gather
+    return max(most)
+
+# ------------------------------------------------------------ the meta device
+def meta():
+    "A model that is made without memory: masks come after it has some; those from before are refused, and change nothing"
+    from sparsefast.sparsify import unsparsify_model
+    def make(before=None):
+        with torch.device('meta'): model = mlp(*sizes)
+        if before=='whole': sparsify_model(model, .5)
+        shard(model)
+        if before=='cut up': sparsify_model(model, .5)
+        model.to_empty(device='cpu')
+        for m in model.modules():
+            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+        for n,b in model.named_buffers(): piece(b).zero_()                       # whatever memory has
+        torch.manual_seed(0)
+        return model, [whole(p).clone() for p in model.parameters()]
+    model,_ = make()
+    sparsify_model(model, .5)
+    opt = adam(model.parameters())
+    train('adam', model, opt, range(1, 16), 40, part())
+    out = dict(trained=masked(model) and [int(m.sum()) for m in masks_of(model)]==[28, 14, 2])
+    for before in ('whole', 'cut up'):
+        model,start = make(before)
+        out[before] = said(lambda: attach(RigL(update_every=4), model, adam(model.parameters()), 40)),said(lambda: model(batch(1)[0]))
+        unsparsify_model(model)
+        out[f'{before} since'] = all(a.equal(whole(p)) for a,p in zip(start, model.parameters()))         # the error has left some gathered
+    return out
 
 # ------------------------------------------------------------ what else there is
 def said(f):
@@ -269,16 +328,16 @@ def orders():
     out['nan'] = any('not finite' in str(i.message) for i in w) and all(map(torch.equal, start, masks_of(model)))
     return out
 
-THREE = {name: partial(equal, name, total=200, each=False) for name in THREE_LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')}
+THREE = {name: partial(equal, name, total=200, each=False) for name in THREE_LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')} | dict(counted=counted)
 TWO = {name: partial(equal, name, **(dict(total=200, each=False) if name in LONG else {})) for name in RUNS if name not in (*THREE_LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in ('adam','averaged')}
-TWO |= dict(attached=partial(equal, 'adam', attached=True), late=late, placements=placements, orders=orders)
+TWO |= dict(attached=partial(equal, 'adam', attached=True), late=late, meta=meta, placements=placements, orders=orders, gathered=lambda: {n: gathered(n) for n in ('adam', 'random', 'GMP', 'sampled', 'SNFS', 'nm')})
 
 if __name__=='__main__':
-    folder,rank = sys.argv[1],int(os.environ['RANK'])
+    folder,n,rank = sys.argv[1],*map(int, sys.argv[2:4])
     torch.set_num_threads(1)
-    dist.init_process_group('gloo')
-    cases = TWO if dist.get_world_size()==2 else THREE
-    for name in sys.argv[2:]:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meeting_{n}', world_size=n, rank=rank)
+    cases = TWO if n==2 else THREE
+    for name in cases:
         kw = dict(folder=folder) if name.startswith(('save_', 'resume_')) else {}
         torch.save(cases[name](**kw), f'{folder}/{name}_{rank}')
     dist.barrier()

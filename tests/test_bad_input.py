@@ -57,10 +57,14 @@ def test_layers_that_come_out_empty_are_named():
     "Also where the distribution says that all should go; not where the user does"
     model = mlp(8, 16, 16, 4)
     model[0].weight.data.mul_(1e-6)
-    with pytest.warns(UserWarning, match="'0' has no weight left.*erdos_renyi_sparsity"): sparsify_model(model, .7, sparse_f=global_sparsity(weight_magnitude), score_f=weight_magnitude)
+    with pytest.warns(UserWarning, match="'0': none of 128 weights is active.*erdos_renyi_sparsity"): sparsify_model(model, .7, sparse_f=global_sparsity(weight_magnitude), score_f=weight_magnitude)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        sparsify_model(mlp(8, 16, 16, 4), .7, sparsities={'0': 1.})
+        sparsify_model(model := mlp(8, 16, 16, 4), .7, sparsities={'0': 1.})
+    with pytest.warns(UserWarning, match='none of 128 weights is active'): METHOD().check(model, torch.optim.SGD(model.parameters(), lr=.1))
+    zeros = mlp(8, 16, 16, 4)
+    nn.init.zeros_(zeros[2].weight)
+    with pytest.warns(UserWarning, match="'2': none of 256 weights is active"): sparsify_model(zeros, masks='zeros')
 
 # ------------------------------------------------------------ masks and distributions
 @pytest.mark.parametrize('bad', NO_FRACTIONS, ids=repr)

@@ -144,7 +144,7 @@ def test_empty():
     model,*_ = made()
     model[2].weight_mask.zero_()
     apply_masks(model)
-    sick(sparse_doctor(model), 'empty layer', '2.weight')
+    sick(sparse_doctor(model), 'empty layer', '2.weight', 'warning')
 
 def test_dead_outputs():
     model,*_ = made()

@@ -502,12 +502,14 @@ def test_lightning_wrong_use(pl, tmp_path):
         with pytest.raises(ValueError, match=f'needs whole parameters, and {s.__name__} splits them'): cb(method_of()).setup(trainer, pl.Lit(), 'fit')
 
 # ------------------------------------------------------------ timm's script
-def test_timm(tmp_path):
-    "Its scaler, gradient accumulation, average, checkpoints and resume, in the order of its training script"
+@pytest.mark.parametrize('method,average', [(RigL(update_every=4), True), (RigL_avg(update_every=4), False)], ids=['average', 'sums'])
+def test_timm(method, average, tmp_path):
+    "Its scaler, clipping, accumulation, average, schedule, checkpoints and resume between two updates, in the order of its training script"
     timm = pytest.importorskip('timm')
     from timm.models import resume_checkpoint
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
+    from timm.models import model_parameters
     from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
     x,y = torch.randn(48, 3, 32, 32),torch.arange(48)%2
     def run(seed, start=0):
@@ -516,20 +518,28 @@ def test_timm(tmp_path):
         sparsify_model(model, .9, sparse_f='erk')
         optimizer,scaler = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=.05),NativeScaler('cpu')
         if start: assert resume_checkpoint(model, str(tmp_path/'checkpoint-1.pth.tar'), optimizer=optimizer, loss_scaler=scaler)==start
-        ema = ModelEmaV3(model, decay=.9)
-        lr_scheduler,num_epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=4, cooldown_epochs=0, updates_per_epoch=3)
-        if start: lr_scheduler.step(start)
-        attached = attach('rigl_avg', model, optimizer, total=num_epochs*3)
+        ema = ModelEmaV3(model, decay=.9, use_warmup=True) if average else None
+        updates_per_epoch = 3
+        lr_scheduler,num_epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=4, cooldown_epochs=0, warmup_epochs=1, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        if start: lr_scheduler.step_update(start*updates_per_epoch)
+        attached = attach(method, model, optimizer, total=num_epochs*updates_per_epoch)
         saver = CheckpointSaver(model, optimizer, amp_scaler=scaler, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
-        first = masks(model)
+        first,num_updates = masks(model),start*updates_per_epoch
         for epoch in range(start, num_epochs):
+            model.train()
             for i,(xb,yb) in enumerate(zip(x.split(8), y.split(8))):
-                scaler(F.cross_entropy(model(xb), yb)/2, optimizer, need_update=i%2==1)
-                if i%2: optimizer.zero_grad(); ema.update(model); assert masked_are_zero(model)
+                scaler(F.cross_entropy(model(xb), yb)/2, optimizer, clip_grad=1., parameters=model_parameters(model), need_update=i%2==1)
+                if i%2==0: continue
+                num_updates += 1
+                optimizer.zero_grad()
+                if ema: ema.update(model, step=num_updates)
+                assert masked_are_zero(model)
+                lr_scheduler.step_update(num_updates=num_updates)
+            for m in (model, ema.module) if ema else (model,):
+                assert m.eval()(x[:2]).isfinite().all() and same_masks(masks(m), masks(model)) and masked_are_zero(m)
             lr_scheduler.step(epoch+1)
             if not start: saver.save_checkpoint(epoch)
-        ema.module.eval()(x[:2])
-        assert masked_are_zero(ema.module) and attached.step==12 and not same_masks(first, masks(model))
+        assert attached.step==12 and not same_masks(first, masks(model))
         return model,optimizer
     model,optimizer = run(0)
     again,other = run(1, start=2)

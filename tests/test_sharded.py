@@ -13,18 +13,28 @@ def launch(n, script, *args, cwd=None):
     assert p.returncode==0, p.stderr[-3000:]
     return p.stdout
 
+def work(n, folder):
+    "`n` processes that find each other by a file; they start at once, without a parent"
+    args = [sys.executable, '-W', 'ignore', f'{HERE}/sharded_worker.py', str(folder), str(n)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
+    started = [subprocess.Popen([*args, str(r)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) for r in range(n)]
+    try: said = [p.communicate(timeout=600)[1] for p in started]
+    finally:
+        for p in started: p.kill()
+    assert not any(p.returncode for p in started), '\n'.join(s[-3000:] for s in said)
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tmp_path_factory.mktemp('sharded')
 
 @pytest.fixture(scope='module')
 def three(folder):
-    launch(3, f'{HERE}/sharded_worker.py', folder, *worker.THREE)
+    work(3, folder)
     return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(3)]
 
 @pytest.fixture(scope='module')
 def two(folder, three):
     "After the three, which leave checkpoints"
-    launch(2, f'{HERE}/sharded_worker.py', folder, *worker.TWO)
+    work(2, folder)
     return lambda name: [torch.load(folder/f'{name}_{r}', weights_only=True) for r in range(2)]
 
 def check(results, name, total):
@@ -55,8 +65,32 @@ def test_saved_on_three_resumed_on_two(name, three, two):
     assert changed(three(f'save_{name}')[0]['state'], ref)
     for r in two(f'resume_{name}'): assert r['masked'] and not changed(r['state'], ref)
 
+def test_the_highest_scores_are_found_by_counting(three):
+    for r in three('counted'): assert len(r)==15 and all(r.values()), r
+
+def test_what_an_update_gathers(two):
+    "Numbers only, where scores and rules do with pieces"
+    for r in two('gathered'): assert [r[n] for n in ('adam', 'random', 'GMP', 'sampled')]==[1]*4 and (r['SNFS'], r['nm'])==(56, 160), r
+
 def test_masks_made_after_fully_shard(two):
     for r in two('late'): assert r==dict.fromkeys(['random', 'erk', 'magnitude', 'pattern', 'init'], True)
+
+def test_a_model_made_on_the_meta_device(two):
+    for r in two('meta'):
+        assert r['trained'] and r['whole since'] and r['cut up since']
+        for said in r['whole']+r['cut up']: assert 'has no values: it was made on the meta device' in said, said
+
+def test_a_whole_model_with_masks_without_values_is_left_alone():
+    from sparsefast.attach import attach
+    from sparsefast.sparsify import sparsify_model, unsparsify_model
+    with torch.device('meta'): model = worker.mlp(8, 7, 4)
+    sparsify_model(model, .5)
+    model.to_empty(device='cpu')
+    for p in model.parameters(): torch.nn.init.ones_(p)
+    for b in model.buffers(): b.zero_()
+    with pytest.raises(ValueError, match='has no values'): attach(worker.RigL(update_every=4), model, worker.adam(model.parameters()), 40)
+    unsparsify_model(model)
+    assert all((p==1).all() for p in model.parameters())
 
 def test_placements(two):
     for r in two('placements'):

@@ -10,7 +10,7 @@ A mask may be broken in many ways. `sound_layers` lists the layers that the othe
 
 # %% auto #0
 __all__ = ['check_stored', 'mask_checks', 'sparse_weights', 'mask_error', 'sound_layers', 'check_masks', 'check_tied',
-           'has_target', 'check_counts', 'check_empty', 'check_dead', 'check_budget', 'check_ranks', 'check_lost']
+           'has_target', 'check_counts', 'check_dead', 'check_budget', 'check_ranks', 'check_lost']
 
 # %% ../../nbs/see/04a_mask_checks.ipynb #f3023344
 from collections.abc import Iterator
@@ -188,17 +188,6 @@ def check_counts(
         yield Finding(severity, 'count', case.name(l), what, todo)
 
 # %% ../../nbs/see/04a_mask_checks.ipynb #39f68de9
-def check_empty(
-    case:Case, # What to look at
-)->Iterator: # Yields `Finding`
-    "Find layers without an active weight"
-    for l in case.layers:
-        if l.nnz or not l.numel: continue
-        yield Finding('fault', 'empty layer', case.name(l),
-                      f'none of {l.numel:,} weights is active, which disconnects the network',
-                      'use ERK (`sparse_f=erdos_renyi_sparsity`), give the layer a sparsity of its own (`sparsities=`), '
-                      'or exclude it')
-
 def check_dead(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
@@ -249,4 +238,4 @@ def check_ranks(
 
 # %% ../../nbs/see/04a_mask_checks.ipynb #a1f9424e
 # The checks of this room
-mask_checks = (check_masks, check_tied, check_counts, check_empty, check_dead, check_budget, check_ranks)
+mask_checks = (check_masks, check_tied, check_counts, check_dead, check_budget, check_ranks)
