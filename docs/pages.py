@@ -28,7 +28,7 @@ rooms = [(1, 'Foundations'), (3.5, 'Engine'), (5.2, 'In loops')]
 # Wings: a folder of rooms, and its caption
 wings = dict(loops='In other trainers', storage='Compressed layers', see='See it', ship='Ship it', cli='Command line')
 # Files beside the notebooks that are pages of the group "Project"
-files = dict(changelog='CHANGELOG.md', contributing='CONTRIBUTING.md', security='SECURITY.md', citing='CITATION.cff')
+files = dict(changelog='CHANGELOG.md', contributing='CONTRIBUTING.md', conduct='CODE_OF_CONDUCT.md', security='SECURITY.md', citing='CITATION.cff')
 # Words that people search for, on the page that answers them
 keywords = {'index': 'install pip setup requirements lottery ticket', 'tutorials/pretrained': 'pretrained prune pruning finetune fine tune checkpoint lottery ticket',
             'tutorials/prune_a_transformer': 'prune pruning pretrained llm language model one shot Wanda', 'one_shot': 'prune pruning', 'tutorials/ship': 'speed up faster inference deploy quantize quantization int8 onnx',
@@ -242,6 +242,7 @@ def write_files(out):
     for nm,f in files.items():
         text = (root/f).read_text(encoding='utf-8')
         if f.endswith('.cff'): text = f'# Citing\n\nIf you publish results, please cite the paper of the method that you used; its docstring names it. Cite this library, too:\n\n```yaml\n{text}```\n'
+        for page,of in files.items(): text = text.replace(f']({of})', f']({page}.md)')
         (out/f'{nm}.md').write_text(text, encoding='utf-8')
     return list(files)
 
