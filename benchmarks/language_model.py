@@ -96,7 +96,8 @@ def table():
     cols = [(s, d) for d in dtypes for s in (.7, .9, .95) if any((r['sparsity'], r['dtype'])==(s, d) for r in done().values())]
     rows = ['| | ' + ' | '.join(f'{s:.0%}, {d}' for s,d in cols) + ' |', '|---|' + '---:|'*len(cols)]
     rows.append('| dense | ' + ' | '.join(cell('dense', 0., d) for _,d in cols) + ' |')
-    return '\n'.join([*rows, *(f'| {n} | ' + ' | '.join(cell(n, s, d) for s,d in cols) + ' |' for n in ('small dense', *methods))])
+    cells = {n: [cell(n, s, d) for s,d in cols] for n in ('small dense', *methods)}
+    return '\n'.join([*rows, *(f"| {n} | {' | '.join(c)} |" for n,c in cells.items() if any(c))])
 
 def setting():
     "The machine and versions of the runs, in one sentence"
