@@ -37,7 +37,7 @@ def global_share(
 # %% ../nbs/03c_allocation.ipynb #1be0d991
 def adaptive_threshold_share(
     scores:list, # 1-d tensors: scores of the active weights of each layer
-    total:int, # Number of drops to aim at
+    total:int, # Number of drops wanted
     memory:float=None, # The threshold; `initial` by default
     initial:float=1e-3, # The first threshold
     tolerance:float=0.1, # Largest deviation from `total`, as a share of it, at which the threshold stays as it is

@@ -1,6 +1,6 @@
 """How many weights each layer drops, grows, and should have
 
-How many weights change is a question of its own, beside the one of which. The schedule of sparsity says how many weights a layer should have at a time. The method's share says how many of them it drops, and most methods grow as many in the same layer.
+How many weights change is decided apart from which weights change. The schedule of sparsity says how many weights a layer should have at a time. The method's share says how many of them it drops, and most methods grow as many in the same layer.
 
 Some methods look at the whole model instead. They drop the lowest scores of all layers, or give new weights to the layers that use theirs best. Their functions are those of [allocation](03c_allocation.ipynb); here they are given what they need, and what they return is checked.
 

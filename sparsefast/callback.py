@@ -40,7 +40,7 @@ def _checked(modules):
     return found
 
 def _changed(method, settings):
-    "Apply the settings that were given beside a method: those that are not at their defaults"
+    "Apply the settings that were given with a method: those that are not at their defaults"
     defaults = {f.name: f.default for f in fields(DSTMethod)}
     given = {k: v for k,v in settings.items() if k not in defaults or v!=defaults[k]}
     return replace(method, **given)

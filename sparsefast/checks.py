@@ -45,7 +45,7 @@ def is_rounded(
 def check_targets(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find target sparsities that half precision has rounded, where a method aims at them"
+    "Find target sparsities that half precision has rounded, where a method reads them"
     m = case.method
     if m is None or not (m.sparsity_sched_f or m.pattern_f is not drop_grow): return
     for l in case.layers:

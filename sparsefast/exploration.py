@@ -21,7 +21,7 @@ from .topk import top_k_mask
 def explored(
     values:torch.Tensor, # All values of a weight
     mask:torch.Tensor, # Boolean: the weights that the forward pass uses
-    share:float, # Share of all weights that train beside those, in [0,1]
+    share:float, # Share of all weights that train in addition to those, in [0,1]
 )->torch.Tensor: # Boolean: the weights that train
     "Select the weights that train: those in use, and the largest of the others (Top-KAST, Section 2.2)"
     rest = mask.numel()-int(nnz(mask))
@@ -36,7 +36,7 @@ class ExploringLayer(Layer):
     @classmethod
     def of(cls,
         l:Layer, # A masked layer, made sparse with `keep_dense=True`
-        explore_pct:float, # Share of all weights that train beside those in use
+        explore_pct:float, # Share of all weights that train in addition to those in use
     )->Layer: # The same weight
         "Take a masked layer as an exploring one"
         new = cls(l.module, l.name, l.i, l.is_last, l.group)

@@ -62,7 +62,7 @@ def remember(self:Layer,
     t:torch.Tensor, # What to remember
     saved:bool=True, # False to leave it out of the model's state
 )->None:
-    "Save something beside the parameter"
+    "Save something next to the parameter"
     self.module.register_buffer(memory_name(self.name, what), t, persistent=saved)
 
 @patch

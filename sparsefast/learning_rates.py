@@ -59,7 +59,7 @@ def scaled_lr(
 
 # %% ../nbs/06c_learning_rates.ipynb #8d9919f5
 class UpdateWarmupCallback(Callback):
-    "Callback that lets the learning rate rise after each update, beside any schedule"
+    "Callback that lets the learning rate rise after each update, on top of any schedule"
     order,run_valid = DynamicSparseTrainingCallback.order+0.1,False
     def __init__(self,
         steps:int=20, # Optimizer steps over which the rate rises

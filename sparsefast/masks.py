@@ -103,7 +103,7 @@ def _refuse(top, m, n, p, mask):
 def masked_params(
     module, # A layer or a whole model, or a list of modules, whose children are not visited
 )->Iterator: # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
-    "Find each parameter that has a mask beside it; a mask of the wrong shape, dtype or device is a `ValueError`"
+    "Find each parameter that has a mask next to it; a mask of the wrong shape, dtype or device is a `ValueError`"
     seen = set()
     for m in module.modules() if isinstance(module, nn.Module) else module:
         for n,p in m._parameters.items() if m._buffers else ():

@@ -51,7 +51,7 @@ def drop_grow(
 def pattern_mask(
     pattern_f, # A pattern
     score:torch.Tensor, # Scores; the highest become active
-    n_keep:int, # Number of active weights to aim at; some patterns round it
+    n_keep:int, # Number of active weights; some patterns round it
 )->torch.Tensor: # Boolean, the shape of `score`
     "Make a mask from scores"
     return pattern_f(torch.zeros_like(score, dtype=torch.bool), score, score, 0, n_keep)
@@ -109,7 +109,7 @@ def final_counts(
     n_drop:int, # Number of weights to drop
     n_grow:int=None, # Number of weights to grow; `n_drop` by default
 )->tuple: # (number of weights that stay, number that are active in the end)
-    "Count what a pattern aims at"
+    "Count the active weights that a pattern asks for"
     if n_grow is None: n_grow = n_drop
     n_stay = int(mask.count_nonzero())-n_drop
     return n_stay, n_stay+n_grow

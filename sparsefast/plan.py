@@ -56,7 +56,7 @@ def _phase_one(m, layers, active, opt, t):
     return masks,goal,tolist(left)
 
 def _for_pattern(m, layers, goal, active, n_drop, n_grow):
-    "Count what to grow so that a pattern, which rounds, aims at the target; and the targets, where density moves"
+    "Count what to grow so that a pattern, which rounds, ends at the target; and the targets, where density moves"
     numel = [l.numel for l in layers]
     targets = targets_of(layers)
     if goal is None: goal = [n_active(n, s) for n,s in zip(numel, targets)]

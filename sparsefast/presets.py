@@ -1,6 +1,6 @@
 """Published methods, each as a dict of settings and as a function that returns the method
 
-A preset holds the settings of [`DSTMethod`](05_methods.ipynb) that make up one published method. Settings that it does not name have their defaults. Each preset is a plain dict, and beside it is a function of the same name that
+A preset holds the settings of [`DSTMethod`](05_methods.ipynb) that make up one published method. Settings that it does not name have their defaults. Each preset is a plain dict, with a function of the same name that
 returns the method and takes other settings as keywords:
 
     RigL(update_every=50)                                                             # a `DSTMethod`
@@ -248,7 +248,7 @@ def Chase(**kwargs):
 
 # %% ../nbs/05a_presets.ipynb #d663c8f9
 # The phases are those for 100 epochs of ImageNet. An update each hundredth of training lets them begin where they
-# should in trainings of any length.
+# should in runs of any length.
 ACDC_presets = dict(keep_score_f=weight_magnitude, initial_drop_grow_pct=0., batches_per_update=1/100, stop_pct=1.0,
                     replaces_step=False, sparsity_sched_f=square_wave, prune_share_f=global_share)
 

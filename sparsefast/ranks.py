@@ -148,7 +148,7 @@ def cut_mask(
 def cut_masks(
     modules, # Modules, whose children are not visited
 )->bool: # True if there was something to do
-    "Cut masks, and what methods remember beside them, like the parameters that `fully_shard` has cut up"
+    "Cut masks, and what methods remember of them, like the parameters that `fully_shard` has cut up"
     todo = {}
     for m,n in _uncut(modules): todo.setdefault(m._parameters[n].device_mesh, []).append((m, n))
     for mesh,found in todo.items():

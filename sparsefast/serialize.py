@@ -106,14 +106,14 @@ def from_dict(cls:DSTMethod,
     return cls(**{k: _setting(v, k, allow) if k in known else v for k,v in settings.items()})
 
 # %% ../nbs/04h_serialize.ipynb #72b69288
-# Name of the file beside a model that says by which method it was trained
+# Name of the file next to a model that names its method
 method_file = 'sparse_method.json'
 
 def save_method(
     method:DSTMethod, # Any method that `to_dict` can convert
     folder, # Folder for `method_file`; made if need be
 )->Path: # The file
-    "Write a method beside a model"
+    "Write a method next to a model"
     text = json.dumps(method.to_dict(), indent=1)+'\n'
     return atomic_write(Path(folder)/method_file, lambda tmp: tmp.write_text(text, encoding='utf-8'))
 

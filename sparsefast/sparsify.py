@@ -44,7 +44,7 @@ def add_mask(
     mask:torch.Tensor, # Boolean, the parameter's shape, else a `ValueError`; `True` is active; copied
     sparsity=None, # Target sparsity, by default that of `mask`
 )->None:
-    "Register `{name}_mask` and `{name}_sparsity` beside a parameter, and zero what is masked"
+    "Register `{name}_mask` and `{name}_sparsity` next to a parameter, and zero what is masked"
     p = module._parameters[name]
     check_mask(mask, p, f'the mask of {name!r}')
     if sparsity is None: sparsity = mask_sparsity(mask)

@@ -78,7 +78,7 @@ def check_out(
 
 # %% ../../nbs/cli/01_console.ipynb #f1938812
 def command_parser(
-    command:Callable, # A function with a comment beside each parameter
+    command:Callable, # A function with a comment on each parameter
     groups:dict, # Title of a group of options -> the names of its parameters, in one string
     epilog:str, # Text below the options
     pos=(), # Names of parameters that are given without dashes

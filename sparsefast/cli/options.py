@@ -59,7 +59,7 @@ def n_channels(
 
 def small_file(
     out:Path, # File of the whole `Learner`
-)->Path: # Beside it, with another ending
+)->Path: # Next to it, with another ending
     "Name the compact checkpoint"
     return out.with_suffix('.safetensors')
 

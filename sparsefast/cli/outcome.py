@@ -1,6 +1,6 @@
 """What a sparse model has gained over its dense twin: accuracy, file, speed and time of training
 
-The command `sparsefast_train` ends with one table, the dense model beside the sparse one. Everything in it is measured: files are written, and both models are run.
+The command `sparsefast_train` ends with one table, the dense model next to the sparse one. Everything in it is measured: files are written, and both models are run.
 
 Speed is that of inference on this machine, by [`to_fastest`](../ship/03_deploy.ipynb), with one image and with 128. The two models take turns, and the ratio is a median over rounds.
 

@@ -164,7 +164,7 @@ def save(
     channels:int, # Channels of its images
     size:int, # Height and width of its images, in pixels
 )->None:
-    "Save the learner and, beside it, its model's active weights; print the size of both files"
+    "Save the learner and, next to it, its model's active weights; print the size of both files"
     learn.image_shape = (channels, size, size)
     atomic_write(out, learn.export)
     files = [(out, 'everything, as a pickle: open only those that you trust'),

@@ -45,7 +45,7 @@ def _method(method):
     return DSTMethod.from_dict(method) if saved else as_method(method)
 
 def _check_whole(args):
-    "Refuse trainings that split parameters over processes"
+    "Refuse runs that split parameters over processes"
     for name,lib in dict(deepspeed='DeepSpeed', fsdp='FSDP').items():
         if getattr(args, name, None) or os.environ.get(f'ACCELERATE_USE_{lib.upper()}', '').lower()=='true':
             raise ValueError(f"a sparse training needs whole parameters, and {lib} splits them over processes: "
@@ -107,7 +107,7 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         self._write(state, Path(args.output_dir))
 
     def _write(self, state, folder):
-        "Write the method beside the model"
+        "Write the method next to the model"
         if self.description and state.is_world_process_zero and folder.is_dir(): save_method(self.method, folder)
 
 # %% ../../nbs/loops/01_hf.ipynb #8e749b55

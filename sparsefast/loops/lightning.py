@@ -30,7 +30,7 @@ from ..sparsify import sparsify_model
 _splits = ('DeepSpeed', 'FSDP', 'ModelParallel', 'XLAFSDP')
 
 def _check_trainer(trainer):
-    "Refuse trainings that split parameters over processes"
+    "Refuse runs that split parameters over processes"
     strategy = type(trainer.strategy).__name__
     if strategy.removesuffix('Strategy') in _splits:
         raise ValueError(f"a sparse training needs whole parameters, and {strategy} splits them over processes: "

@@ -122,7 +122,7 @@ class LayerRow(NamedTuple):
 
 # %% ../../nbs/see/02_analysis.ipynb #88dca10e
 def _note(w, mask, names):
-    "What a reader should know about a layer beside its numbers"
+    "What a reader should know about a layer besides its numbers"
     notes = []
     if mask is None: notes.append('depthwise, left dense' if is_depthwise(w.module) else 'dense')
     elif not mask.any(): notes.append('empty')

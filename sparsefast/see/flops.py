@@ -306,7 +306,7 @@ def mean_active(
     fits:list, # `fits` of a `SparseRecorderCallback`: `densities`, and `start` and `step`, first and last
     model, # The model that was trained, or a `Learner`
 )->tuple: # (share of the weights of masked layers, share of all parameters); NaN where nothing was recorded
-    "Average the number of active weights over the steps of recorded trainings"
+    "Average the number of active weights over the steps of recorded runs"
     sizes = {n: p.numel() for n,p in as_masked(as_module(model)).named_parameters()}
     active = masked = steps = 0
     for fit in fits:

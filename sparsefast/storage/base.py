@@ -86,7 +86,7 @@ _hook_dicts = ['_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_a
                '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks']
 
 def _remembered(module):
-    "Names of the buffers that a method has left beside the weight"
+    "Names of the buffers that a method has left with the weight"
     return [n for n in module._buffers if n.startswith(memory_name('weight', ''))]
 
 def _take_over(old, new):

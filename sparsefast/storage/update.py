@@ -169,7 +169,7 @@ class CompressedLayer(Layer):
 # %% ../../nbs/storage/01b_update.ipynb #1c51baa5
 @patch
 def _shown(self:CompressedLayer, f, opt, grad, rows=None):
-    "Make the tensor that a score is given, of all rows or of some, and the optimizer beside it"
+    "Make the tensor that a score is given, of all rows or of some, and the optimizer with it"
     m = self.module
     spread = partial(m.spread, rows=rows)
     w = spread(self.values) if 'weight' in reads(f) else self.values.new_zeros(1).expand(m._size(rows))
