@@ -60,6 +60,17 @@ def test_same_outputs_and_the_way_back(name, training, clock):
     assert not changed(before, snapshot(back)) and n_sparse(back)==0 and sum(len(m._forward_pre_hooks) for m in back.modules())==sum(hooks)
     assert {k: v.shape for k,v in back.state_dict().items()}=={k: v.shape for k,v in model.state_dict().items()}
 
+def test_a_compressed_model(clock):
+    "Layers that are compressed already are measured like masked ones, and the model stays as it is"
+    from sparsefast.storage import SparseLinear, to_sparse_layers
+    model,x = nets()['mlp']
+    sparsify_model(model, .9)
+    to_sparse_layers(model)
+    fast,table = to_fastest(model, x)
+    assert any(isinstance(m, SparseLinear) for m in model.modules())
+    assert len(table.rows)==sum(isinstance(m, (nn.Linear, SparseLinear)) for m in model.modules())
+    torch.testing.assert_close(fast(x), model.eval()(x))
+
 def test_a_layer_called_twice_counts_twice(clock):
     model,x = nets()['twice']
     sparsify_model(model, 0.5)

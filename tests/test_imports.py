@@ -134,7 +134,7 @@ MAY_IMPORT = {
     'see.recorder': 'callback find masks see.analysis see.flops',
     'ship.chains': '',
     'ship.codes': '',
-    'ship.deploy': 'masks pieces ship.fold ship.forms ship.graph ship.timing sparsify storage.kernels',
+    'ship.deploy': 'masks pieces ship.fold ship.forms ship.graph ship.timing sparsify storage.convert storage.kernels',
     'ship.export': 'pieces ship.deploy sparsify',
     'ship.files': 'masks pieces ship.codes ship.optim_state sparsify storage storage.kernels',
     'ship.fold': 'masks ship.graph',

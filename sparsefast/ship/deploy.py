@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from ..masks import Compressed, masked_params, apply_masks
 from ..pieces import check_uncut
+from ..storage.convert import as_masked
 from ..storage.kernels import kernel_of
 from .fold import Fused, fold, fold_norm, is_folded, unfold
 from .graph import FoldChain, call_args
@@ -192,15 +193,15 @@ def _whole(dense, fast, example_input, seconds, device):
 # %% ../../nbs/ship/03_deploy.ipynb #bd7a2b12
 @torch.no_grad()
 def to_fastest(
-    model, # A masked model, or a `Learner` with one; not changed; a `ValueError` if it has no masks
+    model, # A masked or compressed model, or a `Learner` with one; not changed; a `ValueError` if no layer is sparse
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments, as large as those of later calls, batch included
     margin:float=1.1, # How many times as fast as dense a sparse form must be; less than 1 is a `ValueError`
     forms=None, # Names of forms, or a dict name -> form; by default all that the model's device has
     seconds:float=0.2, # Duration of the measurement of each layer; ten times as much for the whole model
 )->tuple: # (copy of the model in evaluation mode, `SpeedTable`)
     "Put each layer into the form that is fastest on this machine for inputs like this one"
-    model = as_module(model)
-    check_uncut(model)
+    check_uncut(as_module(model))
+    model = as_masked(model)
     masked = list(masked_params(model))
     if not masked:
         raise ValueError(f"{type(model).__name__} has no masks: call `sparsify_model` or `load_sparse` first")
