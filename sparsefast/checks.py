@@ -145,9 +145,10 @@ def check_pattern(
 def check_empty(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find layers without an active weight"
-    active = tolist([l.nnz for l in case.layers]) if case.layers else []
-    for l,n in zip(case.layers, active):
+    "Find layers without an active weight; on the meta device there are none to count"
+    layers = [l for l in case.layers if not l.p.is_meta]
+    active = tolist([l.nnz for l in layers]) if layers else []
+    for l,n in zip(layers, active):
         if l.numel and not n: yield empty_layer(case.name(l), l.numel)
 
 def check_store(

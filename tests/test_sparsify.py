@@ -100,7 +100,7 @@ def test_learner_is_accepted():
     assert isinstance(hooks, Hooks) and nnz(learn.model)==[24,9] and unsparsify_model(learn) is learn.model and nnz(learn.model)==[]
 
 def test_empty_layer_warns():
-    with pytest.warns(UserWarning, match='has no weight left'): sparsify_model(nn.Linear(2,2), .9)
+    with pytest.warns(UserWarning, match='none of 4 weights is active'): sparsify_model(nn.Linear(2,2), .9)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         sparsify_model(nn.Linear(2,2), 1.)                                               # asked for
