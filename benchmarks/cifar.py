@@ -10,16 +10,14 @@ decay 5e-4, a learning rate of .1 divided by 5 every 30,000 steps, ERK; RigL and
 A run takes some two hours on one GPU of 2017. Published numbers are those of the paper's figure as the reproduction report reads them off (Sundar and Dwaraknath 2021, arXiv 2103.15767), and the report's own.
 
 No row is committed: the images cannot be had where this library is developed."""
-import argparse, json, re, time
-from pathlib import Path
-from statistics import mean, stdev
+import time
 import torch
 from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
-from fashion_mnist import hardware
+from records import Records, hardware, parser, spread
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 sparsities,seeds = (0.8, 0.9, 0.95), (0, 1, 2)
 batch,total,lr,drop_every,last_update = 128, 97_656, .1, 30_000, 75_000
 # accuracy in percent at 80, 90 and 95 %; dense at 0
@@ -92,35 +90,29 @@ def train(name, sparsity, seed, dsets, steps, device):
     return dict(name=f'{name} {sparsity:g} {seed}', method=name, sparsity=sparsity, seed=seed, steps=steps, accuracy=round(acc, 4), active=active,
                 seconds=round(time.time()-start), device=str(device), **hardware())
 
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def plan(): return [(n, s, seed) for seed in seeds for n,ss in [('dense', (0.,)), *((m, sparsities) for m in methods)] for s in ss]
 
 def table():
     "Accuracy in percent: ours, published, reproduced by others; as Markdown"
     def cell(name, s):
-        v = [100*r['accuracy'] for r in done().values() if (r['method'], r['sparsity'])==(name, s)]
-        ours = '' if not v else f'{mean(v):.2f} ± {stdev(v):.2f} ({len(v)})' if len(v)>1 else f'{v[0]:.2f} (1)'
+        ours = spread([100*r['accuracy'] for r in done().values() if (r['method'], r['sparsity'])==(name, s)])
         return ' | '.join([ours, *(str(d.get(name, {}).get(s, '')) for d in (published, reproduced))])
     rows = ['| method | sparsity | ours (seeds) | published | reproduction report |', '|---|---:|---:|---:|---:|']
     return '\n'.join([*rows, *(f'| {n} | {s:.0%} | {cell(n, s)} |' for n,ss in [('dense', (0.,)), *((m, sparsities) for m in methods)] for s in ss)])
 
 if __name__=='__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = parser(__doc__)
     ap.add_argument('folder', nargs='?', help='that of torchvision.datasets.CIFAR10')
-    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
     ap.add_argument('--random', action='store_true', help='random images; nothing is kept')
     ap.add_argument('--steps', type=int, default=total, help='optimizer steps; learning rates and updates are scaled')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    ap.add_argument('--table', action='store_true', help='only print the table')
     args = ap.parse_args()
     if not (args.folder or args.random or args.table): ap.error('FOLDER or --random is required')
     dsets = None if args.table else data(args.folder, args.device)
-    for r in [] if args.table else plan():
-        name = f'{r[0]} {r[1]:g} {r[2]}'
-        if name in done() or not re.search(args.only, name): continue
+    for r in [] if args.table else records.lacking(plan(), '{} {:g} {}'.format, args.only):
         row = train(*r, dsets, args.steps, args.device)
         print(row['name'], row['accuracy'], row['active'], f"{row['seconds']} s", flush=True)
-        if args.folder and args.steps==total:
-            with out.open('a') as f: f.write(json.dumps(row)+'\n')
+        if args.folder and args.steps==total: records.add(row)
     print(table())

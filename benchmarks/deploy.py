@@ -7,7 +7,7 @@
 
 Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. PyTorch's forms of a network take turns, in changing
 order; a number is a median over rounds, and a ratio is a median of ratios within rounds. onnxruntime comes after them, each form alone, and its ratio is one of medians. What is there already is skipped."""
-import json, sys, warnings
+import sys, warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from torch import nn
 from sparsefast import ops
 from sparsefast.ship.deploy import paired_times, processor, ratio, sparse_form, to_fastest
 from sparsefast.sparsify import sparsify_model, unsparsify_model
+from records import Records
 
 archs      = dict(resnet18='resnet18', resnet50='resnet50', vit384='vit_small_patch16_224')
 sparsities = (0.8, 0.9, 0.95)
@@ -37,11 +38,6 @@ def sparse(arch, sparsity):
 def hardware(threads):
     import onnxruntime
     return dict(processor=processor(), threads=threads, kernel=getattr(ops._kernels, 'processor', 'torch'), torch=torch.__version__, onnxruntime=onnxruntime.__version__, timm=timm.__version__)
-
-def rows(out): return [json.loads(l) for l in out.read_text().splitlines()] if out.exists() else []
-
-def add(out, row):
-    with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
 
 # ------------------------------------------------------------ onnxruntime
 def write_onnx(folder):
@@ -66,8 +62,8 @@ def session(file, threads):
 
 # ------------------------------------------------------------ whole networks
 def measure_net(arch, batch, threads, folder):
-    out = here/'deploy_nets.jsonl'
-    if any((r['arch'], r['batch'], r['threads'])==(arch, batch, threads) for r in rows(out)): return
+    records = Records(here/'deploy_nets')
+    if any((r['arch'], r['batch'], r['threads'])==(arch, batch, threads) for r in records.rows()): return
     torch.set_num_threads(threads)
     x = images(batch)
     dense,half,hx,nx = net(arch),net(arch).bfloat16(),x.bfloat16(),x.numpy()
@@ -86,7 +82,7 @@ def measure_net(arch, batch, threads, folder):
     for n,ts in times.items():
         quarter = sorted(ts)[len(ts)//4],sorted(ts)[-1-len(ts)//4]
         r,lo,hi = ratio(times, 'dense', n) if n in fs else (median(times['dense'])/median(ts), median(times['dense'])/quarter[1], median(times['dense'])/quarter[0])
-        add(out, dict(arch=arch, batch=batch, form=n, ms=round(1000*median(times[n]), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times[n]),
+        records.add(dict(arch=arch, batch=batch, form=n, ms=round(1000*median(times[n]), 3), gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times[n]),
                       layers=chosen.get(n), error=error.get(n), **hardware(threads)))
         print(arch, batch, threads, n, f'{1000*median(times[n]):.1f} ms', f'{r:.2f}x', chosen.get(n, ''), flush=True)
 
@@ -99,8 +95,8 @@ layers = {'linear 1024x1024': (*linear(1024, 1024), (1, 16, 128)), 'linear 3072x
           'conv 3x3, 64 to 64, 56x56': (*conv(64, 64, 3, 56), (1, 8)), 'conv 3x3, 256 to 256, 14x14': (*conv(256, 256, 3, 14), (1, 8))}
 
 def measure_layers(threads):
-    out = here/'deploy_layers.jsonl'
-    done = {(r['layer'], r['batch'], r['sparsity'], r['threads']) for r in rows(out)}
+    records = Records(here/'deploy_layers')
+    done = {(r['layer'], r['batch'], r['sparsity'], r['threads']) for r in records.rows()}
     torch.set_num_threads(threads)
     for name,(make,shape,batches) in layers.items():
         for batch in batches:
@@ -112,7 +108,7 @@ def measure_layers(threads):
                 unsparsify_model(m)
                 times = paired_times(dict(dense=partial(m, x), sparse=partial(fast, x)), seconds=0.5)
                 r,lo,hi = ratio(times, 'dense', 'sparse')
-                add(out, dict(layer=name, batch=batch, sparsity=s, dense=round(1000*median(times['dense']), 4), sparse=round(1000*median(times['sparse']), 4),
+                records.add(dict(layer=name, batch=batch, sparsity=s, dense=round(1000*median(times['dense']), 4), sparse=round(1000*median(times['sparse']), 4),
                               gain=round(r, 3), quartiles=[round(lo, 3), round(hi, 3)], rounds=len(times['dense']), **hardware(threads)))
 
 # ------------------------------------------------------------ zeros in other runtimes
@@ -120,8 +116,8 @@ def measure_zeros(arch, threads, folder):
     "The same network without zeros and with 95 % of them: files and times"
     from sparsefast.ship.export import export_model, to_onnx
     from sparsefast.ship.files import save_sparse
-    out = here/'deploy_zeros.jsonl'
-    if any((r['arch'], r['threads'])==(arch, threads) for r in rows(out)): return
+    records = Records(here/'deploy_zeros')
+    if any((r['arch'], r['threads'])==(arch, threads) for r in records.rows()): return
     torch.set_num_threads(threads)
     x,fs,size = images(1),{}, {}
     for n,model in {'no zeros': net(arch), '95 % zeros': sparse(arch, 0.95)}.items():
@@ -135,7 +131,7 @@ def measure_zeros(arch, threads, folder):
     times = paired_times(fs, seconds=20, least=7)
     for n in size:
         r = ratio(times, n.replace('95 %', 'no'), n) if n in fs else None
-        add(out, dict(arch=arch, form=n, bytes=size[n], ms=round(1000*median(times[n]), 3) if r else None, gain=round(r[0], 3) if r else None, quartiles=[round(q, 3) for q in r[1:]] if r else None, **hardware(threads)))
+        records.add(dict(arch=arch, form=n, bytes=size[n], ms=round(1000*median(times[n]), 3) if r else None, gain=round(r[0], 3) if r else None, quartiles=[round(q, 3) for q in r[1:]] if r else None, **hardware(threads)))
 
 if __name__=='__main__':
     what,*args = sys.argv[1:]

@@ -7,7 +7,7 @@
 A residual network of three stages (64, 128 and 256 channels, two blocks each, 2.8 million weights) on Fashion-MNIST: three epochs of SGD, from the same initial weights, with the same batches. Sparse networks are
 trained by `RigL_avg`, on compressed layers; the first and the last layer stay dense. int8 is onnxruntime's static quantization of the dense network with 256 training images. Accuracy is that of the form
 that is timed, on the 10,000 test images, once, after the last epoch. PyTorch's forms take turns; onnxruntime comes after them, because its threads go on spinning."""
-import argparse, json, time, warnings
+import argparse, time, warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
 from sparsefast.ship.timing import paired_times, ratio
-from deploy import add, hardware, rows, session
+from deploy import hardware, session
+from records import Records
 from fashion_mnist import data
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 epochs,batch,top_lr,warm = 3, 128, .1, .2                                    # share of training in which the learning rate rises
 sparsities = (0.9, 0.95)
 
@@ -95,12 +96,12 @@ def run(folder, threads, seed):
     times |= paired_times({'dense int8': partial(s.run, None, {'x': x[:1].numpy()})}, seconds=4)
     for n,f in fs.items():
         r,*spread = ratio(times, 'dense float32', n) if n!='dense int8' else [median(times['dense float32'])/median(times[n]), None, None]
-        add(out, dict(form=n, seed=seed, accuracy=accuracy(f, x, y), bytes=size[n], ms=round(1000*median(times[n]), 3), gain=round(r, 3),
+        records.add(dict(form=n, seed=seed, accuracy=accuracy(f, x, y), bytes=size[n], ms=round(1000*median(times[n]), 3), gain=round(r, 3),
                       quartiles=[q and round(q, 3) for q in spread], **hardware(threads)))
 
 def table():
     "Latest rows, as Markdown"
-    found = {(r['form'], r['threads']): r for r in rows(out)}
+    found = {(r['form'], r['threads']): r for r in records.rows()}
     names = list(dict.fromkeys(n for n,_ in found))
     lines = ['| network | accuracy | file (kB) | ms, one thread | ms, two threads |', '|---|---:|---:|---:|---:|']
     for n in names:

@@ -3,19 +3,18 @@
     python benchmarks/fashion_mnist.py            # runs what fashion_mnist.jsonl lacks, then prints the table
     python benchmarks/fashion_mnist.py --table    # only prints it
 
-Each run is one thread, plain PyTorch and `DSTMethod.step`. Runs are independent: several processes can share the work (`--part 0/2`, `--part 1/2`).
+Each run is one thread, plain PyTorch and `DSTMethod.step`.
 Accuracy is that of the last epoch on the 10,000 test images. `nnz` counts all weights of linear layers and convolutions that are not zero."""
-import argparse, json, math, platform
+import math
 from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 import torch
 from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
+from records import Records, hardware, parser, where, words
 
-out = Path(__file__).with_suffix('.jsonl')
 each_epoch = dict(batches_per_update=None)                                   # as published; the presets themselves have shares of training
 presets = {'static': Static_presets, 'SET': SET_presets | each_epoch, 'SNFS': SNFS_presets | each_epoch, 'RigL': {**RigL_presets, 'batches_per_update': 100},
            'RigL, each epoch': {**RigL_presets, 'batches_per_update': None}}
@@ -71,15 +70,12 @@ def train(net, method, sparsity, seed, dsets, after_epoch=None):
 
 def key(r): return r['net'], r['method'], r['sparsity'], r['seed']
 
-def done(): return {key(r): r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+records = Records(__file__, key)
+done = records.done
 
 def plan():
     "All runs: (net, method, sparsity, seed)"
     return [(n,m,s,seed) for seed in seeds for n in nets for m,s in [('dense', 0.), *product(presets, sparsities)]]
-
-def hardware():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
 
 def table():
     "Accuracy in percent, mean and standard deviation over seeds, as Markdown"
@@ -92,10 +88,7 @@ def table():
     for net,m in product(nets, ('dense', *presets)): rows.append(f'| {net} | {m} | ' + ' | '.join(cell(net, m, s) for s in cols) + ' |')
     return '\n'.join(rows)
 
-def setting():
-    "The machine and versions of the runs, in one sentence"
-    where = sorted({(r['cpu'], r['threads'], r['torch'], r['python']) for r in done().values()})
-    return ' '.join(f'Hardware: {cpu}, {n} thread. Versions: PyTorch {torch}, Python {python}.' for cpu,n,torch,python in where)
+def setting(): return where(done().values())
 
 def gains():
     "How far each dynamic method is ahead of static, in standard errors of the difference"
@@ -109,18 +102,12 @@ def gains():
     return '\n'.join(lines)
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--part', default='0/1', help='this share of the runs, as i/n')
-    ap.add_argument('--table', action='store_true', help='only print the tables')
-    args = ap.parse_args()
-    i,n = map(int, args.part.split('/'))
-    if not args.table:
-        torch.set_num_threads(1)
-        dsets,seen = data(), done()
-        for r in [r for r in plan() if r not in seen][i::n]:
-            rec = {**train(*r, dsets), **hardware()}
-            with out.open('a') as f: f.write(json.dumps(rec)+'\n')
-            print(*key(rec), rec['accuracy'], flush=True)
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    dsets = None if args.table else data()
+    for r in [] if args.table else records.lacking(plan(), words, args.only):
+        rec = records.add({**train(*r, dsets), **hardware()})
+        print(words(*r), rec['accuracy'], flush=True)
     print(table(), gains(), sep='\n\n')
 
 if __name__=='__main__': main()

@@ -7,17 +7,16 @@ The convolutional network of `methods.py` (151,488 weights) at 98 % sparsity by 
 An interval is a number of optimizer steps, or below 1 a share of training (of less than one step: one step); `None` is once an epoch, 468 steps. `published` marks the interval and span of the paper or
 its code; where that is longer than the training, no update falls into it, so GraNet's row is that of a dense network and the others' that of static masks. Each run is one thread, plain PyTorch and `DSTMethod.step`; runs are independent, and `--only REGEX` picks those whose name, as printed, matches. Accuracy is that on the 10,000 test images
 after the last step, in [0,1]. `density` is the mean share of active weights over all steps, and `updates` counts those that fell into the training."""
-import argparse, json, re, time, warnings
+import time, warnings
 from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 import torch
 from torch.nn import functional as F
-from methods import data, hardware, lr_at, nets, recipe
+from methods import data, lr_at, nets, recipe
+from records import Records, hardware, parser, words
 from sparsefast import presets
 from sparsefast.all import *
 
-out = Path(__file__).with_suffix('.jsonl')
 sparsity,lengths = 0.98,(200, 500, 2000, 20_000)
 
 # ------------------------------------------------------------ preset -> settings to compare: (interval, span of the schedule of sparsity), those of the paper first
@@ -82,7 +81,8 @@ def train(name, every, span, total, seed, dsets):
 # ------------------------------------------------------------ all runs
 def key(r): return named(r['preset'], r['every'], r['span'] and tuple(r['span'])), r['steps'], r['seed']
 
-def done(): return {key(r): r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+records = Records(__file__, key)
+done = records.done
 
 def plan():
     "All runs: (preset, interval, span, steps, seed), the most telling first"
@@ -110,20 +110,14 @@ def table():
     return '\n'.join(rows)
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
-    ap.add_argument('--table', action='store_true', help='only print the tables')
-    args = ap.parse_args()
-    if not args.table:
-        torch.set_num_threads(1)
-        dsets,seen = data(),done()
-        for r in plan():
-            name,every,span,total,seed = r
-            k = named(name, every, span), total, seed
-            if k in seen or not re.search(args.only, ' '.join(map(str, k))): continue
-            rec = {**train(*r, dsets), **dict(published=r[1:3]==candidates[name][0])}
-            with out.open('a') as f: f.write(json.dumps(rec)+'\n')
-            print(*k, rec['accuracy'], rec['density'], f"{rec['seconds']:.0f} s", flush=True)
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    dsets = None if args.table else data()
+    runs = {(named(*r[:3]), *r[3:]): r for r in plan()}
+    for k in [] if args.table else records.lacking(runs, words, args.only):
+        r = runs[k]
+        rec = records.add({**train(*r, dsets), 'published': r[1:3]==candidates[r[0]][0]})
+        print(*k, rec['accuracy'], rec['density'], f"{rec['seconds']:.0f} s", flush=True)
     print(table())
 
 if __name__=='__main__': main()

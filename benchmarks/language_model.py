@@ -10,9 +10,8 @@ blocks; embeddings, norms and the head stay dense. `small dense` is narrower, wi
 all bfloat16. Methods are the presets; `RigL, zeroed` starts the optimizer's state of new weights at zero.
 
 Loss is that of the held-out letters in nats a letter, after the last step. Each run is one thread, in plain PyTorch, and masked (`storage` would not change what is learned)."""
-import argparse, json, math, re, time
-from pathlib import Path
-from statistics import mean, stdev
+import math, time
+from statistics import mean
 import torch
 from sparsefast.all import *
 from sparsefast.find import sparse_layers
@@ -20,8 +19,9 @@ from sparsefast.optim import reset_state, zero_state
 from sparsefast.presets import presets_by_name
 from deploy import hardware
 from newborns import Letters, batch, loss_of, text
+from records import Records, parser, spread, where
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 settings = dict(lr=4e-3, lr_warmup=100, total=2000, bs=16, context=64, width=128, heads=4, blocks=3)
 small = {0.7: 72, 0.9: 40, 0.95: 28}                                         # widths with as many weights as are active
 methods = ('static', 'SET', 'SET, zeroed', 'RigL', 'RigL, zeroed', 'RigL, mean', 'RigL, random growth', 'RigL_avg', 'RigL_avg, zeroed', 'CHTs', 'GMP_lm', 'GraNet')
@@ -85,11 +85,10 @@ def plan():
     return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
             *dense[2:3], *dense[4:5], *at(.9, every, seed=2), *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16', 1), *at(.95, leading, seed=1), *at(.7, leading, seed=1)]
 
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def cell(name, sparsity, dtype):
-    v = [r['loss'] for r in done().values() if (r['method'], r['sparsity'], r['dtype'])==(name, sparsity, dtype)]
-    return '' if not v else f'{v[0]:.3f} (1)' if len(v)==1 else f'{mean(v):.3f} ± {stdev(v):.3f} ({len(v)})'
+    return spread([r['loss'] for r in done().values() if (r['method'], r['sparsity'], r['dtype'])==(name, sparsity, dtype)], 3)
 
 def table():
     "Held-out loss, mean, standard deviation and number of seeds, as Markdown"
@@ -101,19 +100,14 @@ def table():
 
 def setting():
     "The machine and versions of the runs, in one sentence"
-    where = sorted({(r['processor'], r['threads'], r['torch'], r['letters']) for r in done().values()})
-    return ' '.join(f'Hardware: {cpu}, {n} thread. PyTorch {torch}; {letters:,} letters of text.' for cpu,n,torch,letters in where)
+    letters = ' and '.join(f'{n:,}' for n in sorted({r['letters'] for r in done().values()}))
+    return f"{where(done().values(), 'processor')} {letters} letters of text."
 
 if __name__=='__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
-    ap.add_argument('--table', action='store_true', help='only print the tables')
-    args = ap.parse_args()
+    args = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     data = None if args.table else text()
-    for r in [] if args.table else plan():
-        if run_name(*r) in done() or not re.search(args.only, run_name(*r)): continue
-        row = train(data, *r)
-        with out.open('a') as f: f.write(json.dumps(row)+'\n')
+    for r in [] if args.table else records.lacking(plan(), run_name, args.only):
+        row = records.add(train(data, *r))
         print(row['name'], row['loss'], row['cpu_seconds'], flush=True)
     print(table())

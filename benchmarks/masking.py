@@ -13,7 +13,7 @@ With one thread, times are CPU times of the process: nothing here waits for a di
 With two threads, times are wall-clock times.
 
 Everything is on as a user has it: the guards, and the engine in a plain loop or the callback in fastai's. Training steps are those without an update."""
-import argparse, ctypes, gc, json, os, platform, random, re, subprocess, sys, time, warnings
+import ctypes, gc, os, random, re, subprocess, sys, time, warnings
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
@@ -29,8 +29,8 @@ from sparsefast import masks as masks_room, methods
 from sparsefast.all import *
 from sparsefast.guard import MaskGuard, guard_places, remove_guards
 from sparsefast.masks import masked_params, nonzero_flat, zero_masked_all_
+from records import Records, hardware, parser
 
-out = Path(__file__).with_suffix('.jsonl')
 sparsity = 0.9
 
 # ------------------------------------------------------------ the three workloads
@@ -215,7 +215,7 @@ def status(what):
 def updates(layers):
     "Time an update by RigL, and measure what memory rises by meanwhile, in MiB: what is in use at once, from a process that gives freed memory back at once, and with what was freed"
     child = f'import masking, torch; torch.set_num_threads({torch.get_num_threads()}); print(max(masking.some_updates({layers}, 3)[3]))'
-    live = float(subprocess.run([sys.executable, '-W', 'ignore', '-c', child], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}, cwd=out.parent, capture_output=True, text=True, check=True).stdout)
+    live = float(subprocess.run([sys.executable, '-W', 'ignore', '-c', child], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}, cwd=records.path.parent, capture_output=True, text=True, check=True).stdout)
     n = 9 if layers is None else 5
     tensors,largest,seconds,peaks = some_updates(layers, n)
     q = quantiles(seconds, n=4)
@@ -314,20 +314,12 @@ def quiet(res):
     twin = res.get('variants', {}).get('dense again')
     return not twin or twin['low']>0.95 and twin['high']<1.05
 
-def hardware():
-    "Describe processor and versions"
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return dict(cpu=cpu, torch=torch.__version__, python=platform.python_version())
-
-def done():
-    "Read the last row of each measurement, by name and threads"
-    return {(r['name'], r['threads']): r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+records = Records(__file__, lambda r: (r['name'], r['threads']))
+done = records.done
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='only measurements whose name and threads match this regular expression')
+    ap = parser(__doc__, 'measurements')
     ap.add_argument('--again', action='store_true', help='also repeat what is there')
-    ap.add_argument('--table', action='store_true', help='print the tables only')
     ap.add_argument('--seconds', type=float, default=float('inf'), help='start no measurement after so many seconds')
     args,start = ap.parse_args(), time.perf_counter()
     warnings.simplefilter('ignore')
@@ -337,9 +329,7 @@ def main():
         for tries in (1, 2, 3):
             res = f(*arg)
             if quiet(res): break
-        rec = dict(name=name, threads=threads, **res, tries=tries, **hardware())
-        with out.open('a') as o: o.write(json.dumps(rec)+'\n')
-        print(rec, flush=True)
+        print(records.add(dict(name=name, **res, tries=tries, **hardware())), flush=True)
     print(step_table(), parts_table(), pass_table(), eval_table(), update_table(), memory_table(), setting(), sep='\n\n')
 
 # ------------------------------------------------------------ the tables

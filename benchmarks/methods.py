@@ -3,16 +3,14 @@
     python benchmarks/methods.py            # runs what methods.jsonl lacks, then prints the tables
     python benchmarks/methods.py --table    # only prints them
 
-Each run is one thread, plain PyTorch and `DSTMethod.step`. Runs are independent: several processes can share the work (`--part 0/2`, `--part 1/2`), and
-`--only REGEX` picks those whose name, as printed, matches. Accuracy is that of the last epoch on the 10,000 test images, in [0,1]. `nnz` counts the weights of linear layers and
+Each run is one thread, plain PyTorch and `DSTMethod.step`. `--only REGEX` picks those whose name, as printed, matches: several processes can share the work. Accuracy is that of the last epoch on the 10,000 test images, in [0,1]. `nnz` counts the weights of linear layers and
 convolutions that are not zero; `flops` is the cost of the training as a share of the dense one's, multiply-adds of these layers only: 1 for the forward pass and
 2 for the backward pass by the active weights of each step, and the whole gradient where a method looks at it. Budgets: `epochs` gives every run the same number of epochs; `flops` gives methods that are
 denser on their way, or look at all gradients at each step, as many as cost what a static mask costs (at least one). `masks` says how the masks were made. The committed runs took 13 core-hours, most of them beside other work."""
-import argparse, json, math, platform, re, time
+import math, time
 from collections import defaultdict
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import mean, median, stdev
 import torch
 from torch import nn
@@ -21,8 +19,8 @@ from fastcore.basics import noop
 from sparsefast.all import *
 from sparsefast.cli.datasets import fashion_arrays
 from sparsefast.scores import reads
+from records import Records, hardware, parser, words
 
-out = Path(__file__).with_suffix('.jsonl')
 sparsities, seeds = (0.9, 0.95, 0.98, 0.99), (0, 1, 2)
 recipe = dict(bs=128, lr=0.1, momentum=0.9, weight_decay=5e-4, warmup_epochs=1, update_bn=False)   # `update_bn`: batch norms' statistics once more, over the training images, in the end
 epochs = {'LeNet-300-100': 12, 'convnet': 6, 'resnet': 3}
@@ -219,14 +217,11 @@ def train(net, method, sparsity, seed, dsets, n_epochs=None, look=noop, **change
                 nnz=sum(int(m.weight.count_nonzero()) for m in layers), active=sum(int(mask.sum()) for _,mask,_ in sparse_params(model)), empty_rows=sum(int((m.weight.flatten(1)==0).all(1).sum()) for m in layers),
                 flops=round(meter.share(total), 4), seconds=round(time.perf_counter()-start, 1), settings=repr(dst), masks=masks, **opts, **hardware())
 
-def hardware():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
-
 # ------------------------------------------------------------ all runs
 def key(r): return r['net'], r['method'], r['sparsity'], r['seed'], r['budget']
 
-def done(): return {key(r): r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+records = Records(__file__, key)
+done = records.done
 
 def plan():
     "All runs: (net, method, sparsity, seed, budget), the most telling first"
@@ -247,24 +242,17 @@ def epochs_for(net, method, sparsity, budget, runs):
     if None not in (a := cost('static'), b := cost(method)): return max(1., epochs[net]*a/b)
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--part', default='0/1', help='this share of the runs, as i/n')
-    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
-    ap.add_argument('--table', action='store_true', help='only print the tables')
-    args = ap.parse_args()
-    i,n = map(int, args.part.split('/'))
-    if not args.table:
-        torch.set_num_threads(1)
-        dsets = data()
-        for r in [r for r in plan() if re.search(args.only, ' '.join(map(str, r)))][i::n]:
-            if r in (seen := done()): continue
-            net,method,s,seed,budget = r
-            if epochs_for(net, method, s, budget, seen) is None:
-                print(*r, 'waits for the runs at equal epochs: start again when they are there', flush=True)
-                continue
-            rec = {**train(net, method, s, seed, dsets, epochs_for(net, method, s, budget, seen)), 'budget': budget}
-            with out.open('a') as f: f.write(json.dumps(rec)+'\n')
-            print(*r, rec['accuracy'], f"{rec['seconds']:.0f} s", flush=True)
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    dsets = None if args.table else data()
+    for r in [] if args.table else records.lacking(plan(), words, args.only):
+        net,method,s,seed,budget = r
+        n_epochs = epochs_for(net, method, s, budget, done())
+        if n_epochs is None:
+            print(*r, 'waits for the runs at equal epochs: start again when they are there', flush=True)
+            continue
+        rec = records.add({**train(net, method, s, seed, dsets, n_epochs), 'budget': budget})
+        print(*r, rec['accuracy'], f"{rec['seconds']:.0f} s", flush=True)
     print(*[f"{net}, dense {show(accuracies(net, 'dense', 0.))}\n\n{table(net)}" for net in nets], target_table(), ablation_table(), setting(), sep='\n\n')
 
 # ------------------------------------------------------------ what they came to

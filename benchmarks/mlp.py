@@ -11,8 +11,7 @@ the presets; RigL_avg averages the gradients of the last 500 steps before an upd
 
 Each run is one thread. Methods without a dense phase train on compressed layers (`storage` of a row), the others on masked ones. Accuracy is that on the 10,000 test images: `accuracy` after the last epoch,
 `best` the highest of any epoch, which looks at the test set to choose."""
-import argparse, json, re, time, warnings
-from pathlib import Path
+import time, warnings
 from statistics import mean, stdev
 import torch
 from torch import nn
@@ -22,9 +21,10 @@ from sparsefast.find import sparse_layers
 from sparsefast.presets import presets_by_name
 from sparsefast.ship.timing import paired_times, ratio
 from deploy import hardware
+from records import Records, parser, where
 from fashion_mnist import data
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 sparsity,seeds,hidden = 0.99, (0, 1, 2), 1568
 epochs,batch,first_lr,last_lr = 100, 32, .025, 2.5e-4
 compressed = ('static', 'SET', 'RigL', 'CHTs', 'GSE', 'RigL_avg')
@@ -74,7 +74,7 @@ def train(name, seed, dsets):
     return dict(name=f'{name} {seed}', method=name, seed=seed, accuracy=round(accs[-1], 4), best=round(max(accs), 4), active=active, storage='compressed' if name in compressed else 'masked' if method else 'dense',
                 epochs=epochs, cpu_seconds=round(time.process_time()-start), **hardware(1))
 
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def plan():
     "All runs: (method, seed), the quick ones first"
@@ -91,9 +91,9 @@ def table():
 
 def setting():
     "The speed of a step, and the machine and versions of the runs"
-    where,fast = sorted({(r['processor'], r['threads'], r['torch']) for r in done().values()}),done().get('speed')
+    fast = done().get('speed')
     said = fast and f"A step takes 1/{fast['compressed'][0]:.1f} of the dense time on compressed layers, and {1/fast['masked'][0]:.2f} of it on masked ones (batch of 32, static masks, side by side). "
-    return (said or '')+' '.join(f'Hardware: {cpu}, {n} thread. PyTorch {torch}.' for cpu,n,torch in where)
+    return (said or '')+where(done().values(), 'processor')
 
 def speed(dsets):
     "Time steps of the dense, the masked and the compressed model, in turns"
@@ -114,19 +114,12 @@ def speed(dsets):
     return dict(name='speed', **{n: [round(r, 3) for r in ratio(times, 'dense', n)] for n in made}, **hardware(1))
 
 if __name__=='__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='runs whose name matches this regular expression')
-    ap.add_argument('--table', action='store_true', help='only print the table')
+    ap = parser(__doc__)
     ap.add_argument('--speed', action='store_true', help='measure the time of a step')
     args = ap.parse_args()
     torch.set_num_threads(1)
-    if not args.table:
-        dsets = data()
-        for m,s in plan() if not args.speed else []:
-            if f'{m} {s}' in done() or not re.search(args.only, f'{m} {s}'): continue
-            row = train(m, s, dsets)
-            with out.open('a') as f: f.write(json.dumps(row)+'\n')
-            print(row, flush=True)
-        if args.speed:
-            with out.open('a') as f: f.write(json.dumps(speed(dsets))+'\n')
+    dsets = None if args.table else data()
+    if args.speed: records.add(speed(dsets))
+    elif not args.table:
+        for run in records.lacking(plan(), '{} {}'.format, args.only): print(records.add(train(*run, dsets)), flush=True)
     print(table())

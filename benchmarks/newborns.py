@@ -11,7 +11,7 @@ whose place it takes.
 
 A row is a seed. Its `around` has for each branch the mean over the updates of the loss of -10 to 40 steps from an update, less the mean loss of the 10 steps before it. `change` is
 the mean of its first 20 steps after the update, and `moved` the mean absolute value of the new weights after them, in learning rates."""
-import argparse, copy, importlib.util, json, platform, random, re, time
+import copy, importlib.util, random, re, time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
 from sparsefast.optim import reset_state, zero_state
+from records import Records, hardware, parser
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 libs,seeds = ('numpy', 'pandas', 'scipy'), (0, 1, 2)
 branches = dict(filled=reset_state, zeroed=zero_state, static=None)
 settings = dict(sparsity=0.9, lr=5e-3, lr_warmup=100, total=1600, every=100, first=300, bs=16, context=32, width=64, heads=4, blocks=2)
@@ -116,11 +117,9 @@ def measure(data, seed):
         row['change'][b] = round(mean(row['around'][b][n_before+1:n_before+1+n_mean]), 4)
         row['moved'][b] = round(mean(moved for _,moved in near), 3)
         row['updates'] = len(near)
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return dict(**row, cpu_seconds=round(time.process_time()-start, 1), letters=len(data), **settings, threads=torch.get_num_threads(), cpu=cpu,
-                python=platform.python_version(), **{lib: version(lib) for lib in ('torch', *libs)})
+    return dict(**row, cpu_seconds=round(time.process_time()-start, 1), letters=len(data), **settings, **hardware(), **{lib: version(lib) for lib in libs})
 
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def table():
     "Mean and standard deviation over the seeds"
@@ -131,14 +130,8 @@ def table():
     return '\n'.join([*rows, f"| zeroed - filled | {spread([r['change']['zeroed']-r['change']['filled'] for r in rs])} | |"])
 
 if __name__=='__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default='', help='seeds whose name matches this regular expression')
-    parser.add_argument('--table', action='store_true', help='only print the table')
-    args = parser.parse_args()
+    args = parser(__doc__, 'seeds').parse_args()
     torch.set_num_threads(1)
     data = None if args.table else text()
-    for seed in seeds:
-        if args.table or f'seed {seed}' in done() or not re.search(args.only, f'seed {seed}'): continue
-        row = measure(data, seed)
-        with out.open('a') as f: f.write(json.dumps(row)+'\n')
+    for seed, in [] if args.table else records.lacking(zip(seeds), 'seed {}'.format, args.only): records.add(measure(data, seed))
     print(table())

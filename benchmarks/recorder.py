@@ -8,8 +8,7 @@
 fastai's loop on one thread, 90 % sparse, RigL. The variants take turns, in random order each round, and a round is one epoch; what counts is the ratio to the epoch without a recorder of the same round: the median over the rounds, with the quartiles.
 `without again` is a twin of the first: what differs from 1 there is the noise. Because the cost is smaller than that, it is also measured from inside: `share` is the part of an epoch's time that passes in the recorder's own events. `count_ms` is what happens once,
 on the first batch: counting FLOPs. With `every=100` each epoch of 150 batches has one update, at its hundredth step, as in RigL's preset; with `never` there is none; the larger networks have theirs sooner, so that an epoch has one."""
-import argparse, json, re, time, warnings
-from pathlib import Path
+import re, time, warnings
 from statistics import median, quantiles
 import torch
 from torch import nn
@@ -19,9 +18,10 @@ from fastcore.basics import noop
 from sparsefast.all import *
 from sparsefast.see.recorder import SparseRecorderCallback
 from sparsefast.schedules import constant_anneal
-from masking import dl, hardware, made, markdown, ratios, rounds, works
+from masking import dl, made, markdown, ratios, rounds, works
+from records import Records, hardware, parser
 
-out = Path(__file__).with_suffix('.jsonl')
+records = Records(__file__)
 
 class Timed(SparseRecorderCallback):
     "A recorder that adds up the seconds of its own events"
@@ -63,7 +63,7 @@ def plan():
     yield 'ResNet-18 every=20', ('ResNet-18', 20, 30, 4)
     yield 'transformer every=8', ('transformer', 8, 12, 3)
 
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def table():
     "With to without a recorder, without to without, and the recorder's own share"
@@ -84,19 +84,15 @@ def sentence():
             f"and a twin without a recorder {r['variants']['without again']['ratio']:.3f} times ({r['variants']['without again']['low']:.3f} to {r['variants']['without again']['high']:.3f}).")
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='measurements whose name matches this regular expression')
+    ap = parser(__doc__, 'measurements')
     ap.add_argument('--again', action='store_true', help='measure what is there already, too')
-    ap.add_argument('--table', action='store_true', help='only print the table')
     ap.add_argument('--seconds', type=float, default=float('inf'), help='begin no measurement after so many seconds')
     args,start = ap.parse_args(), time.perf_counter()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     for name,arg in [] if args.table else plan():
         if not re.search(args.only, name) or name in done() and not args.again or time.perf_counter()-start>args.seconds: continue
-        rec = dict(name=name, threads=1, **epochs(*arg), **hardware())
-        with out.open('a') as o: o.write(json.dumps(rec)+'\n')
-        print(rec, flush=True)
+        print(records.add(dict(name=name, **epochs(*arg), **hardware())), flush=True)
     print(table())
 
 if __name__=='__main__': main()

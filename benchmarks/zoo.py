@@ -7,14 +7,14 @@
 Each model is made sparse at 90 % by each distribution; a forward, a backward and one update of RigL on random inputs follow; then sparsity is removed. A model passes if each layer has exactly the weights that it should
 before and after the update, masked weights are zero, those written from outside do not reach the output, no weight of a layer has been overlooked, and no trace of masks is left in the end. Of torchvision all classifiers are tried, of timm the smallest of each family, of Hugging Face a few small
 configurations; those of more than 100 million weights are left out."""
-import argparse, json, math, re, warnings
-from pathlib import Path
+import math, warnings
 import torch
 from torch import nn
 from sparsefast.all import *
 from sparsefast.masks import masked_params, n_active
+from records import Records, parser
 
-out,limit = Path(__file__).with_suffix('.jsonl'), 100e6
+records,limit = Records(__file__),100e6
 dists = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, erk=erdos_renyi_sparsity)
 
 # ------------------------------------------------------------ the models: name -> (a function that makes one, a function that runs it)
@@ -130,7 +130,7 @@ def record(name, make, run):
     return {**rec, 'result': 'passes' if not rec['overlooked'] else f"overlooks {rec['overlooked'][0]}"}
 
 # ------------------------------------------------------------ all
-def done(): return {r['name']: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+done = records.done
 
 def table():
     "How many pass, and what is to be said of the others, as Markdown"
@@ -143,19 +143,15 @@ def table():
     return '\n'.join(rows)
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--only', default='', help='models whose name matches this regular expression')
-    ap.add_argument('--table', action='store_true', help='only print the table')
-    args = ap.parse_args()
-    if not args.table:
-        torch.set_num_threads(1); warnings.filterwarnings('ignore')
-        for models in (language_models, vision_models, timm_models):
-            for name,make,run in models():
-                if name in done() or not re.search(args.only, name): continue
-                try: rec = record(name, make, run)
-                except Exception as e: rec = dict(name=name, model='', parameters=0, result=f'cannot be made: {type(e).__name__}: {str(e)[:120]}')
-                with out.open('a') as f: f.write(json.dumps({**rec, 'torch': torch.__version__})+'\n')
-                print(name, rec['model'], rec['result'], flush=True)
+    args = parser(__doc__, 'models').parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    every = (m for models in (language_models, vision_models, timm_models) for m in models())
+    for name,make,run in [] if args.table else records.lacking(every, lambda name, *_: name, args.only):
+        try: rec = record(name, make, run)
+        except Exception as e: rec = dict(name=name, model='', parameters=0, result=f'cannot be made: {type(e).__name__}: {str(e)[:120]}')
+        records.add({**rec, 'torch': torch.__version__})
+        print(name, rec['model'], rec['result'], flush=True)
     print(table())
 
 if __name__=='__main__': main()
