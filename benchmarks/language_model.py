@@ -7,7 +7,8 @@
 A decoder of three blocks (width 128, 4 heads, 590,000 weights in its linear layers) predicts the next letter of docstrings of numpy, pandas and scipy (as installed: other versions, other text), of which the
 last 5 % are held out. 2,000 steps of AdamW with torch's defaults but for the learning rate: .004 (for the dense model better than .002), after a warm-up of 100 steps a cosine to a tenth. Sparse models have the same share of weights in each linear layer of the
 blocks; embeddings, norms and the head stay dense. `small dense` is narrower, with as many weights in its blocks as the sparse model has active ones. In bfloat16 weights, gradients and AdamW's averages are
-all bfloat16. Methods are the presets; `RigL, zeroed` starts the optimizer's state of new weights at zero.
+all bfloat16. Methods are the presets; `filled` starts new weights with the second moment of their layer (`fill_state`), times
+the square of their gradient's excess where that is known, and `mean` without it.
 
 Loss is that of the held-out letters in nats a letter, after the last step. Each run is one thread, in plain PyTorch, and masked (`storage` would not change what is learned)."""
 import math, time
@@ -15,7 +16,7 @@ from statistics import mean
 import torch
 from sparsefast.all import *
 from sparsefast.find import sparse_layers
-from sparsefast.optim import reset_state, zero_state
+from sparsefast.resets import fill_state
 from sparsefast.presets import presets_by_name
 from deploy import hardware
 from newborns import Letters, batch, loss_of, text
@@ -24,15 +25,15 @@ from records import Records, parser, spread, where
 records = Records(__file__)
 settings = dict(lr=4e-3, lr_warmup=100, total=2000, bs=16, context=64, width=128, heads=4, blocks=3)
 small = {0.7: 72, 0.9: 40, 0.95: 28}                                         # widths with as many weights as are active
-methods = ('static', 'SET', 'SET, zeroed', 'RigL', 'RigL, zeroed', 'RigL, mean', 'RigL, random growth', 'RigL_avg', 'RigL_avg, zeroed', 'CHTs', 'GMP_lm', 'GraNet')
+methods = ('static', 'SET', 'SET, filled', 'RigL', 'RigL, filled', 'RigL, mean', 'RigL, random growth', 'RigL_avg', 'RigL_avg, filled', 'CHTs', 'GMP_lm', 'GraNet')
 dtypes = ('float32', 'bfloat16')
 seeds = (0, 1, 2)
 
 def mean_state(p, opt, where, born=None, dense_state=False):
     "Give new weights the mean second moment of the others, whatever their gradient"
-    reset_state(p, opt, where, born=born, dense_state=dense_state)
+    fill_state(p, opt, where, born=born, dense_state=dense_state)
 
-changes = {**{f'{n}, zeroed': dict(reset_state_f=zero_state) for n in ('SET', 'RigL', 'RigL_avg')}, 'RigL, mean': dict(reset_state_f=mean_state), 'RigL, random growth': dict(grow_score_f=random_score)}
+changes = {**{f'{n}, filled': dict(reset_state_f=fill_state) for n in ('SET', 'RigL', 'RigL_avg')}, 'RigL, mean': dict(reset_state_f=mean_state), 'RigL, random growth': dict(grow_score_f=random_score)}
 
 def method_of(name, seed, total):
     kw = changes.get(name, {})
@@ -80,10 +81,10 @@ def plan():
     "All runs: (method, sparsity, dtype, seed), the most telling first"
     at = lambda s, names, dtype='float32', seed=0: [(n, s, dtype, seed) for n in names]
     every = ('small dense', *methods)
-    leading = ('small dense', 'static', 'SET', 'RigL', 'RigL, zeroed', 'RigL_avg', 'GMP_lm')
+    leading = ('small dense', 'static', 'SET', 'RigL', 'RigL_avg', 'GMP_lm')
     dense = [('dense', 0., d, seed) for seed in seeds for d in dtypes]
-    return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
-            *dense[2:3], *dense[4:5], *at(.9, every, seed=2), *at(.9, ('static', 'SET', 'RigL', 'RigL, zeroed'), 'bfloat16', 1), *at(.95, leading, seed=1), *at(.7, leading, seed=1)]
+    return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, filled'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
+            *dense[2:3], *dense[4:5], *at(.9, every, seed=2), *at(.9, ('static', 'SET', 'RigL', 'RigL, filled'), 'bfloat16', 1), *at(.95, leading, seed=1), *at(.7, leading, seed=1)]
 
 done = records.done
 

@@ -6,7 +6,7 @@
 
 A transformer predicts the next letter of docstrings of numpy, pandas and scipy (as installed: other versions, other text). RigL at 90 % sparsity in plain PyTorch on one thread, AdamW
 with torch's defaults but for the learning rate, which rises over the first 100 steps and then stays. Before each update the training branches: all branches start from the same weights
-and state, and see the same batches. `filled` updates by `reset_state`, the default, and goes on; `zeroed` updates by `zero_state`; `static` leaves out the update, and the step
+and state, and see the same batches. `filled` updates by `fill_state`, and goes on; `zeroed` updates by `zero_state`, the default; `static` leaves out the update, and the step
 whose place it takes.
 
 A row is a seed. Its `around` has for each branch the mean over the updates of the loss of -10 to 40 steps from an update, less the mean loss of the 10 steps before it. `change` is
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from sparsefast.all import *
-from sparsefast.optim import reset_state, zero_state
+from sparsefast.resets import fill_state, zero_state
 from records import Records, hardware, parser
 
 records = Records(__file__)
 libs,seeds = ('numpy', 'pandas', 'scipy'), (0, 1, 2)
-branches = dict(filled=reset_state, zeroed=zero_state, static=None)
+branches = dict(filled=fill_state, zeroed=zero_state, static=None)
 settings = dict(sparsity=0.9, lr=5e-3, lr_warmup=100, total=1600, every=100, first=300, bs=16, context=32, width=64, heads=4, blocks=2)
 n_before,n_after,n_mean = 10, 40, 20
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from fastcore.basics import patch
-from .resets import reset_state
+from .resets import zero_state
 from .patterns import drop_grow
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, reads, weight_magnitude
@@ -49,7 +49,7 @@ class DSTMethod:
     grad_steps:int=1                           # Optimizer steps whose gradients an update averages; `None`: all since the last
     explore_pct:float=0.                       # Share of all weights that train though the forward pass does not use them
     penalty_f:Callable=None                    # Added to the gradient of weights that train, with `explore_pct`
-    reset_state_f:Callable=reset_state         # Rule for the optimizer's state where weights come and go
+    reset_state_f:Callable=zero_state          # Rule for the optimizer's state where weights come and go
     seed:int=0                                 # Seed of random growth, together with the step and the layer
 
     def __post_init__(self): check_settings(self)

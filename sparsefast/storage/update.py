@@ -18,7 +18,7 @@ from ..layer import Layer
 from ..draws import draw_subset
 from ..masks import nonzero_flat
 from ..optim import StateView, opt_state
-from ..resets import call_reset
+from ..resets import call_reset, takes
 from ..scores import reads
 from ..tokens import token_sums
 from .base import SparseLayer
@@ -250,8 +250,9 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, read=()):
         out = t.new_zeros(len(new))
         out[stays] = t[at]
         return out
-    mean = self.recall('grad') if 'gradient' in read else None
-    held = list(m._held) if 'gradient' in read and mean is None else []
+    looks = 'gradient' in read and takes(reset_state_f, 'grad')
+    mean = self.recall('grad') if looks else None
+    held = list(m._held) if looks and mean is None else []
     f = _factor(m, None) if held else 1.
     data,grad = moved(p.data),None if p.grad is None else moved(p.grad)
     if values is not None: data[~stays] = values.to(data.dtype)
