@@ -9,7 +9,7 @@ Every function takes the optimizer as the user has it, wrapped or not. The rest 
 # %% auto #0
 __all__ = ['inner_opt', 'attached_to', 'param_lists', 'opt_params', 'group_settings', 'opt_state', 'slow_weights',
            'state_tensors', 'keeps_momentum', 'momentum', 'unscale', 'scaled_step', 'refusal', 'StateView',
-           'replace_param', 'zero_state', 'call_reset', 'fill_state', 'reset_state']
+           'replace_param', 'zero_state', 'call_reset', 'reset_state']
 
 # %% ../nbs/01d_optim.ipynb #483eb92c
 import torch
@@ -139,7 +139,7 @@ def scaled_step(
     return bool(taken)
 
 # %% ../nbs/01d_optim.ipynb #fbf8c386
-_all_ = ['zero_state', 'call_reset', 'fill_state', 'reset_state']
+_all_ = ['zero_state', 'call_reset', 'reset_state']
 
 def __getattr__(name):
     "Find what was here before it had a room of its own"

@@ -568,13 +568,13 @@ def test_reset_state_leaves_scalars_alone():
     p = nn.Parameter(torch.ones(2,2))
     opt = TORCH_OPTS['adam']([p])
     p.grad = torch.ones(2,2); opt.step()
-    reset_state(p, opt, torch.tensor([[True,False],[False,False]]))
+    zero_state(p, opt, torch.tensor([[True,False],[False,False]]))
     assert opt.state[p]['step']==1 and (opt.state[p]['exp_avg']==0).tolist()==[[True,False],[False,False]]
-    reset_state(nn.Parameter(torch.ones(1)), opt, torch.tensor([True]))                   # nothing known of it
+    zero_state(nn.Parameter(torch.ones(1)), opt, torch.tensor([True]))                   # nothing known of it
     one = nn.Parameter(torch.ones(1))
     opt = TORCH_OPTS['adam']([one])
     one.grad = torch.ones(1); opt.step()
-    reset_state(one, opt, torch.tensor([True]))
+    zero_state(one, opt, torch.tensor([True]))
     assert opt.state[one]['step']==1
 
 def test_method_is_a_frozen_value():
@@ -801,9 +801,9 @@ def test_ctrl_c_waits_for_the_end_of_an_update(ctrl_c):
     seen = []
     def rule(p, opt, where):
         if len(seen)<4: seen.append(signal.raise_signal(signal.SIGINT))
-        reset_state(p, opt, where)
+        zero_state(p, opt, where)
     a,b = sparse_mlp(.6),sparse_mlp(.6)
-    for model,f in ((a, reset_state), (b, rule)):
+    for model,f in ((a, zero_state), (b, rule)):
         opt = TORCH_OPTS['momentum'](model.parameters())
         backward(model, *batches(1)[0])
         seen.clear()

@@ -12,8 +12,9 @@ from sparsefast.exploration import ExploringLayer
 from sparsefast.gradients import average_gradients, sum_gradients
 from sparsefast.layer import sparse_layers
 from sparsefast.methods import DSTMethod
-from sparsefast.optim import opt_state, reset_state, zero_state
+from sparsefast.optim import opt_state
 from sparsefast.presets import RigL_avg_presets, RigL_presets, SET_presets, SNFS_presets, TopKAST_presets
+from sparsefast.resets import call_reset, fill_state, zero_state
 from sparsefast.sparsify import add_mask, sparsify_model
 from sparsefast.storage import to_sparse_layers
 from sparsefast.training_time import Time
@@ -36,7 +37,7 @@ def after_steps(make, T):
     w.data.copy_(start)
     return model,opt
 
-def first_steps(make, T, rho=1., rule=reset_state, n=20, total=10**6):
+def first_steps(make, T, rho=1., rule=fill_state, n=20, total=10**6):
     """Steps of a weight grown after `T` steps, and of one that was always there, in learning rates
 
     Every gradient is 1, that of the new weight `rho`. The smallest of six weights goes, and the update grows the weight with the only other gradient"""
@@ -63,8 +64,9 @@ def test_first_steps_under_adamw(T, want, rho):
     new,_ = first_steps(OPTS['adamw'], T, rho)
     assert [new[i-1] for i in (1, 2, 10, 20)]==pytest.approx(want, abs=2e-4)            # weight decay costs a little
 
-def test_zeroed_state_makes_steps_several_times_too_long():
-    new,_ = first_steps(OPTS['adamw'], 10_000, rule=zero_state)
+def test_by_default_state_starts_at_zero():
+    "Its steps are then several times longer than others"
+    new,_ = first_steps(OPTS['adamw'], 10_000, rule=DSTMethod().reset_state_f)
     assert [new[i-1] for i in (1, 2, 10, 20)]==pytest.approx([3.162, 4.250, 6.528, 6.241], abs=2e-3)
 
 opt_of = lambda f, **kw: lambda ps: f(ps, lr=lr, **kw)
@@ -103,7 +105,7 @@ def test_each_second_moment_follows_the_reference(grad):
     v = [.5,.25,.125,8.,16.,2.]
     where,born = torch.tensor([0,0,1,1,1,0]).bool(),torch.tensor([0,0,1,0,1,0]).bool()
     p,opt = _state(6, exp_avg=v, step=100., **{k: v for k in POWERS})
-    reset_state(p, opt, where, born=born, grad=None if grad is None else torch.tensor(grad))
+    fill_state(p, opt, where, born=born, grad=None if grad is None else torch.tensor(grad))
     state = opt_state(opt, p)
     assert state['exp_avg'].tolist()==[.5,.25,0,0,0,2.] and state['step']==100
     for k,power in POWERS.items():
@@ -115,7 +117,7 @@ def test_each_second_moment_follows_the_reference(grad):
 def test_weights_that_nothing_stays_beside_start_at_zero():
     p,opt = _state(3, exp_avg=[1.,1.,1.], exp_avg_sq=[1.,2.,3.])
     every = torch.ones(3, dtype=torch.bool)
-    reset_state(p, opt, every, born=every, grad=torch.ones(3))
+    fill_state(p, opt, every, born=every, grad=torch.ones(3))
     assert not opt_state(opt, p)['exp_avg_sq'].any()
 
 @pytest.mark.parametrize('grad', [[0.,0.,5.], [1e-30,1e-30,1.], [1e30,1e30,1e30]])
@@ -123,20 +125,21 @@ def test_gradients_out_of_range_change_nothing(grad):
     "Zero where weights stay, or squares that underflow or overflow: the mean alone counts"
     p,opt = _state(3, exp_avg_sq=[1.,3.,0.])
     born = torch.tensor([False,False,True])
-    reset_state(p, opt, born, born=born, grad=torch.tensor(grad))
+    fill_state(p, opt, born, born=born, grad=torch.tensor(grad))
     assert opt_state(opt, p)['exp_avg_sq'].tolist()==[1.,3.,2.]
 
 def test_without_growth_state_is_only_zeroed():
     "As where a checkpoint is brought in line with its masks"
     p,opt = _state(3, exp_avg=[1.,1.,1.], exp_avg_sq=[1.,2.,3.])
-    reset_state(p, opt, torch.tensor([False,True,False]))
+    fill_state(p, opt, torch.tensor([False,True,False]))
     assert [opt_state(opt, p)[k].tolist() for k in ('exp_avg', 'exp_avg_sq')]==[[1,0,1],[1,0,3]]
 
-def test_dense_second_moments_stay():
+@pytest.mark.parametrize('rule', [fill_state, partial(call_reset, zero_state)])
+def test_dense_second_moments_stay(rule):
     "A weight that had gradients while it was masked keeps the second moment they have given it"
     p,opt = _state(3, exp_avg=[1.,1.,1.], exp_avg_sq=[1.,7.,3.])
     born = torch.tensor([False,True,False])
-    reset_state(p, opt, born, born=born, dense_state=True)
+    rule(p, opt, born, born=born, dense_state=True)
     assert [opt_state(opt, p)[k].tolist() for k in ('exp_avg', 'exp_avg_sq')]==[[1,0,1],[1,7,3]]
 
 def test_means_of_bf16_state_are_taken_in_float32():
@@ -145,14 +148,15 @@ def test_means_of_bf16_state_are_taken_in_float32():
     p,opt = _state(4)
     opt.state[p] = {'exp_avg_sq': v}
     born = torch.tensor([False,False,False,True])
-    reset_state(p, opt, born, born=born, grad=torch.tensor([1.,1.,1.,1.2]))
+    fill_state(p, opt, born, born=born, grad=torch.tensor([1.,1.,1.,1.2]))
     want = torch.tensor(reference.second_moment(v.tolist(), (~born).tolist(), born.tolist(), [1.,1.,1.,1.2])[3])
     early = (v[:3].sum()/3)*torch.tensor(1.2, dtype=torch.bfloat16)**2
     assert v[3]==want.bfloat16() and v.dtype==torch.bfloat16 and v[3]!=early
 
 # ------------------------------------------------------------ in training
+@pytest.mark.parametrize('rule', [fill_state, zero_state])
 @pytest.mark.parametrize('opt', sorted(OPTS.keys()-{'rprop', 'rprop_foreach'}))
-def test_masked_weights_have_no_state(opt):
+def test_masked_weights_have_no_state(opt, rule):
     "Rprop apart, which has a least step size everywhere, state stays zero where weights are masked; Adamax adds 1e-8"
     model,seen = sparse_mlp(.6),[]
     optim = OPTS[opt](list(model.parameters()))
@@ -161,15 +165,15 @@ def test_masked_weights_have_no_state(opt):
             assert all((t[~mask].abs()<=(1e-8 if 'adamax' in opt else 0.)).all() for t in opt_tensors(optim, p).values())
         seen.append(masks(model))
         assert masked_are_zero(model)
-    plain_loop(model, optim, method(), 40, check)
+    plain_loop(model, optim, method(reset_state_f=rule), 40, check)
     assert not same_masks(seen[0], seen[-1])
 
 @pytest.mark.parametrize('opt', ['rprop', 'rprop_foreach'])
-def test_rprop_moves_new_weights(opt):
+def test_rprop_moves_filled_weights(opt):
     model = sparse_mlp(.6)
     optim = OPTS[opt](list(model.parameters()))
     start = masks(model)
-    plain_loop(model, optim, method(), 40, lambda step: masked_are_zero(model) or pytest.fail('not masked'))
+    plain_loop(model, optim, method(reset_state_f=fill_state), 40, lambda step: masked_are_zero(model) or pytest.fail('not masked'))
     grown = [p[mask & ~old].abs() for old,(_,_,p,mask) in zip(start, masked_params(model))]
     assert torch.cat(grown).median()>lr
 
@@ -178,7 +182,7 @@ def test_rprop_moves_new_weights(opt):
 def test_sgd_is_unchanged_to_the_bit(opt, preset):
     if preset=='SNFS' and opt=='sgd': return
     runs = []
-    for rule in (reset_state, zero_state):
+    for rule in (fill_state, zero_state):
         model = sparse_mlp(.6)
         optim = TORCH_OPTS[opt](model.parameters())
         plain_loop(model, optim, method(PRESETS[preset], reset_state_f=rule), 60)
@@ -187,7 +191,7 @@ def test_sgd_is_unchanged_to_the_bit(opt, preset):
 
 def test_adam_is_changed():
     runs = []
-    for rule in (reset_state, zero_state):
+    for rule in (fill_state, zero_state):
         model = sparse_mlp(.6)
         plain_loop(model, TORCH_OPTS['adamw'](model.parameters()), method(reset_state_f=rule), 60)
         runs.append(snapshot(model))
@@ -210,11 +214,11 @@ def _started(m, opt='adamw', compressed=False, steps=7, grad=True):
 RULES = dict(rigl=method(), averaged=method({**RigL_avg_presets, 'redistribute_f': None}, grad_steps=3), set=method(SET_presets), rigl_after_the_step=method(replaces_step=False))
 @pytest.mark.parametrize('name', RULES)
 def test_compressed_layers_know_the_same_gradients(name):
-    "Newborn weights of a compressed layer get the gradient that growth has read, or none, as those of a masked layer do"
+    "A rule that takes gradients gets them for new weights of a compressed layer as for those of a masked one: those that growth has read, or none"
     told = []
     def rule(p, opt, where, born=None, grad=None, **kwargs):
         told.append((grad, born))
-        reset_state(p, opt, where, born, grad, **kwargs)
+        fill_state(p, opt, where, born, grad, **kwargs)
     m,runs = replace(RULES[name], reset_state_f=rule),[]
     for compressed in (False, True):
         told.clear()
@@ -246,7 +250,7 @@ def test_the_rule_makes_no_dense_gradients():
 
 def test_weights_that_start_to_train_outside_the_mask():
     "In an exploring layer a weight is born when it begins to train"
-    m = method(TopKAST_presets, initial_drop_grow_pct=.5, stop_pct=1.)
+    m = method(TopKAST_presets, initial_drop_grow_pct=.5, stop_pct=1., reset_state_f=fill_state)
     model,optim = _started(m)
     layers = [ExploringLayer.of(l, m.explore_pct) for l in sparse_layers(model)]
     assert m.before_step(model, optim, 8, total=100)
