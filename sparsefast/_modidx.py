@@ -605,7 +605,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sparsefast/loops/lightning.py')},
             'sparsefast.masks': { 'sparsefast.masks.Compressed': ('masks.html#compressed', 'sparsefast/masks.py'),
                                   'sparsefast.masks.__getattr__': ('masks.html#__getattr__', 'sparsefast/masks.py'),
-                                  'sparsefast.masks._compiled': ('masks.html#_compiled', 'sparsefast/masks.py'),
+                                  'sparsefast.masks._by_kernel': ('masks.html#_by_kernel', 'sparsefast/masks.py'),
                                   'sparsefast.masks._fused': ('masks.html#_fused', 'sparsefast/masks.py'),
                                   'sparsefast.masks._one_by_one': ('masks.html#_one_by_one', 'sparsefast/masks.py'),
                                   'sparsefast.masks._refuse': ('masks.html#_refuse', 'sparsefast/masks.py'),

@@ -127,33 +127,37 @@ _ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _same_layout(t, mask):
     "True if both lie on a CPU, in the same order and without gaps"
     if not (t.is_cpu and mask.is_cpu and mask.dtype==torch.bool and t.shape==mask.shape): return False
-    formats = [torch.contiguous_format, torch.channels_last][:1+(t.dim()==4)]
-    return any(t.is_contiguous(memory_format=f) and mask.is_contiguous(memory_format=f) for f in formats)
+    if t.is_contiguous() and mask.is_contiguous(): return True
+    return t.dim()==4 and all(s.is_contiguous(memory_format=torch.channels_last) for s in (t, mask))
 
-def _compiled(t, mask):
+def _by_kernel(kernel, t, mask):
     "Mask by the compiled kernel; False where it does not serve"
     plain = type(t) in (torch.Tensor, nn.Parameter)                # others may have no memory
-    if compiled() is None or is_compiling() or not plain or not _same_layout(t, mask): return False
-    try: compiled().zero_masked(t.data_ptr(), mask.data_ptr(), t.numel(), t.element_size())
+    if not plain or not _same_layout(t, mask): return False
+    try: kernel.zero_masked(t.data_ptr(), mask.data_ptr(), t.numel(), t.element_size())
     except RuntimeError: return False                              # nor has one of `torch.func`
     increment_version(t)                                           # so that autograd and guards see the write
     return True
+
+def _one_by_one(tensors, masks):
+    "Mask a list, on any device"
+    tracing = torch.jit.is_tracing()
+    kernel = None if tracing or is_compiling() else compiled()
+    for t,mask in zip(tensors, masks):
+        if kernel is not None and _by_kernel(kernel, t, mask): continue
+        size = t.element_size()
+        if tracing or size not in _ints: t.masked_fill_(~mask, 0)
+        else: t.view(_ints[size]).mul_(mask)
 
 def zero_masked_(
     t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
     mask:torch.Tensor, # Boolean, the shape of `t`; `True` leaves the number as it is
 )->torch.Tensor: # `t`
     "Set `t` to zero where `mask` is `False`, whatever is there"
-    own,mask = piece(t),piece(mask)
-    if own.element_size() not in _ints or torch.jit.is_tracing(): own.masked_fill_(~mask, 0)
-    elif not _compiled(own, mask): own.view(_ints[own.element_size()]).mul_(mask)
+    _one_by_one([piece(t)], [piece(mask)])
     return t
 
 # %% ../nbs/01_masks.ipynb #0fd94f70
-def _one_by_one(tensors, masks):
-    "Mask a list on a CPU"
-    for t,mask in zip(tensors, masks): zero_masked_(t, mask)
-
 def _fused(tensors, masks):
     "Mask a list on an accelerator, in a few kernels"
     if any(t.element_size() not in _ints for t in tensors): return _one_by_one(tensors, masks)

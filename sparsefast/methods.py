@@ -79,8 +79,8 @@ def update(self:DSTMethod,
 @patch
 def _look_ahead(self:DSTMethod, layers, t):
     "Tell the layers whether the next step reads dense gradients"
-    dense = self.needs_dense_grad(t.at(t.step+1))
-    for l in layers: l.expect_gradient(dense, 'tokens' in self.reads)
+    dense,tokens = self.needs_dense_grad(t.at(t.step+1)),'tokens' in self.reads
+    for l in layers: l.expect_gradient(dense, tokens)
 
 # %% ../nbs/05_methods.ipynb #dad287a3
 @patch
@@ -101,8 +101,9 @@ def enforce(self:DSTMethod,
     "Bring weights and optimizer state in line with the masks, for example after a checkpoint was loaded"
     layers = self._layers(modules, opt, find_layers)
     mask_weights_(layers)
+    tokens = 'tokens' in self.reads
     for l in layers:
-        l.expect_gradient(True, 'tokens' in self.reads)            # until a step says what the next one needs
+        l.expect_gradient(True, tokens)                            # until a step says what the next one needs
         if opt is not None and not self.reads_momentum: l.reset_masked(opt, self.reset_state_f)
 
 # %% ../nbs/05_methods.ipynb #9f7b627b
