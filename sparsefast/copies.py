@@ -127,12 +127,13 @@ class Origin:
         if what := self.mixed(modules): return False,what,todo_stored
         pairs = mask_pairs(modules)
         found = self.differing(pairs)
-        if not found: return
+        if not found: return None
         if is_cut(found):
             return True,("this copy of a sparse model has weights that its own masks would cut off: "
                          "they are of the past, and the model's masks have moved"),todo_copy
         what = self._more(found)
         if what and self._count([mask for _,mask in pairs])>self.n_active: return False,what,todo_masks
+        return None
 
     def check(self,
         modules, # The modules of the copy

@@ -12,7 +12,7 @@ __all__ = ['Finding', 'Case', 'empty_layer', 'raise_findings']
 # %% ../nbs/04g_findings.ipynb #c431083f
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # %% ../nbs/04g_findings.ipynb #89a6605c
 class Finding(NamedTuple):
@@ -30,12 +30,12 @@ class Finding(NamedTuple):
 
 class Case(NamedTuple):
     "What the checks look at"
-    model:object            # A model, or a list of modules
+    model:Any               # A model, or a list of modules
     layers:list             # `Layer` each
-    opt:object=None         # Optimizer
-    method:object=None      # `DSTMethod`
-    total:int=None          # Optimizer steps in the training
-    names:dict=None         # Name of each module in the model; without it findings show the module itself
+    opt:Any=None            # Optimizer
+    method:Any=None         # `DSTMethod`
+    total:int|None=None     # Optimizer steps in the training
+    names:dict|None=None    # Name of each module in the model; without it findings show the module itself
     max_dead:float=0.5      # Share of outputs without an active weight above which the doctor reports a layer
 
     def name(self,

@@ -108,6 +108,7 @@ def momentum(
     if not keeps_momentum(opt):
         raise ValueError(f"opt must keep momentum, which this score reads, got {type(inner_opt(opt)).__name__} without it: "
                          "set `mom=0.9` in fastai's SGD and RMSProp, `momentum=0.9` in torch's, or use Adam")
+    return None
 
 # %% ../nbs/01d_optim.ipynb #6e1b8c41
 @torch.no_grad()

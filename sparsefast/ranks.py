@@ -87,6 +87,7 @@ def group_of(
     for m in modules:
         if isinstance(m, DistributedDataParallel) and m.process_group.size()>1: return m.process_group
     if _are_several() and any(getattr(m, '_trains_with', False) for m in modules): return dist.group.WORLD
+    return None
 
 # %% ../nbs/03d_ranks.ipynb #3a6cf1d4
 def is_sharded(

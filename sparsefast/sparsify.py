@@ -45,13 +45,13 @@ def add_mask(
     sparsity=None, # Target sparsity, by default that of `mask`
 )->None:
     "Register `{name}_mask` and `{name}_sparsity` next to a parameter, and zero what is masked"
-    p = module._parameters[name]
+    p = module.get_parameter(name)
     check_mask(mask, p, f'the mask of {name!r}')
     if sparsity is None: sparsity = mask_sparsity(mask)
     module.register_buffer(f'{name}_mask', cut_mask(mask, p).to(p.device, copy=True))
     module.register_buffer(f'{name}_sparsity', stored_sparsity(sparsity).to(p.device))
     if not _load_hooks(module): module.register_load_state_dict_pre_hook(adopt_memory)
-    zero_masked_(p.data, module._buffers[f'{name}_mask'])
+    zero_masked_(p.data, module.get_buffer(f'{name}_mask'))
 
 # %% ../nbs/04_sparsify.ipynb #ef371a6e
 def no_hooks()->object: # fastai's `Hooks`, with nothing to remove
@@ -197,7 +197,7 @@ def sparsify_model(
                      sparse_f=sparse_f, score_f=score_f, pattern_f=pattern_f)
     own = fixed_masks(model, masks, additional_types, owners)
     fixed = fixed_sparsities(model, sparsities, additional_types, owners) | {p: mask_sparsity(m) for p,m in own.items()}
-    targets = share_out(model_sparsity, fixed, list(owners), sparse_f)
+    targets = share_out(model_sparsity, fixed, list(owners), sparse_f)      # type: ignore[arg-type]
     starts = share_start(targets, fixed, initial_sparsity, sparse_f)
     sparse = {p: w for p,w in owners.items() if targets[p] or p in own}
     made = _make_masks(sparse, starts, targets, own, names, score_f, pattern_f)

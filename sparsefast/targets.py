@@ -120,7 +120,7 @@ def share_out(
 def share_start(
     targets:dict, # Parameter -> sparsity in the end
     fixed:dict, # Parameter -> sparsity that is given
-    initial:float, # Sparsity to start with; `None` for that of the end
+    initial:float|None, # Sparsity to start with; `None` for that of the end
     sparse_f, # Distribution
 )->dict: # Parameter -> sparsity, at most that of the end
     "Share out the sparsity that a method which prunes starts from"
@@ -141,7 +141,7 @@ def _select(model, which, additional_types, owners):
 
 def fixed_sparsities(
     model:nn.Module, # A model
-    sparsities:dict, # Layers, as `select_weights` takes them -> sparsity; or `None`
+    sparsities:dict|None, # Layers, as `select_weights` takes them -> sparsity; or `None`
     additional_types:list, # Module types to make sparse besides the known ones
     owners:dict, # From `find_owners`
 )->dict: # Parameter -> sparsity
@@ -159,7 +159,7 @@ def fixed_sparsities(
 
 def fixed_masks(
     model:nn.Module, # A model
-    masks:dict, # Layers, as `select_weights` takes them -> mask; or `None`
+    masks:dict|None, # Layers, as `select_weights` takes them -> mask; or `None`
     additional_types:list, # Module types to make sparse besides the known ones
     owners:dict, # From `find_owners`
 )->dict: # Parameter -> mask

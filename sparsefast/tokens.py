@@ -80,7 +80,7 @@ class TokenHook:
     def of(cls,
         module:nn.Module, # A linear layer or a convolution
         make:bool=False, # True to put a hook there if there is none
-    )->'TokenHook': # `None` if there is none
+    )->'TokenHook|None': # `None` if there is none
         "Get the hook of a module"
         found = next((h for h in module._forward_hooks.values() if isinstance(h, cls)), None)
         if found is None and make:

@@ -200,7 +200,7 @@ def top_k_mask(
     if is_large and 0<n_keep<0.5*n_among:
         mask = _sampled(flat, n_keep, cand, n_among)
         if mask is not None: return mask.view(shape)
-    if among is None: return _top_k(flat, n_keep).view(shape)
+    if cand is None: return _top_k(flat, n_keep).view(shape)
     idx = nonzero_flat(cand)
     some = flat[idx]
     mask = torch.zeros_like(flat, dtype=torch.bool)

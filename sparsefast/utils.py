@@ -16,6 +16,7 @@ import difflib, os, platform
 from glob import escape as escape_glob
 from html import escape
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 # %% ../nbs/01e_utils.ipynb #1891096f
 def maybe_float(
     num # Anything: a number, a 0-d tensor, a word, `None`
-)->object: # A Python float, or `num` itself
+)->Any: # A Python float, or `num` itself
     "Convert `num` to a float where that works"
     try: return float(num)
     except (TypeError, ValueError, OverflowError, RuntimeError): return num
@@ -52,7 +53,7 @@ def attribute(
     f, # A function, or a `partial` of one
     name:str, # Attribute to read
     default=None, # Returned if there is none
-)->object: # The attribute, or `default`
+)->Any: # The attribute, or `default`
     "Get attribute `name` of `f`, looking through `partial`"
     return getattr(f, name, getattr(getattr(f, 'func', f), name, default))
 

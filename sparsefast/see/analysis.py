@@ -11,7 +11,7 @@ __all__ = ['live_units', 'check_boolean', 'input_counts', 'named_masks', 'LayerR
            'short', 'SparseSummary', 'sparse_summary']
 
 # %% ../../nbs/see/02_analysis.ipynb #6a70b286
-from typing import NamedTuple
+from typing import NamedTuple, TYPE_CHECKING
 import torch
 from torch import nn
 from ..storage import as_masked
@@ -21,6 +21,7 @@ from ..find import find_layers
 from ..pieces import whole
 from ..select import is_depthwise, is_transposed, select_weights, weight_names
 from ..utils import as_module, uncompiled, text_table, html_table
+if TYPE_CHECKING: import pandas
 
 # %% ../../nbs/see/02_analysis.ipynb #f91a749b
 def _any(mask, dim):
@@ -101,8 +102,8 @@ class LayerRow(NamedTuple):
     outputs:int=0
     dead_in:int=0           # Inputs without an active weight
     inputs:int=0
-    macs:int=None           # Multiply-adds of a forward pass without masks, `None` if unknown
-    active_macs:int=None    # Multiply-adds by active weights, `None` if unknown
+    macs:int|None=None      # Multiply-adds of a forward pass without masks, `None` if unknown
+    active_macs:int|None=None # Multiply-adds by active weights, `None` if unknown
     note:str=''
 
     @property
@@ -111,12 +112,12 @@ class LayerRow(NamedTuple):
         return 1-self.active/self.weights if self.weights else 0.
 
     @property
-    def flops(self)->int:
+    def flops(self)->int|None:
         "FLOPs, two for each multiply-add; `None` if unknown"
         return self.macs and 2*self.macs
 
     @property
-    def active_flops(self)->int:
+    def active_flops(self)->int|None:
         "FLOPs by active weights; `None` if unknown"
         return self.active_macs and 2*self.active_macs
 
@@ -201,8 +202,8 @@ def short(
     "Format a number for reading"
     if n is None: return ''
     if abs(n)<999.5: return f'{n:g}'
-    for i,unit in enumerate('kMGTP', 1):
-        if abs(n)<999.5*1000**i or unit=='P': return f'{n/1000**i:.3g}{unit}'
+    i = next((i for i in range(1, 5) if abs(n)<999.5*1000**i), 5)
+    return f"{n/1000**i:.3g}{'kMGTP'[i-1]}"
 
 # %% ../../nbs/see/02_analysis.ipynb #97aa29f9
 def _percent(part, whole):

@@ -189,7 +189,7 @@ def plot_runs(
     for (name,points),(marker,color) in zip(curves.items(), styles):
         xs,mean,lo,hi = map(np.array, zip(*points))
         bars = np.stack([mean-lo, hi-mean]).clip(0)
-        style = dict(ls=against.line, marker=marker, ms=6, capsize=3, color=color)
+        style:dict = dict(ls=against.line, marker=marker, ms=6, capsize=3, color=color)
         ax.errorbar(xs, unit*mean, unit*bars, label=name, **style)
     against.scale(ax, [p[0] for points in curves.values() for p in points])
     if across:

@@ -240,7 +240,7 @@ def macs_at(
 
 def draws_of(
     method, # `DSTMethod`, or `None`
-)->float: # Draws per active weight; `None` for a method that reads the gradient of all weights
+)->float|None: # Draws per active weight; `None` for a method that reads the gradient of all weights
     "Get how many positions a method draws whose gradient an update reads"
     f = attribute(getattr(method, 'grow_score_f', None), 'subset_f')
     if f is None or method.grad_steps!=1: return None
@@ -273,7 +273,7 @@ def training_flops(
     count:FlopCount, # One forward pass of one batch; only its dense costs are used
     method, # `DSTMethod` with a whole number of `batches_per_update`, or `None` for a dense training
     total:int, # Optimizer steps in the whole training
-    densities:list=(), # (step, densities as `macs_at` takes them) each time they change, valid from that step on
+    densities:list|tuple=(), # (step, densities as `macs_at` takes them) each time they change, valid from that step on
     steps:int=None, # Number of steps to count, from the first; all by default
 )->int: # FLOPs
     """Count the FLOPs of a training, from its densities over time and the steps at which the method reads gradients of inactive weights

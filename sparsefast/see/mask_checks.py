@@ -70,6 +70,7 @@ def mask_error(
     if mask.dtype!=torch.bool: return 'dtype',f'the mask is {mask.dtype}, not torch.bool'
     if mask.shape!=p.shape: return 'shape',f'the mask has shape {tuple(mask.shape)} and the parameter {tuple(p.shape)}'
     if mask.device!=p.device: return 'device',f'the mask is on {mask.device} and the parameter on {p.device}'
+    return None
 
 def sound_layers(
     model:nn.Module, # A model
@@ -224,7 +225,8 @@ def check_ranks(
 )->Iterator: # Yields `Finding`
     "Find masks that differ between processes; every process must call it then"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return
-    ranks,bad = [None]*dist.get_world_size(),{}
+    ranks:list = [None]*dist.get_world_size()
+    bad = {}
     none = torch.empty(0, dtype=torch.bool, device='cpu')          # in place of a mask that a process does not have
     mine = {case.name(l): l.mask.cpu() for l in case.layers}
     dist.all_gather_object(ranks, mine)

@@ -98,8 +98,7 @@ def through(
         return lambda v: f(v, *args, **kwargs)
     if not node.op.startswith('call_') or f not in (torch.flatten, 'flatten'): return None
     from_1 = tuple(args)==(1,) and not node.kwargs
-    if from_1 and (conv or flat):
-        return _same
+    return _same if from_1 and (conv or flat) else None
 
 # %% ../../nbs/ship/01a_chains.ipynb #47a1b12a
 @dataclass(eq=False)
@@ -171,8 +170,7 @@ def chain_from(
             steps[user] = f
             todo.append(user)
     chain = Chain(head, list(steps.items()), ends, modules)
-    if ends and all(_fits(p, m, conv) for m in chain.users):
-        return chain
+    return chain if ends and all(_fits(p, m, conv) for m in chain.users) else None
 
 # %% ../../nbs/ship/01a_chains.ipynb #c1db1a13
 def _watch(model, inputs, kwargs):

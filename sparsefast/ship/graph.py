@@ -144,7 +144,7 @@ def trace(
 def called(
     node:fx.Node, # A node of a graph
     hooked:bool=False, # True for modules with hooks, too
-)->nn.Module: # `None` if it calls no module
+)->nn.Module|None: # `None` if it calls no module
     "Get the module that a node calls"
     if node.op!='call_module': return None
     m = node.graph.owning_module.get_submodule(node.target)
@@ -237,10 +237,10 @@ def _is_relu(node, y):
 # %% ../../nbs/ship/02c_graph.ipynb #fae1c5f2
 class FoldChain(NamedTuple):
     "What can be folded into a layer"
-    nodes:list=[]       # Of the graph, the layer's first
-    norm:nn.Module=None # Batch norm
-    add:fx.Node=None    # What is added
-    relu:bool=False     # True if ReLU is applied last
+    nodes:list=[]            # Of the graph, the layer's first
+    norm:nn.Module|None=None # Batch norm
+    add:fx.Node|None=None    # What is added
+    relu:bool=False          # True if ReLU is applied last
 
     def __str__(self):
         there = dict(norm=self.norm is not None, add=self.add is not None, relu=self.relu)

@@ -24,7 +24,7 @@ _settings = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 
 class _SparseConv(SparseLayer):
     "A convolution of `n_dim` dimensions that stores and multiplies its active weights only"
     n_dim = 2
-    dense_class = nn.Conv2d
+    dense_class:type = nn.Conv2d
 
     def __init__(self,
         module:nn.Module, # A masked layer; `from_masked` checks that this class serves it
