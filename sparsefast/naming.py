@@ -42,14 +42,25 @@ def _signature(preset):
     every = inspect.Parameter('update_every', kind, default=preset.get('batches_per_update'))
     return inspect.Signature([*fields, every], return_annotation=DSTMethod)
 
+def _doc(f):
+    "Get the docstring of a preset's function, followed by what `DSTMethod` says of its settings"
+    settings = (inspect.getdoc(DSTMethod) or '').partition('Args:')[2]
+    every = 'update_every: Optimizer steps between updates; another spelling of `batches_per_update`'
+    return f"{inspect.getdoc(f) or ''}\n\nArgs:\n    {every}{settings}\nReturns:\n    The method"
+
 def function_of(
     preset:dict, # Settings of `DSTMethod`
 )->Callable: # Decorates an empty function
-    "Make a function that returns a method of the preset's settings, with its keywords over them"
+    """Make a function that returns a method of the preset's settings, with its keywords over them
+
+    Args:
+        preset: Settings of `DSTMethod`
+    Returns:
+        Decorates an empty function"""
     def decorate(f):
         @wraps(f)
         def make(**kwargs): return _method(preset, **kwargs)
-        make.__signature__,make.__delwrap__ = _signature(preset), _method
+        make.__signature__,make.__delwrap__,make.__doc__ = _signature(preset), _method, _doc(f)
         return make
     return decorate
 
@@ -63,7 +74,13 @@ def changes(
     m:DSTMethod, # A method
     preset:dict, # Settings of `DSTMethod`
 )->list: # Names of settings
-    "List the settings of a method that a preset has otherwise"
+    """List the settings of a method that a preset has otherwise
+
+    Args:
+        m: A method
+        preset: Settings of `DSTMethod`
+    Returns:
+        Names of settings"""
     defaults = {f.name: f.default for f in fields(DSTMethod)}
     return [k for k,v in {**defaults, **preset}.items() if not _same(getattr(m, k), v)]
 
@@ -71,7 +88,13 @@ def nearest(
     m:DSTMethod, # A method
     presets:dict, # Name -> settings of `DSTMethod`
 )->tuple: # (name, settings that differ); 'DSTMethod' if no preset has the same criteria
-    "Find the preset with the same drop and grow criteria from which the fewest settings differ"
+    """Find the preset with the same drop and grow criteria from which the fewest settings differ
+
+    Args:
+        m: A method
+        presets: Name -> settings of `DSTMethod`
+    Returns:
+        (name, settings that differ); 'DSTMethod' if no preset has the same criteria"""
     found = {n: changes(m, p) for n,p in presets.items()}
     near = {n: ks for n,ks in found.items() if not {'keep_score_f', 'grow_score_f'} & set(ks)}
     if not near: return 'DSTMethod',changes(m, {})

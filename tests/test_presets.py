@@ -38,10 +38,10 @@ def test_signature_shows_the_settings(name):
 
 @each
 def test_name_and_docstring_are_real(name):
-    "A sentence, then authors, year, title and link"
+    "A sentence, then authors, year, title and link; then the settings"
     g = f(name)
     assert (g.__name__, g.__qualname__, g.__module__)==(name, name, 'sparsefast.presets') and pickle.loads(pickle.dumps(g)) is g
-    if name!='Static': assert re.search(r'(?s)^[A-Z][^\n]+\n\n.*\b20\d\d, \*.+\*.*https://arxiv.org/abs/\d{4}\.\d{5}$', inspect.getdoc(g))
+    if name!='Static': assert re.search(r'(?s)^[A-Z][^\n]+\n\n.*\b20\d\d, \*.+\*.*https://arxiv.org/abs/\d{4}\.\d{5}\n\nArgs:\n    update_every: ', inspect.getdoc(g))
 
 def test_wrong_settings_are_refused_as_by_the_method():
     with pytest.raises(TypeError, match="unknown setting 'sed'"): RigL(sed=1)
