@@ -355,14 +355,22 @@ def SEFT(**kwargs):
 # %% ../nbs/05a_presets.ipynb #ab867281
 def presets_by_name(
 )->dict: # Name in lower case -> settings
-    "Get all presets"
+    """Get all presets
+
+    Returns:
+        Name in lower case -> settings"""
     names = [n for n in globals() if n.endswith('_presets')]
     return {n.removesuffix('_presets').lower(): globals()[n] for n in names}
 
 def as_method(
     method, # A `DSTMethod`, a preset, or a preset's name in any case, with or without `_presets`
 )->DSTMethod: # The method; a `ValueError` for an unknown name, a `TypeError` for anything else
-    "Get the `DSTMethod` that `method` stands for"
+    """Get the `DSTMethod` that `method` stands for
+
+    Args:
+        method: A `DSTMethod`, a preset, or a preset's name in any case, with or without `_presets`
+    Returns:
+        The method; a `ValueError` for an unknown name, a `TypeError` for anything else"""
     if isinstance(method, DSTMethod): return method
     if isinstance(method, dict): return DSTMethod(**method)
     if not isinstance(method, str):

@@ -27,7 +27,13 @@ def zero_state(
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
     spare=(), # Tensors of the state to leave as they are
 )->None:
-    "Zero the optimizer's state of some of a parameter's weights"
+    """Zero the optimizer's state of some of a parameter's weights
+
+    Args:
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        spare: Tensors of the state to leave as they are"""
     for v in state_tensors(opt, p):
         if not any(v is s for s in spare): zero_masked_(v, ~where)
 
@@ -46,7 +52,14 @@ def call_reset(
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
     **kwargs # `born`, `grad` and `dense_state` as for `reset_state`, passed if `f` takes them
 )->None:
-    "Reset optimizer state by a method's own rule"
+    """Reset optimizer state by a method's own rule
+
+    Args:
+        f: A method's `reset_state_f`
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        **kwargs: `born`, `grad` and `dense_state` as for `reset_state`, passed if `f` takes them"""
     f(p, opt, where, **{k: v for k,v in kwargs.items() if _takes(f, k)})
 
 # %% ../nbs/01d_resets.ipynb #34c2ba14
@@ -79,7 +92,16 @@ def reset_state(
     dense_state:bool=False, # True if weights have second moments of their own before they are grown
     join=_alone, # `join(number, largest=False)` adds the numbers of all pieces of a weight, or takes the largest; by default it is whole
 )->None:
-    "Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay"
+    """Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay
+
+    Args:
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        born: Boolean, the shape of `p`: weights that an update has just grown; `None` where nothing grows
+        grad: The gradient of all weights, if the update reads it
+        dense_state: True if weights have second moments of their own before they are grown
+        join: `join(number, largest=False)` adds the numbers of all pieces of a weight, or takes the largest; by default it is whole"""
     state = opt_state(opt, p)
     moments = {k: state[k] for k in _moments if torch.is_tensor(state.get(k)) and state[k].shape==p.shape}
     if dense_state: return zero_state(p, opt, where, spare=moments.values())

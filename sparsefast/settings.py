@@ -72,5 +72,8 @@ def _check_interval(m):
 def check_settings(
     m, # A `DSTMethod`
 )->None:
-    "Refuse wrong settings by name"
+    """Refuse wrong settings by name
+
+    Args:
+        m: A `DSTMethod`"""
     for check in (_check_functions, _check_numbers, _check_combination, _check_interval): check(m)

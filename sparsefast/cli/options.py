@@ -35,7 +35,12 @@ dists = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, er
 def compresses(
     method:str, # A name in `methods`
 )->bool: # False for what starts dense, too
-    "True if compressed layers serve a method from its first step on"
+    """True if compressed layers serve a method from its first step on
+
+    Args:
+        method: A name in `methods`
+    Returns:
+        False for what starts dense, too"""
     if method=='dense': return False
     m = as_method(methods[method])
     return not (m.reads_momentum or m.explore_pct or m.sparsity_sched_f)
@@ -44,7 +49,13 @@ def default_size(
     data, # A name in `sources`, or a folder
     arch, # A name in `nets`, or a model of torchvision or timm
 )->int: # Pixels
-    "Get the default height and width of the images"
+    """Get the default height and width of the images
+
+    Args:
+        data: A name in `sources`, or a folder
+        arch: A name in `nets`, or a model of torchvision or timm
+    Returns:
+        Pixels"""
     small = arch in nets
     if data not in sources: return 64 if small else 128
     if not small: return 32
@@ -54,20 +65,36 @@ def n_channels(
     data, # A name in `sources`, or a folder
     arch, # A name in `nets`, or a model of torchvision or timm
 )->int: # 1 or 3
-    "Get the channels of the images"
+    """Get the channels of the images
+
+    Args:
+        data: A name in `sources`, or a folder
+        arch: A name in `nets`, or a model of torchvision or timm
+    Returns:
+        1 or 3"""
     return 1 if arch in nets and data in sources else 3
 
 def small_file(
     out:Path, # File of the whole `Learner`
 )->Path: # Next to it, with another ending
-    "Name the compact checkpoint"
+    """Name the compact checkpoint
+
+    Args:
+        out: File of the whole `Learner`
+    Returns:
+        Next to it, with another ending"""
     return out.with_suffix('.safetensors')
 
 # %% ../../nbs/cli/03b_options.ipynb #e9ede4ae
 def check_device(
     device, # 'cpu', 'cuda', 'cuda:1', 'mps', ..., or `None`
 )->str|None: # Its name, or `None` for the default
-    "Raise a `ValueError` if PyTorch cannot compute on `device`"
+    """Raise a `ValueError` if PyTorch cannot compute on `device`
+
+    Args:
+        device: 'cpu', 'cuda', 'cuda:1', 'mps', ..., or `None`
+    Returns:
+        Its name, or `None` for the default"""
     if device is None: return None
     try: (torch.ones(1, device=device)+1).item()
     except Exception as e:
@@ -79,7 +106,13 @@ def check_seeds(
     seeds, # A number of runs, a list, a text such as '1,2,3', or `None` for one run
     seed:int, # First of a number of seeds
 )->list: # At least one seed
-    "Get the seeds of all runs; `ValueError` if there are none, or one comes twice"
+    """Get the seeds of all runs; `ValueError` if there are none, or one comes twice
+
+    Args:
+        seeds: A number of runs, a list, a text such as '1,2,3', or `None` for one run
+        seed: First of a number of seeds
+    Returns:
+        At least one seed"""
     if isinstance(seeds, str):
         seeds = [number(s) for s in seeds.split(',')]
         if len(seeds)==1: seeds, = seeds
@@ -108,7 +141,28 @@ def check_args(
     pretrained=False, # True for trained weights
     seeds=None, # Several runs: a number, a list, or a text such as '1,2,3'
 )->dict: # Name -> value
-    "Check every value that needs neither data nor model, and fill in the defaults; `ValueError` for the first wrong one"
+    """Check every value that needs neither data nor model, and fill in the defaults; `ValueError` for the first wrong one
+
+    Args:
+        data: A name in `sources`, or a folder of images
+        arch: A name in `nets`, or a model of torchvision or timm
+        method: A name in `methods`
+        sparsity: Fraction of zeros, in [0,1]
+        dist: A name in `dists`
+        epochs: Number of epochs, at least 1
+        lr: Highest learning rate
+        bs: Images in a batch
+        every: Optimizer steps between updates, or `None` for the method's own
+        size: Height and width of the images, in pixels, or `None` for `default_size`
+        seed: Seed of weights, masks and batches
+        out: File to write the model to
+        storage: A name in `storages`
+        json: File to write the results to, or `None`
+        device: Where to train, or `None` for where fastai does
+        pretrained: True for trained weights
+        seeds: Several runs: a number, a list, or a text such as '1,2,3'
+    Returns:
+        Name -> value"""
     data = str(data)
     check_choice('method', method, methods)
     check_choice('dist', dist, dists)
