@@ -353,6 +353,7 @@ def show_start_end(
         show_inputs(mask, shape=shape, vmax=vmax, colorbar=is_last, ax=ax)
         title = f'after {step:,} steps' if step else 'at the start'
         ax.set_title(title)
+        if len(seen[0][1])>1: ax.set_axis_off()                  # an image, where numbers of rows and columns say nothing
     what,_ = seen[0]
     axs[0].figure.suptitle(f'Connections of each {what}')
     return axs
