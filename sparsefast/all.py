@@ -27,6 +27,7 @@ from .one_shot import *
 from .patterns import *
 from .presets import *
 from .ranks import *
+from .resets import zero_state
 from .saliency import *
 from .schedules import *
 from .scores import *

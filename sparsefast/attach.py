@@ -131,7 +131,7 @@ class Attached:
         for h in self._hooks: h.remove()
         for k in [k for k,v in _at_work.items() if v is self]: del _at_work[k]
 
-    def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r}, step {self.step} of {self.total})'
 
 # %% ../nbs/05b_attach.ipynb #0146a60c
 def attach(

@@ -91,7 +91,7 @@ class DynamicSparseTrainingCallback(Callback):
         if isinstance(sparse_modules, (DSTMethod, dict, str)): self.method = _changed(as_method(sparse_modules), settings)
         else: self.sparse_modules,self.method = _checked(sparse_modules),DSTMethod(**settings)
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
 # %% ../nbs/06_callback.ipynb #27f4e97a
 def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()

@@ -19,9 +19,9 @@ from .resets import reset_state
 from .patterns import drop_grow
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, reads, weight_magnitude
-from .settings import check_settings
+from .settings import check_names, check_settings
 from .training_time import Time
-from .utils import attribute, check_fraction, did_you_mean, show_value
+from .utils import attribute, check_fraction, show_value
 
 # %% ../nbs/04d_method.ipynb #e1a81e4b
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ def _named(init):
     names = [f.name for f in fields(DSTMethod)]
     @wraps(init)
     def wrapper(self, *args, **kwargs):
-        for k in kwargs.keys()-set(names):
-            close = did_you_mean(k, names) or f": there are {', '.join(names)}"
-            raise TypeError(f"unknown setting {k!r}{close}")
+        check_names(kwargs, names)
         init(self, *args, **kwargs)
     return wrapper
 

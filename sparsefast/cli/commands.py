@@ -22,8 +22,8 @@ from .console import command_parser, run_command
 def sparsefast_train(
     data:str='digits', # digits, fashion, mnist, or a folder with a folder of images for each class
     arch:str='wide_mlp', # wide_mlp, mlp, convnet, or any classification model of torchvision or timm
-    method:str='rigl', # dense, or a method by name; all names are below
-    sparsity:float=0.95, # Fraction of zeros in the weights, from 0 to 1
+    method:str='rigl_avg', # dense, or a method by name; all names are below
+    sparsity:float=0.95, # Fraction of zeros in the weights, above 0 and below 1
     dist:str='erk', # How layers share the sparsity: uniform, first_dense or erk
     epochs:int=None, # Passes over the data; by default 15 for digits, else 5
     lr:float=None, # Highest learning rate of one cycle; by default 0.01 for the first three models, else 0.001
@@ -44,7 +44,7 @@ def sparsefast_train(
         data: digits, fashion, mnist, or a folder with a folder of images for each class
         arch: wide_mlp, mlp, convnet, or any classification model of torchvision or timm
         method: dense, or a method by name; all names are below
-        sparsity: Fraction of zeros in the weights, from 0 to 1
+        sparsity: Fraction of zeros in the weights, above 0 and below 1
         dist: How layers share the sparsity: uniform, first_dense or erk
         epochs: Passes over the data; by default 15 for digits, else 5
         lr: Highest learning rate of one cycle; by default 0.01 for the first three models, else 0.001

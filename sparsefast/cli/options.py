@@ -10,7 +10,7 @@ A check needs neither data nor model, so a wrong value costs no time. It raises 
 
 # %% auto #0
 __all__ = ['methods', 'storages', 'dists', 'compresses', 'default_size', 'n_channels', 'small_file', 'check_device',
-           'check_seeds', 'check_args']
+           'check_seeds', 'check_sparsity', 'check_args']
 
 # %% ../../nbs/cli/03b_options.ipynb #d0b20003
 import math, torch
@@ -122,11 +122,27 @@ def check_seeds(
     if not seeds or len({*seeds})<len(seeds): raise ValueError(f"seeds must be one or more different numbers, got {seeds}")
     return seeds
 
+def check_sparsity(
+    sparsity, # A number; what else is refused
+    method:str, # A name in `methods`
+)->float: # Between 0 and 1; for dense training one of them is fine, too
+    """Raise a `ValueError` if a sparse model cannot have this sparsity
+
+    Args:
+        sparsity: A number; what else is refused
+        method: A name in `methods`
+    Returns:
+        Between 0 and 1; for dense training one of them is fine, too"""
+    if method=='dense': return check_fraction(sparsity)
+    if isinstance(sparsity, (int, float)) and 0<sparsity<1: return float(sparsity)
+    fix = ': for a dense model give `--method dense`' if sparsity==0 else ''
+    raise ValueError(f"sparsity must be a number above 0 and below 1, got {sparsity!r}{fix}")
+
 def check_args(
     data, # A name in `sources`, or a folder of images
     arch, # A name in `nets`, or a model of torchvision or timm
     method, # A name in `methods`
-    sparsity, # Fraction of zeros, in [0,1]
+    sparsity, # Fraction of zeros, above 0 and below 1
     dist, # A name in `dists`
     epochs, # Number of epochs, at least 1
     lr, # Highest learning rate
@@ -147,7 +163,7 @@ def check_args(
         data: A name in `sources`, or a folder of images
         arch: A name in `nets`, or a model of torchvision or timm
         method: A name in `methods`
-        sparsity: Fraction of zeros, in [0,1]
+        sparsity: Fraction of zeros, above 0 and below 1
         dist: A name in `dists`
         epochs: Number of epochs, at least 1
         lr: Highest learning rate
@@ -176,7 +192,7 @@ def check_args(
     if small_file(out)==out: raise ValueError(f"out must not end in .safetensors, as the compact checkpoint does, got '{out}'")
     check_out(small_file(out))
     return dict(data=data, arch=arch, method=method, dist=dist, storage=storage, json=json and check_out(json),
-        sparsity = check_fraction(sparsity),
+        sparsity = check_sparsity(sparsity, method),
         epochs   = check_number('epochs', epochs, 1) or (15 if data=='digits' else 5),
         lr       = check_number('lr', lr, math.ulp(0.), whole=False) or (1e-2 if arch in nets else 1e-3),
         bs       = check_number('bs', bs, 1),

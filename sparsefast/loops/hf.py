@@ -81,7 +81,7 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         self.description = described(self.method)
         self.attached,self.old,self.now = None,None,{}
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
     def state(self)->dict: # Plain values
         """Get what the trainer's state says of the callback

@@ -73,7 +73,7 @@ class SparseCallback(Callback):
         self.description = described(self.method)
         self.attached,self.old,self.now,self.made = None,None,{},WeakSet()
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
     def setup(self, trainer, pl_module, stage):
         _check_trainer(trainer)

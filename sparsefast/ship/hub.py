@@ -96,7 +96,7 @@ def model_card(
     model = as_module(model)
     data = [data] if isinstance(data, str) else list(data or [])
     cls,hugs = type(model).__name__,hasattr(model, 'save_pretrained')
-    head,rows = _facts(model, str(as_method(method)) if method else None, data)
+    head,rows = _facts(model, repr(as_method(method)) if method else None, data)
     known = dict(library_name='transformers' if hugs else 'sparsefast', tags=['sparse', 'sparsefast'],
                  datasets=[d for d in data if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', d)])           # what can be a hub's name
     head = {k: v for k,v in {**known, **metadata, 'sparsefast': head}.items() if v}
