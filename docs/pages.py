@@ -107,7 +107,8 @@ def documented(o):
 def doc(nm, mod, level):
     "A heading with the name, signature, docstring and a table of parameters, as Markdown"
     o = _find(nm, mod)
-    parts = [f"{'#'*level} `{nm}`", f'```python\n{signature(nm, o)}\n```', re.sub(r'(\n *){2,}', '\n\n', inspect.getdoc(o) or '')]
+    text = re.split(r'(?:^|\n\n)(?:Args|Returns):\n', inspect.getdoc(o) or '')[0]          # the table below has what follows
+    parts = [f"{'#'*level} `{nm}`", f'```python\n{signature(nm, o)}\n```', re.sub(r'(\n *){2,}', '\n\n', text)]
     docs = documented(o)
     rows = [f"| `{k}` | {_cell(d['docment'])} |" for k,d in docs.items() if k not in ('self', 'return') and d.get('docment')]
     ret = docs.get('return') or {}

@@ -28,7 +28,14 @@ def global_share(
     total:int, # Number of weights to drop in the model
     memory:float=None, # Not used
 )->tuple: # (number of drops for each layer, `None`)
-    "Drop the lowest scores of the whole model"
+    """Drop the lowest scores of the whole model
+
+    Args:
+        scores: 1-d tensors: scores of the active weights of each layer
+        total: Number of weights to drop in the model
+        memory: Not used
+    Returns:
+        (number of drops for each layer, `None`)"""
     device = scores[0].device
     all_scores = torch.cat([s.to(device, torch.promote_types(s.dtype, torch.float32)) for s in scores])
     dropped = ~top_k_mask(all_scores, len(all_scores)-total)
@@ -42,7 +49,16 @@ def adaptive_threshold_share(
     initial:float=1e-3, # The first threshold
     tolerance:float=0.1, # Largest deviation from `total`, as a share of it, at which the threshold stays as it is
 )->tuple: # (number of drops for each layer, the next threshold)
-    "Drop the scores below an adaptive global threshold: [DSR](https://arxiv.org/abs/1902.05967), Algorithm 1"
+    """Drop the scores below an adaptive global threshold: [DSR](https://arxiv.org/abs/1902.05967), Algorithm 1
+
+    Args:
+        scores: 1-d tensors: scores of the active weights of each layer
+        total: Number of drops wanted
+        memory: The threshold; `initial` by default
+        initial: The first threshold
+        tolerance: Largest deviation from `total`, as a share of it, at which the threshold stays as it is
+    Returns:
+        (number of drops for each layer, the next threshold)"""
     threshold = initial if memory is None else memory
     below = tolist([(s<threshold).count_nonzero() for s in scores])
     n_drop = [min(n, max(len(s)-1, 0)) for n,s in zip(below, scores)]
@@ -81,7 +97,15 @@ def importance_redistribution(
     numel:list, # Number of all weights of each layer
     n_drop:list, # Number of weights that each layer has dropped
 )->list: # Number of weights that each layer grows; sums to `sum(n_drop)`
-    "Grow in proportion to importance: [SNFS](https://arxiv.org/abs/1907.04840), as in its official code, but exact in total"
+    """Grow in proportion to importance: [SNFS](https://arxiv.org/abs/1907.04840), as in its official code, but exact in total
+
+    Args:
+        importance: Mean grow score of each layer's active weights; a number that is not finite raises a `ValueError`
+        nnz: Number of active weights of each layer before the drop
+        numel: Number of all weights of each layer
+        n_drop: Number of weights that each layer has dropped
+    Returns:
+        Number of weights that each layer grows; sums to `sum(n_drop)`"""
     if not math.isfinite(sum(importance)):
         raise ValueError(f"importance must be finite for every layer, got {importance}")
     if sum(importance)<=0: return list(n_drop)                            # nothing to share by
@@ -95,7 +119,15 @@ def survivor_redistribution(
     numel:list, # Number of all weights of each layer
     n_drop:list, # Number of weights that each layer has dropped
 )->list: # Number of weights that each layer grows; sums to `sum(n_drop)`
-    "Grow in proportion to the weights that survived: [DSR](https://arxiv.org/abs/1902.05967), Algorithm 1"
+    """Grow in proportion to the weights that survived: [DSR](https://arxiv.org/abs/1902.05967), Algorithm 1
+
+    Args:
+        importance: Not used
+        nnz: Number of active weights of each layer before the drop
+        numel: Number of all weights of each layer
+        n_drop: Number of weights that each layer has dropped
+    Returns:
+        Number of weights that each layer grows; sums to `sum(n_drop)`"""
     survived = [a-d for a,d in zip(nnz, n_drop)]
     if not sum(survived): return list(n_drop)
     empty = [n-a for n,a in zip(numel, nnz)]
@@ -137,7 +169,18 @@ def global_growth(
     least:int=1, # Active weights that each layer has afterwards, if there are as many to grow
     within:tuple=None, # Bounds of a layer's density as multiples of its target, such as `(0.2, 5)`; none by default
 )->list: # Number of weights that each layer grows; sums to `total`
-    "Grow the highest scores of the whole model; of equal scores the earlier layer's ranks higher"
+    """Grow the highest scores of the whole model; of equal scores the earlier layer's ranks higher
+
+    Args:
+        scores: 1-d tensors: grow scores of the weights that each layer does not keep
+        total: Number of weights to grow in the model
+        kept: Number of weights that each layer keeps; 0 by default
+        target: Number of weights that each layer's target sparsity stands for; needed by `within`
+        room: Most that each layer may grow, where a pattern allows less; as many as it has scores by default
+        least: Active weights that each layer has afterwards, if there are as many to grow
+        within: Bounds of a layer's density as multiples of its target, such as `(0.2, 5)`; none by default
+    Returns:
+        Number of weights that each layer grows; sums to `total`"""
     room = [min(n, len(s)) for n,s in zip(room or map(len, scores), scores)]
     low,high = _bounds(room, kept or [0]*len(room), target, least, within)
     if sum(low)>total: low = [n*total//sum(low) for n in low]

@@ -23,7 +23,13 @@ def room_of(
     m, # `DSTMethod`
     l, # `Layer`
 )->int: # At most all of its weights
-    "Count the weights that the method's pattern allows a layer in the end"
+    """Count the weights that the method's pattern allows a layer in the end
+
+    Args:
+        m: `DSTMethod`
+        l: `Layer`
+    Returns:
+        At most all of its weights"""
     if m.pattern_f is drop_grow: return l.numel
     return capacity(m.pattern_f, torch.empty(l.shape, device='meta'))
 
@@ -32,7 +38,14 @@ def max_active(
     l, # `Layer`
     pos:float, # Position in the schedule of sparsity, in [0,1]
 )->int: # At most all of its weights
-    "Count the weights that the method's pattern allows a layer at a position of the schedule"
+    """Count the weights that the method's pattern allows a layer at a position of the schedule
+
+    Args:
+        m: `DSTMethod`
+        l: `Layer`
+        pos: Position in the schedule of sparsity, in [0,1]
+    Returns:
+        At most all of its weights"""
     room = room_of(m, l)
     if not m.sparsity_sched_f: return room
     return max(room, n_active(l.numel, m.sparsity_at(1-room/l.numel, pos)))
@@ -40,7 +53,12 @@ def max_active(
 def targets_of(
     layers:list, # `Layer` each
 )->list: # Sparsities, one each
-    "List the target sparsities, with one synchronisation"
+    """List the target sparsities, with one synchronisation
+
+    Args:
+        layers: `Layer` each
+    Returns:
+        Sparsities, one each"""
     found = [l.module._buffers.get(f'{l.name}_sparsity') for l in layers]
     if any(s is None for s in found): return [l.target for l in layers]
     return tolist(found)
@@ -58,7 +76,12 @@ def _check_drops(f, n_drop, active):
 def prune_field(
     m, # `DSTMethod`
 )->str: # Name of a field
-    "Name the field of the method that scores what a schedule prunes"
+    """Name the field of the method that scores what a schedule prunes
+
+    Args:
+        m: `DSTMethod`
+    Returns:
+        Name of a field"""
     return 'prune_score_f' if m.prune_score_f else 'keep_score_f'
 
 def _shared_drops(m, layers, active, over, opt, t):
@@ -89,7 +112,16 @@ def target_counts(
     opt, # The optimizer
     t, # `Time`
 )->list: # Ints
-    "Count the weights that each layer should have at this point of the schedule of sparsity"
+    """Count the weights that each layer should have at this point of the schedule of sparsity
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each
+        active: Active weights of each
+        opt: The optimizer
+        t: `Time`
+    Returns:
+        Ints"""
     pos,targets,numel = m.sparsity_pos(t),targets_of(layers),[l.numel for l in layers]
     goal = [n_active(n, m.sparsity_at(s, pos)) for n,s in zip(numel, targets)]
     rises = attribute(m.sparsity_sched_f, 'rises', False)
@@ -108,7 +140,17 @@ def drop_counts(
     opt, # The optimizer
     t, # `Time`
 )->tuple: # (number of drops of each layer, what `drop_share_f` remembers)
-    "Count the weights that each layer drops"
+    """Count the weights that each layer drops
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each
+        masks: Their masks, held
+        active: Active weights of each
+        opt: The optimizer
+        t: `Time`
+    Returns:
+        (number of drops of each layer, what `drop_share_f` remembers)"""
     share = m.drop_pct(t.pct)
     n_drop = [int(share*a) for a in active]
     if not m.drop_share_f: return n_drop,None
@@ -170,7 +212,18 @@ def growth_counts(
     opt, # The optimizer
     t, # `Time`
 )->list: # Ints
-    "Count the weights that each layer grows"
+    """Count the weights that each layer grows
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each
+        masks: Their masks, held
+        active: Active weights of each
+        n_drop: Number of drops of each
+        opt: The optimizer
+        t: `Time`
+    Returns:
+        Ints"""
     f = m.grow_share_f or m.redistribute_f
     if not f: return n_drop
     targets,room = targets_of(layers),[room_of(m, l) for l in layers]

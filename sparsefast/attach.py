@@ -40,7 +40,14 @@ _count = 'sparsefast_step'                                         # in the firs
 _at_work = WeakValueDictionary()                                   # id of a sparse weight -> the `Attached` that came to it last
 
 class Attached:
-    "A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it"
+    """A method at work in an optimizer; `step` counts the optimizer's steps, and `remove()` ends it
+
+    Args:
+        method: A `DSTMethod`
+        modules: Modules with masks
+        opt: A torch optimizer
+        total: Optimizer steps of the whole training
+        step: How many of them are done"""
     def __init__(self,
         method, # A `DSTMethod`
         modules, # Modules with masks
@@ -124,7 +131,7 @@ class Attached:
         for h in self._hooks: h.remove()
         for k in [k for k,v in _at_work.items() if v is self]: del _at_work[k]
 
-    def __repr__(self): return f'{type(self).__name__}({self.method}, step {self.step} of {self.total})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r}, step {self.step} of {self.total})'
 
 # %% ../nbs/05b_attach.ipynb #0146a60c
 def attach(
@@ -134,7 +141,16 @@ def attach(
     total:int, # Optimizer steps in the whole training
     step:int=None, # Steps already done, when a training is resumed; by default what a state says that `opt` has loaded
 )->Attached: # `remove()` ends it
-    "Run a method whenever `opt` steps, whoever calls it"
+    """Run a method whenever `opt` steps, whoever calls it
+
+    Args:
+        method: A `DSTMethod`, a preset or its name; an interval that is a share of training is one of `total`
+        modules: A sparse model, a `Learner`, or a list of modules; under `DistributedDataParallel` the wrapped model
+        opt: Its torch optimizer, or a wrapper around one (accelerate's); without step hooks a `ValueError`
+        total: Optimizer steps in the whole training
+        step: Steps already done, when a training is resumed; by default what a state says that `opt` has loaded
+    Returns:
+        `remove()` ends it"""
     opt = inner_opt(opt)
     if not isinstance(opt, torch.optim.Optimizer):
         raise ValueError(f"{type(opt).__name__} has no step hooks: "

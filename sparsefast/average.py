@@ -48,7 +48,13 @@ def follow_masks(
     average, # A copy of the model, also one made before `sparsify_model`; it may be wrapped, as `.module`
     model, # The sparse model, or a `Learner`; not kept alive
 )->nn.Module: # `average`
-    "Keep the masks of an average, or of a target network, those of the model; `ValueError` if they do not fit together"
+    """Keep the masks of an average, or of a target network, those of the model; `ValueError` if they do not fit together
+
+    Args:
+        average: A copy of the model, also one made before `sparsify_model`; it may be wrapped, as `.module`
+        model: The sparse model, or a `Learner`; not kept alive
+    Returns:
+        `average`"""
     ours,theirs = _inner(average),_inner(model)
     masked = masked_by_name(theirs)
     _check(ours, theirs, masked)

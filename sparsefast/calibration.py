@@ -33,7 +33,13 @@ def grouped(
     w, # A `Weight`
     t:torch.Tensor, # A tensor of its shape
 )->torch.Tensor: # (groups, outputs, inputs, ...), a view
-    "View a weight by groups, outputs and inputs"
+    """View a weight by groups, outputs and inputs
+
+    Args:
+        w: A `Weight`
+        t: A tensor of its shape
+    Returns:
+        (groups, outputs, inputs, ...), a view"""
     t = t.unflatten(0, (_n_groups(w), -1))
     return t.transpose(1, 2) if is_transposed(w.module) else t
 
@@ -41,13 +47,23 @@ def ungrouped(
     w, # A `Weight`
     t:torch.Tensor, # (groups, outputs, inputs, ...)
 )->torch.Tensor: # A tensor of its shape
-    "Undo `grouped`"
+    """Undo `grouped`
+
+    Args:
+        w: A `Weight`
+        t: (groups, outputs, inputs, ...)
+    Returns:
+        A tensor of its shape"""
     t = t.transpose(1, 2) if is_transposed(w.module) else t
     return t.reshape(w.p.shape)
 
 # %% ../nbs/02a_calibration.ipynb #d6714f61
 class InputNorms:
-    "How large the inputs of a model's weights are; `+` adds what was collected on other data"
+    """How large the inputs of a model's weights are; `+` adds what was collected on other data
+
+    Args:
+        sums: Name of a weight -> (sums of squares, number of positions): (groups, 1, inputs, ...), float64
+        model: The model with these weights, or a `Learner`"""
     def __init__(self,
         sums:dict, # Name of a weight -> (sums of squares, number of positions): (groups, 1, inputs, ...), float64
         model, # The model with these weights, or a `Learner`
@@ -67,7 +83,12 @@ class InputNorms:
     def weight(self,
         p, # A weight
     )->tuple: # (`Weight`, its name); a `ValueError` if nothing was collected for it
-        "Find a weight of the model"
+        """Find a weight of the model
+
+        Args:
+            p: A weight
+        Returns:
+            (`Weight`, its name); a `ValueError` if nothing was collected for it"""
         w,n = self.weights.get(p, (None, f'a parameter of shape {tuple(p.shape)}'))
         if n in self.sums: return w,n
         raise ValueError(f"{n} has no norms of inputs: collect them on this model, or exclude the layer (recurrent and "
@@ -76,7 +97,12 @@ class InputNorms:
     def norms(self,
         p, # A weight
     )->torch.Tensor: # (groups, 1, inputs, ...), float64, on the CPU
-        "Compute the root of the mean square of each input"
+        """Compute the root of the mean square of each input
+
+        Args:
+            p: A weight
+        Returns:
+            (groups, 1, inputs, ...), float64, on the CPU"""
         squares,count = self.sums[self.weight(p)[1]]
         return (squares/count.clamp(min=1)).sqrt()
 
@@ -191,7 +217,13 @@ def get_batches(
     batches, # A `Learner` or `DataLoaders` (the training part), a `DataLoader`, a list of batches, or one batch
     n_batches:int=None, # Number of batches to take, from the first on; by default all
 )->list: # Batches; a `ValueError` if there is none
-    "List batches of data"
+    """List batches of data
+
+    Args:
+        batches: A `Learner` or `DataLoaders` (the training part), a `DataLoader`, a list of batches, or one batch
+        n_batches: Number of batches to take, from the first on; by default all
+    Returns:
+        Batches; a `ValueError` if there is none"""
     batches = getattr(batches, 'dls', batches)
     batches = getattr(batches, 'train', batches)
     if torch.is_tensor(batches) or isinstance(batches, (Mapping, tuple)): batches = [batches]
@@ -215,7 +247,16 @@ def collect_norms(
     n_batches:int=None, # Number of batches to take; by default all
     bar:bool=True, # True to show a progress bar
 )->InputNorms: # For `wanda`, `ria` and `owl`; add those of other data with `+`
-    "Collect the norms of the inputs of a model's layers, in evaluation mode"
+    """Collect the norms of the inputs of a model's layers, in evaluation mode
+
+    Args:
+        model: A model or a `Learner`; it is not changed
+        batches: As for `get_batches`; of a tuple the last is the target, and a dict goes in by its names
+        which: Layers to collect for, as `select_weights` takes them; by default all
+        n_batches: Number of batches to take; by default all
+        bar: True to show a progress bar
+    Returns:
+        For `wanda`, `ria` and `owl`; add those of other data with `+`"""
     from fastprogress import progress_bar
     model,sums = as_module(model),{}
     chosen = select_weights(model, which) if which is not None else weight_names(model)

@@ -47,7 +47,34 @@ def _changed(method, settings):
 
 @delegates(DSTMethod)
 class DynamicSparseTrainingCallback(Callback):
-    "Callback that drops and grows weights while a `Learner` trains, and holds masked ones at zero"
+    """Callback that drops and grows weights while a `Learner` trains, and holds masked ones at zero
+
+    Args:
+        sparse_modules: Modules to rewire, by default all of the learner's model that have masks; or a `DSTMethod`, a preset or its name
+        batches_per_update: Optimizer steps between updates; below 1 a share of training; by default one update each epoch
+        initial_drop_grow_pct: Share of the active weights replaced at the start, in [0,1]
+        stop_pct: Share of training after which the masks are frozen
+        keep_score_f: Drop criterion
+        grow_score_f: Grow criterion
+        final_drop_grow_pct: Share replaced at the end of the schedule
+        drop_sched_f: Schedule of the share: `f(start, end, pos)`
+        replaces_step: True if an update takes the optimizer step's place, not after it
+        drop_share_f: Shares drops among layers; `None`: each drops the same share of its own
+        redistribute_f: Shares growth among layers by importance; `None`: each grows what it dropped
+        grow_share_f: Shares growth among layers by the scores of all candidates: `f(scores, total)`
+        sparsity_sched_f: Schedule of sparsity, `f(start, end, pos)`; `None`: it does not change
+        initial_sparsity: Start of that schedule: a number, or a function of where it ends
+        sparsity_span: Shares of training between which that schedule runs
+        prune_share_f: Shares scheduled pruning among layers; `None`: each follows its own target
+        prune_score_f: Criterion of scheduled pruning; `None`: `keep_score_f`
+        extra_density_f: Density beyond the target that an update leaves: `f(pct)`; `None`: 0
+        pattern_f: Sparsity pattern
+        grow_value_f: Values of new weights; `None`: zero
+        grad_steps: Optimizer steps whose gradients an update averages; `None`: all since the last
+        explore_pct: Share of all weights that train though the forward pass does not use them
+        penalty_f: Added to the gradient of weights that train, with `explore_pct`
+        reset_state_f: Rule for the optimizer's state where weights come and go
+        seed: Seed of random growth, together with the step and the layer"""
     order,run_valid = MixedPrecision.order+0.5,False
     def __init__(self,
         sparse_modules=None, # Modules to rewire, by default all of the learner's model that have masks; or a `DSTMethod`, a preset or its name
@@ -64,7 +91,7 @@ class DynamicSparseTrainingCallback(Callback):
         if isinstance(sparse_modules, (DSTMethod, dict, str)): self.method = _changed(as_method(sparse_modules), settings)
         else: self.sparse_modules,self.method = _checked(sparse_modules),DSTMethod(**settings)
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
 # %% ../nbs/06_callback.ipynb #27f4e97a
 def _chance(dls): return get_random_states(), getattr(getattr(dls.train, 'rng', None), 'getstate', lambda: None)()
@@ -95,14 +122,20 @@ def before_fit(self:DynamicSparseTrainingCallback):
 
 @patch
 def state_dict(self:DynamicSparseTrainingCallback)->dict: # Plain numbers
-    "Get the number of optimizer steps taken in this training, for `load_state_dict`"
+    """Get the number of optimizer steps taken in this training, for `load_state_dict`
+
+    Returns:
+        Plain numbers"""
     return dict(n_step=self.n_step)
 
 @patch
 def load_state_dict(self:DynamicSparseTrainingCallback,
     state:dict, # From `state_dict`
 ):
-    "Go on from a saved count, between `before_fit` and the first step"
+    """Go on from a saved count, between `before_fit` and the first step
+
+    Args:
+        state: From `state_dict`"""
     self.n_step = state['n_step']
 
 @patch
@@ -171,14 +204,36 @@ def sparsify(self:Learner,
     preset=None, # Method that will train it: a `DSTMethod`, a preset or its name; by default one that starts from random masks
     **kwargs
 )->Learner: # The learner itself
-    "Make the learner's model sparse, as a method wants it"
+    """Make the learner's model sparse, as a method wants it
+
+    Args:
+        model_sparsity: Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
+        preset: Method that will train it: a `DSTMethod`, a preset or its name; by default one that starts from random masks
+        sparse_f: Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk', 'erk_plus', 'lamp'
+        enforce_mask: True to add hooks that mask the weights before every forward
+        additional_types: Module types to make sparse besides those that `maskable` knows
+        exclude: Layers that stay dense and are not counted, as `select_weights` takes them
+        sparsities: Layers with a sparsity of their own, as `exclude` takes them; the rest meets the total
+        masks: Layers with masks of their own: boolean, the weight's shape; copied; or 'zeros', to mask what is zero
+        initial_sparsity: Sparsity to start with, for methods that prune; by default `model_sparsity`
+        score_f: Each mask is the highest scores of its layer: chance, a method at initialisation
+        pattern_f: Sparsity pattern
+        keep_dense: True to store the values of masked weights, for methods that train them
+        init_f: New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`
+        depthwise: True to make depthwise convolutions sparse too; papers leave them dense
+        keep: 'magnitude' keeps a trained model's largest weights; a score; 'random' is chance without a warning
+    Returns:
+        The learner itself"""
     start = replace(as_method(preset), batches_per_update=None).sparsify_kwargs(model_sparsity) if preset else {}
     sparsify_model(self, model_sparsity, **{**start, **kwargs})
     return self
 
 @patch
 def unsparsify(self:Learner)->Learner: # The learner itself
-    "Make the learner's model dense again"
+    """Make the learner's model dense again
+
+    Returns:
+        The learner itself"""
     unsparsify_model(self)
     return self
 
@@ -201,7 +256,13 @@ def load(self:Learner,
     device=None, # Device to load to; by default that of the data
     **kwargs
 )->Learner: # The learner itself
-    "Load model and optimizer state from a file of `learn.save`; masks that do not fit are a `RuntimeError` in one sentence"
+    """Load model and optimizer state from a file of `learn.save`; masks that do not fit are a `RuntimeError` in one sentence
+
+    Args:
+        file: Name of a file in the learner's `model_dir`, or its path
+        device: Device to load to; by default that of the data
+    Returns:
+        The learner itself"""
     try: return _load_any(self, file, device=device, **kwargs)
     except RuntimeError as e:
         why = next((why for key,why in _misfits.items() if re.search(key, str(e))), None)

@@ -28,7 +28,10 @@ def _warn(what, names, todo):
 def warn_empty(
     sizes:dict, # Name -> number of weights, of layers without an active one
 )->None:
-    "Warn of layers without any weight"
+    """Warn of layers without any weight
+
+    Args:
+        sizes: Name -> number of weights, of layers without an active one"""
     raise_findings([empty_layer(repr(n), numel) for n,numel in sizes.items()], stacklevel=5)
 
 # %% ../nbs/04f_cautions.ipynb #0e69b652
@@ -71,7 +74,13 @@ def trained_weights(
     model:nn.Module, # A model
     weights, # `Weight` each, in it
 )->list: # Those of `weights` that do not look freshly initialised
-    "Find weights that a training has changed, as far as biases and normalizations show it"
+    """Find weights that a training has changed, as far as biases and normalizations show it
+
+    Args:
+        model: A model
+        weights: `Weight` each, in it
+    Returns:
+        Those of `weights` that do not look freshly initialised"""
     mods = list(model.modules())
     place = {m: i for i,m in enumerate(mods)}
     norms,layers = _norms(mods),sorted({place[w.module] for w in weights})
@@ -90,7 +99,11 @@ def warn_trained(
     model:nn.Module, # A model
     weights:dict, # `Weight` -> name: those that get random masks
 )->None:
-    "Warn if random masks meet weights that a training has changed; not for a tenth of them"
+    """Warn if random masks meet weights that a training has changed; not for a tenth of them
+
+    Args:
+        model: A model
+        weights: `Weight` -> name: those that get random masks"""
     trained = trained_weights(model, weights)
     changed,total = (sum(w.p.numel() for w in ws) for ws in (trained, weights))
     if changed<=0.1*total: return
@@ -103,7 +116,12 @@ def warn_trained(
 def keeps_zeros(
     m:nn.Module, # A linear layer or a convolution
 )->bool: # True also if it cannot be asked in this way
-    "True if a weight of zero is a weight of zero when the layer computes"
+    """True if a weight of zero is a weight of zero when the layer computes
+
+    Args:
+        m: A linear layer or a convolution
+    Returns:
+        True also if it cannot be asked in this way"""
     try: m = deepcopy(m).eval()
     except Exception: return True
     w,dim = m.weight,int(not is_transposed(m))
@@ -120,7 +138,10 @@ def keeps_zeros(
 def warn_formula(
     weights:dict, # `Weight` -> name
 )->None:
-    "Warn of layers that compute with other zeros than their weight has"
+    """Warn of layers that compute with other zeros than their weight has
+
+    Args:
+        weights: `Weight` -> name"""
     kinds = {type(w.module): w.module for w in weights}
     own = [k for k in kinds if not k.forward.__module__.startswith('torch.nn')]
     bad = {k for k in own if is_sparseable_module(kinds[k]) and not keeps_zeros(kinds[k])}
@@ -139,7 +160,11 @@ def warn_stacks(
     model:nn.Module, # A model
     weights:dict, # `Weight` -> name
 )->None:
-    "Warn of experts that share a tensor: masked as one, or left dense though they are many"
+    """Warn of experts that share a tensor: masked as one, or left dense though they are many
+
+    Args:
+        model: A model
+        weights: `Weight` -> name"""
     masked = [n for w,n in weights.items() if _is_stack(w.module, w.p)]
     if masked:
         _warn('several matrices in one tensor (a mixture of experts?) get one mask, and share its sparsity by chance',

@@ -49,7 +49,13 @@ def atomic_save(
     obj, # What `torch.save` can save
     fname, # Path of the file
 )->Path: # `fname`
-    "Save with `torch.save` through `atomic_write`, with a checksum"
+    """Save with `torch.save` through `atomic_write`, with a checksum
+
+    Args:
+        obj: What `torch.save` can save
+        fname: Path of the file
+    Returns:
+        `fname`"""
     def write(path):
         torch.save(obj, path)
         _sign(path)
@@ -82,7 +88,12 @@ def _previous(file): return file.with_name(f'{file.stem}.previous{file.suffix}')
 def load_checkpoint(
     file:Path, # A file of `CheckpointCallback`
 )->dict: # From `training_state`
-    "Load a checkpoint that is whole; any other is a `ValueError`, which names the file before it if that is whole"
+    """Load a checkpoint that is whole; any other is a `ValueError`, which names the file before it if that is whole
+
+    Args:
+        file: A file of `CheckpointCallback`
+    Returns:
+        From `training_state`"""
     try: return _read(file)
     except ValueError as e: why,old = e,_previous(file)
     todo = "use another name, or resume=False, to begin anew"
@@ -160,7 +171,13 @@ def training_state(
     learn:Learner, # A learner that is training
     epoch:int, # Number of epochs done
 )->dict: # For `restore_training`
-    "Collect all that is needed to resume a training"
+    """Collect all that is needed to resume a training
+
+    Args:
+        learn: A learner that is training
+        epoch: Number of epochs done
+    Returns:
+        For `restore_training`"""
     scaler = _scaler(learn)
     return dict(epoch=epoch, n_epoch=learn.n_epoch, train_iter=learn.train_iter,
                 model=get_model(learn.model).state_dict(),
@@ -217,7 +234,11 @@ def restore_training(
     learn:Learner, # The learner whose state was taken, or its like, after `before_fit`
     state:dict, # From `training_state`
 )->None:
-    "Restore model, optimizer, recorder, callbacks and random numbers; what does not fit is a `ValueError`, before any change"
+    """Restore model, optimizer, recorder, callbacks and random numbers; what does not fit is a `ValueError`, before any change
+
+    Args:
+        learn: The learner whose state was taken, or its like, after `before_fit`
+        state: From `training_state`"""
     _check_opt(learn, state['opt'])
     load_sparse_state(get_model(learn.model), state['model'])
     opt = state['opt']
@@ -252,7 +273,13 @@ class _EpochStart(Callback):
 
 # %% ../nbs/06a_checkpoint.ipynb #75688c18
 class CheckpointCallback(Callback):
-    "Saves a checkpoint before the first epoch and after each one; resumes from it when the same training is started again"
+    """Saves a checkpoint before the first epoch and after each one; resumes from it when the same training is started again
+
+    Args:
+        fname: Name of the file, in the learner's `model_dir`
+        every: Epochs between checkpoints, 1 or more, else a `ValueError`; the last epoch always has one
+        resume: True to resume from the file, if there is one; False to overwrite it
+        seed: Seed of batch order, augmentation and dropout; `None`: none is set, and a run of one process resumes the file's"""
     order,remove_on_fetch = 1000,True
     def __init__(self,
         fname:str='checkpoint', # Name of the file, in the learner's `model_dir`

@@ -33,7 +33,12 @@ _halves = (torch.float16, torch.bfloat16)
 def is_rounded(
     l, # `Layer`
 )->bool: # Judged by the dtype, and by the number itself if the dtype has changed back
-    "True if half precision has rounded a layer's target sparsity"
+    """True if half precision has rounded a layer's target sparsity
+
+    Args:
+        l: `Layer`
+    Returns:
+        Judged by the dtype, and by the number itself if the dtype has changed back"""
     t = l.module._buffers.get(f'{l.name}_sparsity')
     if t is None or not t.is_floating_point(): return False
     if t.dtype in _halves: return True
@@ -45,7 +50,12 @@ def is_rounded(
 def check_targets(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find target sparsities that half precision has rounded, where a method reads them"
+    """Find target sparsities that half precision has rounded, where a method reads them
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     m = case.method
     if m is None or not (m.sparsity_sched_f or m.pattern_f is not drop_grow): return
     for l in case.layers:
@@ -60,7 +70,12 @@ def check_targets(
 def check_momentum(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find an optimizer without momentum, where a method grows by it"
+    """Find an optimizer without momentum, where a method grows by it
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     if case.opt is None or case.method is None or not case.method.reads_momentum or keeps_momentum(case.opt): return
     todo = "set one (`mom=0.9` in fastai's SGD, `momentum=0.9` in torch's), or use Adam"
     yield Finding('fault', 'no momentum', type(inner_opt(case.opt)).__name__,
@@ -69,7 +84,12 @@ def check_momentum(
 def check_served(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find what no method serves: an optimizer whose state cannot be reset, and gradients that are sparse tensors"
+    """Find what no method serves: an optimizer whose state cannot be reset, and gradients that are sparse tensors
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     why = refusal(case.opt, case.method.reads_momentum) if case.opt is not None and case.method else ()
     if why: yield Finding('fault', 'optimizer', type(inner_opt(case.opt)).__name__, *why)
     for l in case.layers:
@@ -98,14 +118,25 @@ def _unknown(name):
 def check_optimizer(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find weights that learn, and not by this optimizer"
+    """Find weights that learn, and not by this optimizer
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for name in _strangers(case): yield _unknown(name)
 
 def check_forgotten(
     case:Case, # What to look at
     others:bool=False, # True to look at dense parameters too
 )->Iterator: # Yields `Finding`
-    "Find weights that this optimizer does not know, each only once"
+    """Find weights that this optimizer does not know, each only once
+
+    Args:
+        case: What to look at
+        others: True to look at dense parameters too
+    Returns:
+        Yields `Finding`"""
     me = id(inner_opt(case.opt))
     for name,p in _strangers(case, others).items():
         told,p._unknown_to = getattr(p, '_unknown_to', None),me
@@ -114,7 +145,12 @@ def check_forgotten(
 def check_storage(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find a compressed layer that cannot serve the method or the optimizer; one finding for all, as one call mends all"
+    """Find a compressed layer that cannot serve the method or the optimizer; one finding for all, as one call mends all
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for l in case.layers if case.method else []:
         why = l.refusal(case.method, case.opt)
         if not why: continue
@@ -125,7 +161,12 @@ def check_storage(
 def check_pattern(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masks and targets that do not fit the method's pattern"
+    """Find masks and targets that do not fit the method's pattern
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     m = case.method
     if m is None or m.pattern_f is drop_grow: return
     shown = show_value(m.pattern_f)
@@ -145,7 +186,12 @@ def check_pattern(
 def check_empty(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find layers without an active weight; on the meta device there are none to count"
+    """Find layers without an active weight; on the meta device there are none to count
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     layers = [l for l in case.layers if not l.p.is_meta]
     active = tolist([l.nnz for l in layers]) if layers else []
     for l,n in zip(layers, active):
@@ -154,7 +200,12 @@ def check_empty(
 def check_store(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find layers without the values outside their mask, where a method trains those"
+    """Find layers without the values outside their mask, where a method trains those
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     if case.method is None or not case.method.explore_pct: return
     for l in case.layers:
         if l.recall('store') is None and not l.refusal(case.method, case.opt):
@@ -164,7 +215,12 @@ def check_store(
 def check_start(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find a schedule of sparsity that has nothing to do, because the masks are sparse already"
+    """Find a schedule of sparsity that has nothing to do, because the masks are sparse already
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     m = case.method
     if m is None or m.sparsity_sched_f is None or attribute(m.sparsity_sched_f, 'rises', False): return
     targets,active = [l.target for l in case.layers],tolist([l.nnz for l in case.layers])
@@ -178,7 +234,12 @@ def check_start(
 def check_interval(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find an interval so long that no update falls into the training"
+    """Find an interval so long that no update falls into the training
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     m,total = case.method,case.total
     if m is None or total is None: return
     n = m.in_steps(total).interval
@@ -200,5 +261,11 @@ def run_checks(
     case:Case, # What to look at
     checks=method_checks, # Functions of a `Case`
 )->Iterator: # Yields `Finding`
-    "Run some checks"
+    """Run some checks
+
+    Args:
+        case: What to look at
+        checks: Functions of a `Case`
+    Returns:
+        Yields `Finding`"""
     for check in checks: yield from check(case)

@@ -23,7 +23,12 @@ from .masks import Compressed, apply_masks, masked_params, nnz
 def mask_pairs(
     modules, # Modules, whose children are not visited
 )->list: # (parameter, mask) each
-    "List masked parameters, unchecked: before a small product each step counts"
+    """List masked parameters, unchecked: before a small product each step counts
+
+    Args:
+        modules: Modules, whose children are not visited
+    Returns:
+        (parameter, mask) each"""
     found = []
     for m in modules:
         buffers = m._buffers
@@ -37,7 +42,12 @@ def mask_pairs(
 def tensor_version(
     t:torch.Tensor, # Any tensor
 )->tuple|None: # `None` where torch cannot tell
-    "Get what changes when a tensor is written to or gets other memory"
+    """Get what changes when a tensor is written to or gets other memory
+
+    Args:
+        t: Any tensor
+    Returns:
+        `None` where torch cannot tell"""
     try: return t.data_ptr(),t._version,t.stride()
     except RuntimeError: return None                               # in `torch.func`, and for tensors made in inference mode
 
@@ -45,7 +55,12 @@ def tensor_version(
 def is_cut(
     found, # (parameter of a copy, its mask, mask that the copied model has now) each
 )->bool: # False if in a layer weights outside both masks are about as often nonzero: then other code has trained the copy
-    "True if a copy has taken over weights that its own masks cut off"
+    """True if a copy has taken over weights that its own masks cut off
+
+    Args:
+        found: (parameter of a copy, its mask, mask that the copied model has now) each
+    Returns:
+        False if in a layer weights outside both masks are about as often nonzero: then other code has trained the copy"""
     shares = [[(p[where]!=0).float().mean() for where in (other & ~mask, ~(other | mask))] for p,mask,other in found]
     return any(come>0 for come,_ in shares) and not any(gone>=.9*come>0 for come,gone in shares)
 
@@ -61,7 +76,12 @@ todo_stored = ("if it is an average of that model, call `to_masked_layers(model,
 def stored_pairs(
     modules, # Modules, whose children are not visited
 )->list: # (values, index) each
-    "List what compressed layers store"
+    """List what compressed layers store
+
+    Args:
+        modules: Modules, whose children are not visited
+    Returns:
+        (values, index) each"""
     return [(m.values.detach(), m.as_layer().index) for m in modules if isinstance(m, Compressed)]
 
 def _digest(t):
@@ -69,7 +89,10 @@ def _digest(t):
     return zlib.crc32(t.cpu().contiguous().view(torch.uint8).numpy()) if t.numel() and not t.is_meta else 0
 
 class Origin:
-    "What a copy of a sparse model knows of the model that was copied"
+    """What a copy of a sparse model knows of the model that was copied
+
+    Args:
+        modules: The modules that are copied"""
     def __init__(self,
         modules, # The modules that are copied
     ):
@@ -89,7 +112,12 @@ class Origin:
     def differing(self,
         pairs, # (parameter, mask) of the copy, in the model's order
     )->list: # (parameter, mask, mask that the copied model has now); empty if that is gone
-        "List the parameters of a copy whose masks are not those of the copied model"
+        """List the parameters of a copy whose masks are not those of the copied model
+
+        Args:
+            pairs: (parameter, mask) of the copy, in the model's order
+        Returns:
+            (parameter, mask, mask that the copied model has now); empty if that is gone"""
         modules = self._theirs()
         both = [(p.detach(), mask, other) for (p,mask),(_,other) in zip(pairs, mask_pairs(modules))]
         versions = [tensor_version(t) for _,*masks in both for t in masks]
@@ -109,7 +137,12 @@ class Origin:
     def mixed(self,
         modules, # The modules of the copy
     )->str: # Empty for a snapshot
-        "Say so if a copy has other values in compressed layers, and the model has them in other places now"
+        """Say so if a copy has other values in compressed layers, and the model has them in other places now
+
+        Args:
+            modules: The modules of the copy
+        Returns:
+            Empty for a snapshot"""
         ours,theirs = stored_pairs(modules),stored_pairs(self._theirs())
         both = [(values, index) for (values,_),(_,index) in zip(ours, theirs)]
         versions = [tensor_version(t) for pair in both for t in pair]
@@ -123,7 +156,12 @@ class Origin:
     def problem(self,
         modules, # The modules of the copy
     )->tuple|None: # (True if weights would be cut off, what is wrong, what to do); `None` for a snapshot, or a model of its own
-        "Say what is wrong with a copy, if it is an average"
+        """Say what is wrong with a copy, if it is an average
+
+        Args:
+            modules: The modules of the copy
+        Returns:
+            (True if weights would be cut off, what is wrong, what to do); `None` for a snapshot, or a model of its own"""
         if what := self.mixed(modules): return False,what,todo_stored
         pairs = mask_pairs(modules)
         found = self.differing(pairs)
@@ -138,7 +176,10 @@ class Origin:
     def check(self,
         modules, # The modules of the copy
     )->None:
-        "Refuse to cut off weights of an average (`ValueError`); warn of masks that were averaged like numbers, and of values that were mixed up"
+        """Refuse to cut off weights of an average (`ValueError`); warn of masks that were averaged like numbers, and of values that were mixed up
+
+        Args:
+            modules: The modules of the copy"""
         cut,*said = self.problem(modules) or (False,)
         if cut: raise ValueError(': '.join(said))
         if said: self._tell(*said)
@@ -146,13 +187,19 @@ class Origin:
     def check_stored(self,
         modules, # The modules of the copy
     )->None:
-        "Warn of values that were mixed up; little work while nothing changes"
+        """Warn of values that were mixed up; little work while nothing changes
+
+        Args:
+            modules: The modules of the copy"""
         if self.stored and not self.told and (what := self.mixed(modules)): self._tell(what, todo_stored)
 
     def look(self,
         modules, # The modules of the copy
     )->None:
-        "Warn of a copy that will be wrong when it is used: for the model, before its masks change again"
+        """Warn of a copy that will be wrong when it is used: for the model, before its masks change again
+
+        Args:
+            modules: The modules of the copy"""
         pairs = mask_pairs(modules)
         masks = [mask for _,mask in pairs]
         written,self.written = self.written,[self._count(masks), *map(tensor_version, masks)]
@@ -168,12 +215,20 @@ class Origin:
 def masked_by_name(
     model:nn.Module, # A model
 )->dict: # Name of the parameter -> (module, name in it, parameter, mask)
-    "Get each masked parameter by its name in the model"
+    """Get each masked parameter by its name in the model
+
+    Args:
+        model: A model
+    Returns:
+        Name of the parameter -> (module, name in it, parameter, mask)"""
     names = {m: n for n,m in model.named_modules()}
     return {f'{names[m]}.{n}'.lstrip('.'): (m, n, p, mask) for m,n,p,mask in masked_params(model)}
 
 class MaskFollower:
-    "Hooks of an average that keep its masks those of a model; a copy of the average follows nobody"
+    """Hooks of an average that keep its masks those of a model; a copy of the average follows nobody
+
+    Args:
+        model: The model to follow; not kept alive"""
     def __init__(self,
         model=None, # The model to follow; not kept alive
     ):
@@ -206,7 +261,10 @@ class MaskFollower:
     def register(self,
         average:nn.Module, # A copy of the model
     )->None:
-        "Add the hooks to an average"
+        """Add the hooks to an average
+
+        Args:
+            average: A copy of the model"""
         average.register_forward_pre_hook(self, prepend=True)
         average.register_state_dict_pre_hook(self._save)
         average.register_load_state_dict_pre_hook(self._load)
@@ -215,7 +273,11 @@ def drop_followers(
     model:nn.Module, # A model
     live:bool=False, # True to end the following too, False to remove the hooks of those only that follow nobody
 )->None:
-    "Remove hooks of `MaskFollower` from a model"
+    """Remove hooks of `MaskFollower` from a model
+
+    Args:
+        model: A model
+        live: True to end the following too, False to remove the hooks of those only that follow nobody"""
     for m in model.modules():
         for hooks in (m._forward_pre_hooks, m._state_dict_pre_hooks, m._load_state_dict_pre_hooks):
             for k,h in list(hooks.items()):

@@ -24,7 +24,7 @@ from .guard import enforce_masks
 from .masks import apply_masks, is_sparseable_module, sparse_mask, sparse_mask_like, sparse_params, sparseable_modules
 from .methods import DSTMethod
 from .patterns import drop_grow, nm_pattern
-from .presets import GMP_presets, RigL, RigL_avg_presets, RigL_presets, SET, SET_presets, SNFS, SNFS_presets, Static_presets
+from .presets import GMP_presets, RigL, RigL_avg, RigL_avg_presets, RigL_presets, SET, SET_presets, SNFS, SNFS_presets, Static_presets
 from .ranks import sync_masks
 from .scores import gradient_magnitude, gradient_momentum, random_score, weight_magnitude
 from .see.analysis import sparse_summary

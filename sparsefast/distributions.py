@@ -27,14 +27,26 @@ def uniform_sparsity(
     params:list, # Weights, in the model's order
     model_sparsity:float, # Fraction of zeros, in [0,1]
 )->list: # Sparsities, in the order of `params`
-    "Give every layer the sparsity of the model"
+    """Give every layer the sparsity of the model
+
+    Args:
+        params: Weights, in the model's order
+        model_sparsity: Fraction of zeros, in [0,1]
+    Returns:
+        Sparsities, in the order of `params`"""
     return [check_fraction(model_sparsity, 'model_sparsity')]*len(params)
 
 def first_layer_dense_uniform(
     params:list, # Weights, in the model's order
     model_sparsity:float, # Fraction of zeros in all layers but the first, in [0,1]
 )->list: # Sparsities, in the order of `params`
-    "Leave the first of `params` dense and give the others the sparsity of the model: 'uniform' in [RigL](https://arxiv.org/abs/1911.11134), section 3"
+    """Leave the first of `params` dense and give the others the sparsity of the model: 'uniform' in [RigL](https://arxiv.org/abs/1911.11134), section 3
+
+    Args:
+        params: Weights, in the model's order
+        model_sparsity: Fraction of zeros in all layers but the first, in [0,1]
+    Returns:
+        Sparsities, in the order of `params`"""
     return [0.]*len(params[:1]) + uniform_sparsity(params[1:], model_sparsity)
 
 # %% ../nbs/02_distributions.ipynb #25c32d3c
@@ -50,7 +62,15 @@ def erdos_renyi_sparsity(
     include_kernel:bool=True, # True to count the kernel's dimensions (ERK), False for outputs and inputs only (ER)
     erk_power_scale:float=1.0, # Exponent of ERK: 1 as published, nearer to uniform towards 0; not used by ER
 )->list: # Sparsities, in the order of `params`
-    "Share out sparsity by ERK, or by ER without the kernel, as the official code does (`rigl/sparse_utils.py`)"
+    """Share out sparsity by ERK, or by ER without the kernel, as the official code does (`rigl/sparse_utils.py`)
+
+    Args:
+        params: Weights, in the model's order
+        model_sparsity: Fraction of zeros over all `params`, in [0,1]
+        include_kernel: True to count the kernel's dimensions (ERK), False for outputs and inputs only (ER)
+        erk_power_scale: Exponent of ERK: 1 as published, nearer to uniform towards 0; not used by ER
+    Returns:
+        Sparsities, in the order of `params`"""
     model_sparsity = check_fraction(model_sparsity, 'model_sparsity')
     raw   = [_raw_density(p.shape, include_kernel, erk_power_scale) for p in params]
     numel = [p.numel() for p in params]
@@ -72,7 +92,15 @@ def erk_plus(
     last_density:float=1., # Density of the last layer, in [0,1]
     **kwargs # Options of `erdos_renyi_sparsity`
 )->list: # Sparsities, in the order of `params`
-    "Give the last layer a density, and share out the rest of the budget by ERK (ERK+): [Liu et al. 2022](https://arxiv.org/abs/2202.02643), as in its code"
+    """Give the last layer a density, and share out the rest of the budget by ERK (ERK+): [Liu et al. 2022](https://arxiv.org/abs/2202.02643), as in its code
+
+    Args:
+        params: Weights, in the model's order
+        model_sparsity: Fraction of zeros over all `params`, in [0,1]; a `ValueError` if the last layer makes it impossible
+        last_density: Density of the last layer, in [0,1]
+        **kwargs: Options of `erdos_renyi_sparsity`
+    Returns:
+        Sparsities, in the order of `params`"""
     s,d = check_fraction(model_sparsity, 'model_sparsity'),check_fraction(last_density, 'last_density')
     last,total = params[-1].numel() if params else 0, max(sum(p.numel() for p in params), 1)
     rest,zeros = total-last, s*total-last*(1-d)
@@ -96,7 +124,12 @@ def _by_score(params, model_sparsity, score_f):
 def global_sparsity(
     score_f, # Score function: `score_f(p, **kwargs)` returns scores of the shape of `p`; NaN raises a `ValueError`
 )->Callable: # Sparsity distribution `sparse_f(params, model_sparsity)`
-    "Give each layer as many weights as it has among the highest scores of the model"
+    """Give each layer as many weights as it has among the highest scores of the model
+
+    Args:
+        score_f: Score function: `score_f(p, **kwargs)` returns scores of the shape of `p`; NaN raises a `ValueError`
+    Returns:
+        Sparsity distribution `sparse_f(params, model_sparsity)`"""
     return partial(_by_score, score_f=score_f)
 
 # %% ../nbs/02_distributions.ipynb #b3c9070c
@@ -106,7 +139,13 @@ def lamp_score(
     mask:torch.Tensor=None, # Boolean: active weights; all by default
     **kwargs
 )->torch.Tensor: # float64 in [0,1], with the shape and device of `p`; 0 for weights that are zero or not active
-    "Score by `w^2` over the sum of squares of the weights at least as large; of equal weights the later is the larger"
+    """Score by `w^2` over the sum of squares of the weights at least as large; of equal weights the later is the larger
+
+    Args:
+        p: A parameter
+        mask: Boolean: active weights; all by default
+    Returns:
+        float64 in [0,1], with the shape and device of `p`; 0 for weights that are zero or not active"""
     square = p.detach().double().square().reshape(-1)
     if mask is not None: square = square.masked_fill(~mask.reshape(-1), 0)
     order = square.sort(stable=True).indices
@@ -120,5 +159,11 @@ def lamp_sparsity(
     params:list, # Weights, in the model's order
     model_sparsity:float, # Fraction of zeros over all `params`, in [0,1]
 )->list: # Sparsities, in the order of `params`
-    "Give each layer as many weights as it has among the highest LAMP scores: [Lee et al. 2021](https://arxiv.org/abs/2010.07611), Equation 1, with exact counts where its code takes ties as well"
+    """Give each layer as many weights as it has among the highest LAMP scores: [Lee et al. 2021](https://arxiv.org/abs/2010.07611), Equation 1, with exact counts where its code takes ties as well
+
+    Args:
+        params: Weights, in the model's order
+        model_sparsity: Fraction of zeros over all `params`, in [0,1]
+    Returns:
+        Sparsities, in the order of `params`"""
     return _by_score(params, model_sparsity, lamp_score)

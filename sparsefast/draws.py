@@ -27,7 +27,13 @@ def gumbel_noise(
     p:torch.Tensor, # A parameter
     generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
 )->torch.Tensor: # float64, with the shape and device of `p`
-    "Draw numbers of the Gumbel distribution"
+    """Draw numbers of the Gumbel distribution
+
+    Args:
+        p: A parameter
+        generator: Where the numbers come from; torch's global generator by default
+    Returns:
+        float64, with the shape and device of `p`"""
     u = torch.rand(p.shape, generator=generator, dtype=torch.float64, device='cpu', pin_memory=p.is_cuda)
     return u.to(p.device, non_blocking=True).log_().neg_().log_().neg_()
 
@@ -47,7 +53,13 @@ def sampled(
     score_f, # A score; where it is 0 or less, a weight is drawn last
     gamma=1., # Exponent of the score: a number, or a function of the share of training done
 )->Callable: # A score, float64
-    "Draw without replacement, with weights `score**gamma`: soft removal and growth of [CHTs](https://arxiv.org/abs/2501.19107). The highest scores are the draw"
+    """Draw without replacement, with weights `score**gamma`: soft removal and growth of [CHTs](https://arxiv.org/abs/2501.19107). The highest scores are the draw
+
+    Args:
+        score_f: A score; where it is 0 or less, a weight is drawn last
+        gamma: Exponent of the score: a number, or a function of the share of training done
+    Returns:
+        A score, float64"""
     return _wrapped(sampled, _sampled, score_f, gamma=gamma)
 
 # %% ../nbs/03a_draws.ipynb #8640f551
@@ -57,7 +69,12 @@ def _not_returning(p, score_f, mask, **kwargs):
 def not_returning(
     score_f, # A grow score
 )->Callable: # A grow score: -infinity at weights that were active before the update
-    "Grow weights that were just dropped last, as SMET and GSE do"
+    """Grow weights that were just dropped last, as SMET and GSE do
+
+    Args:
+        score_f: A grow score
+    Returns:
+        A grow score: -infinity at weights that were active before the update"""
     return _wrapped(not_returning, _not_returning, score_f)
 
 # %% ../nbs/03a_draws.ipynb #3045ad29
@@ -72,7 +89,14 @@ def uniform_subset(
     generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
     factor:float=1., # Draws per active weight
 )->torch.Tensor: # Boolean, with the shape of `mask`: all positions if half of the weights or more are active
-    "Draw positions with replacement, all with equal chances: the uniform variant of [GSE](https://arxiv.org/abs/2401.06898)"
+    """Draw positions with replacement, all with equal chances: the uniform variant of [GSE](https://arxiv.org/abs/2401.06898)
+
+    Args:
+        mask: Boolean: active weights
+        generator: Where the numbers come from; torch's global generator by default
+        factor: Draws per active weight
+    Returns:
+        Boolean, with the shape of `mask`: all positions if half of the weights or more are active"""
     n = int(mask.count_nonzero())
     def draw(): return torch.randint(mask.numel(), (int(factor*n),), generator=generator, device='cpu')
     return _drawn(mask, n, draw)
@@ -81,7 +105,13 @@ def looked_at(
     density:float, # Share of the weights that are active
     factor:float=1., # Draws per active weight
 )->float: # In [0,1]; of guided draws an upper bound
-    "Compute the share of a layer's weights, inactive and drawn, whose gradient a draw with equal chances needs"
+    """Compute the share of a layer's weights, inactive and drawn, whose gradient a draw with equal chances needs
+
+    Args:
+        density: Share of the weights that are active
+        factor: Draws per active weight
+    Returns:
+        In [0,1]; of guided draws an upper bound"""
     return 1-density if density>=.5 else (1-density)*(1-math.exp(-factor*density))
 
 # %% ../nbs/03a_draws.ipynb #0b241385
@@ -97,7 +127,15 @@ def draw_subset(
     generator:torch.Generator, # Where the numbers come from
     sums=None, # What a guided draw is guided by
 )->torch.Tensor: # Boolean, with the shape of `mask`
-    "Draw a subset, guided or not"
+    """Draw a subset, guided or not
+
+    Args:
+        subset_f: Draws a subset
+        mask: Boolean: active weights
+        generator: Where the numbers come from
+        sums: What a guided draw is guided by
+    Returns:
+        Boolean, with the shape of `mask`"""
     if not attribute(subset_f, 'guided', False): return subset_f(mask, generator)
     if sums is None: raise ValueError("sums must be given for a guided draw, got None: let a method's update call it")
     return subset_f(mask, generator, sums)
@@ -106,7 +144,13 @@ def in_subset(
     score_f=gradient_magnitude, # A grow score that is never negative
     subset_f=uniform_subset, # Draws the subset: `subset_f(mask, generator)` returns a boolean tensor of the mask's shape
 )->Callable: # A grow score: chance, below all scores, outside the subset; -infinity at weights that were active before the update
-    "Grow by a score in a random subset: [GSE](https://arxiv.org/abs/2401.06898). Where a subset has too few candidates, chance decides"
+    """Grow by a score in a random subset: [GSE](https://arxiv.org/abs/2401.06898). Where a subset has too few candidates, chance decides
+
+    Args:
+        score_f: A grow score that is never negative
+        subset_f: Draws the subset: `subset_f(mask, generator)` returns a boolean tensor of the mask's shape
+    Returns:
+        A grow score: chance, below all scores, outside the subset; -infinity at weights that were active before the update"""
     new = _wrapped(in_subset, _in_subset, score_f, subset_f=subset_f)
     new.subset_f = subset_f
     new.reads = (*new.reads, *attribute(subset_f, 'reads', ()))
@@ -147,7 +191,15 @@ def grabo_subset(
     sums=None, # Returns (row sums, column sums), as `Layer.token_sums`
     factor:float=1., # Draws per active weight
 )->torch.Tensor: # Boolean, with the shape of `mask`: all positions if half of the weights or more are active
-    "Draw rows by sums of magnitudes of output gradients, and columns of inputs: GraBo of [GSE](https://arxiv.org/abs/2401.06898)"
+    """Draw rows by sums of magnitudes of output gradients, and columns of inputs: GraBo of [GSE](https://arxiv.org/abs/2401.06898)
+
+    Args:
+        mask: Boolean: active weights
+        generator: Where the numbers come from; torch's global generator by default
+        sums: Returns (row sums, column sums), as `Layer.token_sums`
+        factor: Draws per active weight
+    Returns:
+        Boolean, with the shape of `mask`: all positions if half of the weights or more are active"""
     return _guided(mask, generator, sums, factor, None)
 
 def graest_subset(
@@ -156,7 +208,15 @@ def graest_subset(
     sums=None, # Returns (row sums, column sums), as `Layer.token_sums`
     factor:float=1., # Draws per active weight
 )->torch.Tensor: # Boolean, with the shape of `mask`: all positions if half of the weights or more are active
-    "Draw by magnitudes of sums of output gradients and inputs with the same random signs: GraEst of [GSE](https://arxiv.org/abs/2401.06898)"
+    """Draw by magnitudes of sums of output gradients and inputs with the same random signs: GraEst of [GSE](https://arxiv.org/abs/2401.06898)
+
+    Args:
+        mask: Boolean: active weights
+        generator: Where the numbers come from; torch's global generator by default
+        sums: Returns (row sums, column sums), as `Layer.token_sums`
+        factor: Draws per active weight
+    Returns:
+        Boolean, with the shape of `mask`: all positions if half of the weights or more are active"""
     return _guided(mask, generator, sums, factor, generator)
 
 uniform_subset.factor = grabo_subset.factor = graest_subset.factor = 1.          # the default, for those who count

@@ -41,7 +41,18 @@ def scores(
     t, # `Time`
     **kwargs # Further keywords of the score, such as `kept`
 )->torch.Tensor: # The weight's shape
-    "Compute the scores (or values) of a layer"
+    """Compute the scores (or values) of a layer
+
+    Args:
+        m: `DSTMethod`
+        what: Field of the method: 'keep_score_f', 'prune_score_f', 'grow_score_f' or 'grow_value_f'
+        l: `Layer`
+        mask: Boolean: the layer's mask at this point of the update
+        opt: The optimizer
+        t: `Time`
+        **kwargs: Further keywords of the score, such as `kept`
+    Returns:
+        The weight's shape"""
     return l.scores(getattr(m, what), opt, **_context(m, what, l, mask, t, **kwargs))
 
 def score_pieces(
@@ -53,7 +64,18 @@ def score_pieces(
     t, # `Time`
     **kwargs # Further keywords of the score, such as `kept`
 )->torch.Tensor: # The weight's shape; of a compressed layer perhaps an iterable of flat pieces
-    "Compute the scores of a layer, some at a time where that saves memory"
+    """Compute the scores of a layer, some at a time where that saves memory
+
+    Args:
+        m: `DSTMethod`
+        what: Field of the method, as for `scores`
+        l: `Layer`
+        mask: Boolean: the layer's mask at this point of the update
+        opt: The optimizer
+        t: `Time`
+        **kwargs: Further keywords of the score, such as `kept`
+    Returns:
+        The weight's shape; of a compressed layer perhaps an iterable of flat pieces"""
     return l.score_pieces(getattr(m, what), opt, **_context(m, what, l, mask, t, **kwargs))
 
 # %% ../nbs/03h_exchange.ipynb #2d40cc59
@@ -77,7 +99,18 @@ def active_scores(
     opt, # The optimizer
     t, # `Time`
 )->torch.Tensor: # 1-d
-    "Compute the scores of the active weights"
+    """Compute the scores of the active weights
+
+    Args:
+        m: `DSTMethod`
+        what: Field of the method, as for `scores`
+        l: `Layer`
+        mask: Boolean: the layer's mask at this point of the update
+        n: Number of active weights
+        opt: The optimizer
+        t: `Time`
+    Returns:
+        1-d"""
     found = _selected(score_pieces(m, what, l, mask, opt, t), mask, n)
     return torch.cat(list(found))
 
@@ -86,7 +119,13 @@ def pattern_of(
     m, # `DSTMethod`
     l, # `Layer`
 )->object: # A pattern, as in the room `patterns`
-    "Get the pattern of a layer: the method's, or what takes its place in the last layer, in the layer's own order of dimensions"
+    """Get the pattern of a layer: the method's, or what takes its place in the last layer, in the layer's own order of dimensions
+
+    Args:
+        m: `DSTMethod`
+        l: `Layer`
+    Returns:
+        A pattern, as in the room `patterns`"""
     f = attribute(m.pattern_f, 'last', m.pattern_f) if l.is_last else m.pattern_f
     return transposed_pattern(f) if is_transposed(l.module) else f
 
@@ -101,7 +140,20 @@ def exchange(
     active:int, # Number of active weights
     keep:str='keep_score_f', # Field of the method that says what is kept
 )->torch.Tensor: # The new mask, held
-    "Drop and grow weights of one layer, within its pattern"
+    """Drop and grow weights of one layer, within its pattern
+
+    Args:
+        m: `DSTMethod`
+        l: `Layer`
+        held: The layer's mask at this point of the update, held
+        n_drop: Number of active weights to drop
+        n_grow: Number of weights to grow
+        opt: The optimizer
+        t: `Time`
+        active: Number of active weights
+        keep: Field of the method that says what is kept
+    Returns:
+        The new mask, held"""
     f = pattern_of(m, l)
     if f is not drop_grow:
         mask = l.unhold(held)
@@ -127,7 +179,19 @@ def candidate_scores(
     t, # `Time`
     most:int=None, # Number of scores wanted; where they come in pieces, only the highest are held
 )->torch.Tensor: # 1-d
-    "Compute the grow scores of the weights that a layer does not keep; a pattern decides later what it drops"
+    """Compute the grow scores of the weights that a layer does not keep; a pattern decides later what it drops
+
+    Args:
+        m: `DSTMethod`
+        l: `Layer`
+        held: The layer's mask at this point of the update, held
+        active: Number of active weights
+        n_drop: Number of active weights to drop
+        opt: The optimizer
+        t: `Time`
+        most: Number of scores wanted; where they come in pieces, only the highest are held
+    Returns:
+        1-d"""
     mask = kept = l.unhold(held)
     if pattern_of(m, l) is drop_grow: kept = l.unhold(exchange(m, l, held, n_drop, 0, opt, t, active))
     found = score_pieces(m, 'grow_score_f', l, mask, opt, t, kept=kept)

@@ -23,14 +23,28 @@ def explored(
     mask:torch.Tensor, # Boolean: the weights that the forward pass uses
     share:float, # Share of all weights that train in addition to those, in [0,1]
 )->torch.Tensor: # Boolean: the weights that train
-    "Select the weights that train: those in use, and the largest of the others (Top-KAST, Section 2.2)"
+    """Select the weights that train: those in use, and the largest of the others (Top-KAST, Section 2.2)
+
+    Args:
+        values: All values of a weight
+        mask: Boolean: the weights that the forward pass uses
+        share: Share of all weights that train in addition to those, in [0,1]
+    Returns:
+        Boolean: the weights that train"""
     rest = mask.numel()-int(nnz(mask))
     n = min(round(share*mask.numel()), rest)
     return mask | top_k_mask(values.abs(), n, among=~mask, n_among=rest)
 
 # %% ../nbs/03g_exploration.ipynb #6bf89725
 class ExploringLayer(Layer):
-    "A masked weight whose values outside the mask train too"
+    """A masked weight whose values outside the mask train too
+
+    Args:
+        module: Owner
+        name: The parameter's name in it
+        i: Place among the model's sparse weights
+        is_last: True for the last of them
+        group: Processes that train it together, if there are several"""
     explore_pct = 0.
 
     @classmethod
@@ -38,13 +52,22 @@ class ExploringLayer(Layer):
         l:Layer, # A masked layer, made sparse with `keep_dense=True`
         explore_pct:float, # Share of all weights that train in addition to those in use
     )->Layer: # The same weight
-        "Take a masked layer as an exploring one"
+        """Take a masked layer as an exploring one
+
+        Args:
+            l: A masked layer, made sparse with `keep_dense=True`
+            explore_pct: Share of all weights that train in addition to those in use
+        Returns:
+            The same weight"""
         new = cls(l.module, l.name, l.i, l.is_last, l.group)
         new.explore_pct = explore_pct
         return new
 
     def dense(self)->torch.Tensor: # The weight's shape
-        "Get all values, those in the store included"
+        """Get all values, those in the store included
+
+        Returns:
+            The weight's shape"""
         return self.p.detach()+self.recall('store')
 
     def seen(self, f, opt):
@@ -58,7 +81,11 @@ class ExploringLayer(Layer):
         penalty_f, # Added to the gradient of what trains, or `None`
         **context # `opt`, `step` and `pct`, passed to `penalty_f`
     )->None:
-        "Put every weight that trains into the parameter, before the optimizer's step"
+        """Put every weight that trains into the parameter, before the optimizer's step
+
+        Args:
+            penalty_f: Added to the gradient of what trains, or `None`
+            **context: `opt`, `step` and `pct`, passed to `penalty_f`"""
         values,store,trains = self.dense(),self.recall('store'),self.recall('trains')
         if trains is None: self.remember('trains', trains := explored(values, self.mask, self.explore_pct))
         self.p.data.copy_(zero_masked_(values, trains))
@@ -91,7 +118,11 @@ class ExploringLayer(Layer):
         new:torch.Tensor, # What `write` is about to be given
         opt, # The optimizer, whose state `write` changes
     ): # Called without arguments, it puts everything back
-        "Remember what `write` changes: all numbers, those in the store included"
+        """Remember what `write` changes: all numbers, those in the store included
+
+        Args:
+            new: What `write` is about to be given
+            opt: The optimizer, whose state `write` changes"""
         store,put_back = self.recall('store'),super().saved(~self.mask, opt)         # which changes every place
         had = store.clone()
         return lambda: (store.copy_(had), put_back())

@@ -24,7 +24,12 @@ from .utils import as_modules, submodules
 def layer_type(
     p, # A parameter with a mask
 )->type: # `Layer`, or `ShardedLayer`
-    "Get the class that serves a masked parameter"
+    """Get the class that serves a masked parameter
+
+    Args:
+        p: A parameter with a mask
+    Returns:
+        `Layer`, or `ShardedLayer`"""
     return ShardedLayer if is_cut_up(p) else Layer
 
 def _reshard(modules):
@@ -40,7 +45,12 @@ def _check_values(m):
 def find_layers(
     modules, # A model, a `Learner`, or a list of modules
 )->list: # `Layer` each, in the model's order, each parameter once; empty if there is none
-    "Find every sparse weight, masked or compressed; masks that never got values are a `ValueError`"
+    """Find every sparse weight, masked or compressed; masks that never got values are a `ValueError`
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+    Returns:
+        `Layer` each, in the model's order, each parameter once; empty if there is none"""
     every = [m for top in as_modules(modules) for m in submodules(top)]
     for m in as_modules(modules): check_loaded(m)
     _reshard(every)
@@ -60,7 +70,12 @@ def find_layers(
 def sparse_layers(
     modules, # A model, a `Learner`, or a list of modules; without any mask a `ValueError`
 )->list: # `Layer` each, in the model's order
-    "List every sparse weight"
+    """List every sparse weight
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules; without any mask a `ValueError`
+    Returns:
+        `Layer` each, in the model's order"""
     layers = find_layers(modules)
     if not layers:
         raise ValueError("model must have a mask to train with, got none: call `sparsify_model(model, sparsity)` first, "

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 # %% ../nbs/04g_findings.ipynb #89a6605c
 class Finding(NamedTuple):
-    "Something that is not as it should be"
+    """Something that is not as it should be
+
+    Args:
+        severity: 'fault', 'warning' or 'note'
+        kind: What was checked, in a word or two
+        where: Name of a parameter, or of what else it is about
+        what: What is wrong
+        todo: What to do about it"""
     severity:str    # 'fault', 'warning' or 'note'
     kind:str        # What was checked, in a word or two
     where:str       # Name of a parameter, or of what else it is about
@@ -29,7 +36,16 @@ class Finding(NamedTuple):
         return f'{self.where}: {self.what}: {self.todo}'
 
 class Case(NamedTuple):
-    "What the checks look at"
+    """What the checks look at
+
+    Args:
+        model: A model, or a list of modules
+        layers: `Layer` each
+        opt: Optimizer
+        method: `DSTMethod`
+        total: Optimizer steps in the training
+        names: Name of each module in the model; without it findings show the module itself
+        max_dead: Share of outputs without an active weight above which the doctor reports a layer"""
     model:Any               # A model, or a list of modules
     layers:list             # `Layer` each
     opt:Any=None            # Optimizer
@@ -41,7 +57,12 @@ class Case(NamedTuple):
     def name(self,
         w, # `Layer` or `Weight`
     )->str: # As `named_parameters` of a masked model does, where names are known
-        "Name a weight in a finding"
+        """Name a weight in a finding
+
+        Args:
+            w: `Layer` or `Weight`
+        Returns:
+            As `named_parameters` of a masked model does, where names are known"""
         if self.names is None: return f'`{w.name}` of {w.module}'
         return f'{self.names[w.module]}.{w.name}'.lstrip('.')
 
@@ -49,7 +70,13 @@ def empty_layer(
     where:str, # Name of a weight
     numel:int, # How many it has
 )->Finding: # A warning
-    "Say that a layer has no active weight"
+    """Say that a layer has no active weight
+
+    Args:
+        where: Name of a weight
+        numel: How many it has
+    Returns:
+        A warning"""
     what = f'none of {numel:,} weights is active, which disconnects the network'
     return Finding('warning', 'empty layer', where, what, 'use ERK (`sparse_f=erdos_renyi_sparsity`), '
                    'give the layer a sparsity of its own (`sparsities=`), or exclude it')
@@ -58,7 +85,11 @@ def raise_findings(
     findings, # `Finding` each
     stacklevel:int=4, # Whose line a warning shows, as for `warnings.warn`
 )->None:
-    "Raise the first fault as a `ValueError`; warn once of each other kind"
+    """Raise the first fault as a `ValueError`; warn once of each other kind
+
+    Args:
+        findings: `Finding` each
+        stacklevel: Whose line a warning shows, as for `warnings.warn`"""
     others = {}
     for f in findings:
         if f.severity=='fault': raise ValueError(f.message)

@@ -21,7 +21,12 @@ def sum_gradients(
     layers, # `Layer` each
     t, # `Time`
 )->None:
-    "Add this step's gradients to the sums, or delete sums that no update will read"
+    """Add this step's gradients to the sums, or delete sums that no update will read
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each
+        t: `Time`"""
     if m.grad_steps==1 or m.due(t): return
     for l in layers:
         total,wide = l.recall('grad'),torch.promote_types(l.p.dtype, torch.float32)
@@ -33,7 +38,11 @@ def average_gradients(
     m, # `DSTMethod`
     layers, # `Layer` each
 )->None:
-    "Turn the sums into averages, this step's gradient included"
+    """Turn the sums into averages, this step's gradient included
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each"""
     for l in layers:
         total = l.recall('grad')
         if total is None: continue
@@ -42,7 +51,10 @@ def average_gradients(
 
 @patch
 def update_gradient(self:Layer)->torch.Tensor: # The weight's shape
-    "Get the gradient that an update reads: the average if there is one"
+    """Get the gradient that an update reads: the average if there is one
+
+    Returns:
+        The weight's shape"""
     mean = self.recall('grad')
     return self.dense_gradient() if mean is None else mean
 
@@ -50,14 +62,20 @@ def update_gradient(self:Layer)->torch.Tensor: # The weight's shape
 def set_aside(
     layers, # `Layer` each
 )->None:
-    "Copy the gradients of all weights"
+    """Copy the gradients of all weights
+
+    Args:
+        layers: `Layer` each"""
     for l in layers:
         for g,_ in l.pairs(gradient=True): l.remember('dense', g.clone(), saved=False)
 
 def put_back(
     layers, # `Layer` each
 )->None:
-    "Restore the gradients of all weights"
+    """Restore the gradients of all weights
+
+    Args:
+        layers: `Layer` each"""
     for l in layers:
         dense = l.recall('dense')
         if dense is not None and l.has_gradient: l.p.grad.copy_(dense)
@@ -67,7 +85,12 @@ def put_back(
 def is_finite(
     layers, # `Layer` each
 )->bool: # Checked with one synchronisation, or two
-    "True if all gradients are finite"
+    """True if all gradients are finite
+
+    Args:
+        layers: `Layer` each
+    Returns:
+        Checked with one synchronisation, or two"""
     grads = [g for l in layers for g in l.gradient_sources()]
     if all(tolist([g.sum().isfinite() for g in grads])): return True
     return all(tolist([g.isfinite().all() for g in grads]))        # a sum can overflow

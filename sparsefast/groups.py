@@ -58,7 +58,18 @@ def group_pattern(
     ids=None, # Group of each weight, int64: a tensor, or a function of the weight's shape; -1 for none
     by:str='sum', # Score of a group: the 'sum', the 'mean' or the norm ('l2') of the scores of its weights
 )->torch.Tensor: # Boolean: the new mask; a `ValueError` if `ids` do not fit the weight
-    "Allow whole groups only"
+    """Allow whole groups only
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores of all weights; the groups that score lowest are dropped
+        grow_score: Scores of all weights; the inactive groups that score highest are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+        ids: Group of each weight, int64: a tensor, or a function of the weight's shape; -1 for none
+        by: Score of a group: the 'sum', the 'mean' or the norm ('l2') of the scores of its weights
+    Returns:
+        Boolean: the new mask; a `ValueError` if `ids` do not fit the weight"""
     flat = _ids_of(ids, mask.shape, mask.device).reshape(-1)
     order = flat.argsort(stable=True)[int((flat<0).sum()):]
     sizes = flat[order].unique_consecutive(return_counts=True)[1]
@@ -78,19 +89,34 @@ group_pattern.capacity = _group_capacity
 def row_groups(
     shape, # Shape of a weight
 )->torch.Tensor: # int64, of this shape
-    "Number the outputs: a group is a neuron, or a filter"
+    """Number the outputs: a group is a neuron, or a filter
+
+    Args:
+        shape: Shape of a weight
+    Returns:
+        int64, of this shape"""
     return torch.arange(shape[0]).view(-1, *[1]*(len(shape)-1)).expand(shape)
 
 def input_groups(
     shape, # Shape of a weight
 )->torch.Tensor: # int64, of this shape
-    "Number the inputs, or input channels"
+    """Number the inputs, or input channels
+
+    Args:
+        shape: Shape of a weight
+    Returns:
+        int64, of this shape"""
     return torch.arange(shape[1]).view(-1, *[1]*(len(shape)-2)).expand(shape)
 
 def kernel_groups(
     shape, # Shape of a weight
 )->torch.Tensor: # int64, of this shape
-    "Number the kernels: a group is what connects an input channel to an output channel"
+    """Number the kernels: a group is what connects an input channel to an output channel
+
+    Args:
+        shape: Shape of a weight
+    Returns:
+        int64, of this shape"""
     return row_groups(shape)*shape[1]+input_groups(shape)
 
 def head_groups(
@@ -98,7 +124,14 @@ def head_groups(
     heads:int=8, # Number of heads; a `ValueError` if it does not divide the outputs (inputs)
     dim:int=0, # 0 where heads are outputs (queries, keys, values), 1 where they are inputs (output projection)
 )->torch.Tensor: # int64, of this shape
-    "Number the heads of an attention layer"
+    """Number the heads of an attention layer
+
+    Args:
+        shape: Shape of a weight
+        heads: Number of heads; a `ValueError` if it does not divide the outputs (inputs)
+        dim: 0 where heads are outputs (queries, keys, values), 1 where they are inputs (output projection)
+    Returns:
+        int64, of this shape"""
     if shape[dim]%heads: raise ValueError(f"heads must divide {shape[dim]}, the size of dimension {dim}, got {heads}")
     return (input_groups(shape) if dim else row_groups(shape))//(shape[dim]//heads)
 
@@ -106,7 +139,12 @@ def head_groups(
 def diagonal_groups(
     shape, # Shape of a weight, a matrix in which the input channel runs fastest
 )->torch.Tensor: # int64, of this shape
-    "Number the diagonals, which go on at the other side; each has as many weights as the shorter side of the matrix"
+    """Number the diagonals, which go on at the other side; each has as many weights as the shorter side of the matrix
+
+    Args:
+        shape: Shape of a weight, a matrix in which the input channel runs fastest
+    Returns:
+        int64, of this shape"""
     o,i = shape[0],math.prod(shape[1:])
     row,col = torch.arange(o)[:,None],torch.arange(i)
     return from_rows((row-col)%o if o>=i else (col-row)%i, shape)
@@ -115,7 +153,13 @@ def block_groups(
     shape, # Shape of a weight, a matrix in which the input channel runs fastest
     size:tuple=(1,4), # Rows and columns of a block; a `ValueError` if blocks do not divide the matrix
 )->torch.Tensor: # int64, of this shape
-    "Number the blocks of `block_pattern`"
+    """Number the blocks of `block_pattern`
+
+    Args:
+        shape: Shape of a weight, a matrix in which the input channel runs fastest
+        size: Rows and columns of a block; a `ValueError` if blocks do not divide the matrix
+    Returns:
+        int64, of this shape"""
     check_block_size(size)
     check_blocks(shape, size)
     (height,width),cols = size,math.prod(shape[1:])
@@ -127,7 +171,14 @@ def shuffled_groups(
     groups=block_groups, # Function of a shape that returns ids
     seed:int=0, # Seed of the order of rows and of columns
 )->torch.Tensor: # int64, of this shape
-    "Shuffle the rows and the columns of ids, so that groups are not made of neighbours"
+    """Shuffle the rows and the columns of ids, so that groups are not made of neighbours
+
+    Args:
+        shape: Shape of a weight
+        groups: Function of a shape that returns ids
+        seed: Seed of the order of rows and of columns
+    Returns:
+        int64, of this shape"""
     g,ids = torch.Generator().manual_seed(seed),as_rows(groups(shape))
     rows,cols = (torch.randperm(n, generator=g) for n in ids.shape)
     return from_rows(ids[rows][:,cols], shape)

@@ -42,7 +42,11 @@ def _is_here(m):
     return not any([p.is_meta and not mask.is_meta for p,mask in mask_pairs([m])])
 
 class MaskGuard:
-    "A forward-pre-hook that masks weights before they are used; it is a forward hook too, which ends the model's pass"
+    """A forward-pre-hook that masks weights before they are used; it is a forward hook too, which ends the model's pass
+
+    Args:
+        where: A model, all of whose masked weights it covers, or a list of modules
+        whole: The guard of the whole model; while the model runs, its guard has done this one's work"""
     def __init__(self,
         where, # A model, all of whose masked weights it covers, or a list of modules
         whole=None, # The guard of the whole model; while the model runs, its guard has done this one's work
@@ -141,7 +145,12 @@ class MaskGuard:
 def guards(
     modules, # A model, or a list of modules
 )->Iterator: # Yields (module, key of the hook, `MaskGuard`)
-    "Find every guard of a model"
+    """Find every guard of a model
+
+    Args:
+        modules: A model, or a list of modules
+    Returns:
+        Yields (module, key of the hook, `MaskGuard`)"""
     for top in as_modules(modules):
         for m in submodules(top):
             for k,h in m._forward_pre_hooks.items():
@@ -150,7 +159,10 @@ def guards(
 def remove_guards(
     model, # A model
 )->None:
-    "Remove every guard of a model, and what is left of averages whose copy it is"
+    """Remove every guard of a model, and what is left of averages whose copy it is
+
+    Args:
+        model: A model"""
     drop_followers(model)
     for m in model.modules():
         for k,h in list(m._load_state_dict_pre_hooks.items()):
@@ -163,7 +175,12 @@ def remove_guards(
 def guard_places(
     model:nn.Module, # A sparse model
 )->Iterator: # Yields (module, what its guard covers)
-    "List where guards belong"
+    """List where guards belong
+
+    Args:
+        model: A sparse model
+    Returns:
+        Yields (module, what its guard covers)"""
     owners = {p: m for m,_,p,_ in masked_params(model)}
     if owners or any(isinstance(m, Compressed) for m in model.modules()): yield model,model
     for m in model.modules():
@@ -173,7 +190,12 @@ def guard_places(
 def unloaded(
     model:nn.Module, # A model
 )->str: # Empty if there is none, or if the model as a whole is still on the meta device
-    "Name a mask that was made on the meta device and never got values"
+    """Name a mask that was made on the meta device and never got values
+
+    Args:
+        model: A model
+    Returns:
+        Empty if there is none, or if the model as a whole is still on the meta device"""
     if check_loaded not in model._forward_pre_hooks.values(): return ''
     for m,n,_,mask in masked_params(filter(_is_here, model.modules())):
         target = m._buffers.get(f'{n}_sparsity')
@@ -187,7 +209,11 @@ def check_loaded(
     model:nn.Module, # A model that was made sparse on the meta device
     *args # What a forward-pre-hook is passed; not used
 )->None:
-    "Refuse masks that never got values, with a `ValueError`; a hook that is gone when all have"
+    """Refuse masks that never got values, with a `ValueError`; a hook that is gone when all have
+
+    Args:
+        model: A model that was made sparse on the meta device
+        *args: What a forward-pre-hook is passed; not used"""
     if where := unloaded(model):
         raise ValueError(f"{where} has no values: it was made on the meta device, and no state with masks has been loaded "
                          "since: load a sparse model's, or call `unsparsify_model`, and `sparsify_model` after loading")
@@ -198,7 +224,13 @@ def refuse_blends(
     prefix='', # Prefix of the model's names in it
     *args # What a load hook is passed besides; not used
 )->None:
-    "Refuse masks that were averaged like numbers, with a `ValueError`: where they are not zero, all weights would be active"
+    """Refuse masks that were averaged like numbers, with a `ValueError`: where they are not zero, all weights would be active
+
+    Args:
+        model: A sparse model, about to load
+        state_dict: The state
+        prefix: Prefix of the model's names in it
+        *args: What a load hook is passed besides; not used"""
     for n in masked_by_name(model):
         mask = state_dict.get(f'{prefix}{n}_mask')
         if mask is not None and mask.is_floating_point() and ((mask!=0) & (mask!=1)).any():
@@ -208,7 +240,12 @@ def refuse_blends(
 def add_guards(
     model:nn.Module, # A sparse model
 )->list: # Hook handles
-    "Put a guard wherever a masked weight is used"
+    """Put a guard wherever a masked weight is used
+
+    Args:
+        model: A sparse model
+    Returns:
+        Hook handles"""
     remove_guards(model)
     places,whole = list(guard_places(model)),MaskGuard(model)
     if any(mask.is_meta for _,mask in mask_pairs(model.modules())): model.register_forward_pre_hook(check_loaded)
@@ -219,7 +256,12 @@ def add_guards(
 def enforce_masks(
     model, # A sparse model, or a `Learner` with one
 )->object: # fastai's `Hooks`; `remove()` ends the enforcement
-    "Mask the weights before every forward, by hooks wherever they are used; the masks that there are count from now on"
+    """Mask the weights before every forward, by hooks wherever they are used; the masks that there are count from now on
+
+    Args:
+        model: A sparse model, or a `Learner` with one
+    Returns:
+        fastai's `Hooks`; `remove()` ends the enforcement"""
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     hooks = Hooks([], lambda *args: None)
     hooks.hooks = add_guards(as_module(model))
@@ -230,7 +272,10 @@ def enforce_masks(
 def vouch(
     modules, # A model, or a list of modules, all of whose weights have just been masked
 )->None:
-    "Tell the guards of models that their weights are masked now; each believes it for one training forward"
+    """Tell the guards of models that their weights are masked now; each believes it for one training forward
+
+    Args:
+        modules: A model, or a list of modules, all of whose weights have just been masked"""
     for *_,guard in guards(modules):
         guard.origin = None                                        # what the engine trains is a model of its own
         if guard.whole is None: guard.vouched = guard._state(guard._pairs())
@@ -238,7 +283,10 @@ def vouch(
 def look_at_copies(
     modules, # A model, or a list of modules, whose masks are about to change
 )->None:
-    "Warn of averages of a model that are being made in a wrong way, though nobody has run them yet"
+    """Warn of averages of a model that are being made in a wrong way, though nobody has run them yet
+
+    Args:
+        modules: A model, or a list of modules, whose masks are about to change"""
     for *_,guard in guards(modules):
         for twin in list(guard.copies) if guard.whole is None else ():
             if twin.origin is not None: twin.origin.look(twin._modules())

@@ -43,7 +43,12 @@ _wanda.reads = ('weight',)
 def wanda(
     norms:InputNorms, # From `collect_norms`
 )->Callable: # Score function; a weight without norms raises a `ValueError`
-    "Score by `|w|` times the norm of the input: [Wanda](https://arxiv.org/abs/2306.11695)"
+    """Score by `|w|` times the norm of the input: [Wanda](https://arxiv.org/abs/2306.11695)
+
+    Args:
+        norms: From `collect_norms`
+    Returns:
+        Score function; a weight without norms raises a `ValueError`"""
     return partial(_wanda, norms=norms)
 
 # %% ../nbs/03a_importance.ipynb #9d2e54f2
@@ -54,7 +59,16 @@ def wanda_rows(
     n_drop, # Number of weights to drop
     n_grow=None, # Number of weights to grow; `n_drop` by default
 )->torch.Tensor: # Boolean: the new mask
-    "Give every row the same number of weights, rounded up; of equal scores the later ranks higher, as in Wanda's code"
+    """Give every row the same number of weights, rounded up; of equal scores the later ranks higher, as in Wanda's code
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores of all weights; the lowest active ones are dropped
+        grow_score: Scores of all weights; the highest inactive ones of each row are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+    Returns:
+        Boolean: the new mask"""
     n_stay = int(mask.count_nonzero())-n_drop
     total = n_stay+(n_drop if n_grow is None else n_grow)
     n_row = math.ceil(total/len(mask))
@@ -73,7 +87,13 @@ def ria(
     norms:InputNorms, # From `collect_norms`
     a:float=.5, # Exponent of the norms; 0 is relative importance alone
 )->Callable: # Score function; a weight without norms raises a `ValueError`
-    "Score by relative importance times a power of the input's norm: [RIA](https://openreview.net/forum?id=Tr0lPx9woF)"
+    """Score by relative importance times a power of the input's norm: [RIA](https://openreview.net/forum?id=Tr0lPx9woF)
+
+    Args:
+        norms: From `collect_norms`
+        a: Exponent of the norms; 0 is relative importance alone
+    Returns:
+        Score function; a weight without norms raises a `ValueError`"""
     return partial(_ria, norms=norms, a=a)
 
 # %% ../nbs/03a_importance.ipynb #7d970ece
@@ -81,7 +101,13 @@ def block_name(
     model:nn.Module, # A model
     name:str, # Name of a layer in it
 )->str: # Name of its block: the item of the outermost `nn.ModuleList` that it is in, else `name` itself
-    "Name the block that a layer is in"
+    """Name the block that a layer is in
+
+    Args:
+        model: A model
+        name: Name of a layer in it
+    Returns:
+        Name of its block: the item of the outermost `nn.ModuleList` that it is in, else `name` itself"""
     m,parts = model,name.split('.')
     for i,part in enumerate(parts):
         if isinstance(m, nn.ModuleList): return '.'.join(parts[:i+1])
@@ -93,7 +119,14 @@ def group_blocks(
     named:dict, # Parameter -> name of its layer
     blocks=None, # Function that gives the block of a name; by default the outermost `nn.ModuleList` decides
 )->list: # Lists of parameters, in the order of their blocks' first
-    "Sort parameters by blocks"
+    """Sort parameters by blocks
+
+    Args:
+        model: A model
+        named: Parameter -> name of its layer
+        blocks: Function that gives the block of a name; by default the outermost `nn.ModuleList` decides
+    Returns:
+        Lists of parameters, in the order of their blocks' first"""
     of,found = blocks or partial(block_name, model),{}
     for p,n in named.items(): found.setdefault(of(n), []).append(p)
     return list(found.values())
@@ -137,5 +170,14 @@ def owl(
     blocks:Callable=None, # Function that gives the name of a layer's block; by default `block_name`
     score_f=None, # Score function; by default `wanda(norms)`
 )->Callable: # Sparsity distribution `sparse_f(params, model_sparsity)`
-    "Leave blocks with many outliers denser: [OWL](https://arxiv.org/abs/2310.05175); the total is exact"
+    """Leave blocks with many outliers denser: [OWL](https://arxiv.org/abs/2310.05175); the total is exact
+
+    Args:
+        norms: From `collect_norms`
+        lambda_: Largest difference of a block's sparsity from the middle of all
+        M: A score is an outlier if it is more than `M` times the mean of its block
+        blocks: Function that gives the name of a layer's block; by default `block_name`
+        score_f: Score function; by default `wanda(norms)`
+    Returns:
+        Sparsity distribution `sparse_f(params, model_sparsity)`"""
     return partial(_owl, norms=norms, lambda_=lambda_, M=M, blocks=blocks, score_f=score_f)

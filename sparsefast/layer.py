@@ -24,7 +24,14 @@ from .utils import maybe_float, show_value
 
 # %% ../nbs/03e_layer.ipynb #898c8167
 class Layer:
-    "A masked weight: what a method may ask of it and do to it"
+    """A masked weight: what a method may ask of it and do to it
+
+    Args:
+        module: Owner
+        name: The parameter's name in it
+        i: Place among the model's sparse weights
+        is_last: True for the last of them
+        group: Processes that train it together, if there are several"""
     form,remedy = 'masked','use another method'                    # for the error where it cannot serve one
 
     def __init__(self,
@@ -62,21 +69,34 @@ def remember(self:Layer,
     t:torch.Tensor, # What to remember
     saved:bool=True, # False to leave it out of the model's state
 )->None:
-    "Save something next to the parameter"
+    """Save something next to the parameter
+
+    Args:
+        what: Its name
+        t: What to remember
+        saved: False to leave it out of the model's state"""
     self.module.register_buffer(memory_name(self.name, what), t, persistent=saved)
 
 @patch
 def recall(self:Layer,
     what:str, # Its name
 )->torch.Tensor|None: # `None` if there is none
-    "Get what a method has remembered"
+    """Get what a method has remembered
+
+    Args:
+        what: Its name
+    Returns:
+        `None` if there is none"""
     return self.module._buffers.get(memory_name(self.name, what))
 
 @patch
 def forget(self:Layer,
     what:str, # Its name
 )->None:
-    "Delete what a method has remembered"
+    """Delete what a method has remembered
+
+    Args:
+        what: Its name"""
     self.module._buffers.pop(memory_name(self.name, what), None)
 
 # %% ../nbs/03e_layer.ipynb #f7e16874
@@ -85,7 +105,13 @@ def seen(self:Layer,
     f, # A score
     opt, # The optimizer, or `None`
 )->tuple: # (tensor of the weight's shape, optimizer)
-    "Get what the score is given"
+    """Get what the score is given
+
+    Args:
+        f: A score
+        opt: The optimizer, or `None`
+    Returns:
+        (tensor of the weight's shape, optimizer)"""
     mean = self.recall('grad')
     if mean is None or 'gradient' not in reads(f): return self.p, opt
     p = self.p.detach()
@@ -97,7 +123,14 @@ def check_scores(
     s:torch.Tensor, # What it has returned
     p:torch.Tensor, # What it was given
 )->torch.Tensor: # `s`
-    "Raise a `ValueError` if a score returns a tensor of another shape"
+    """Raise a `ValueError` if a score returns a tensor of another shape
+
+    Args:
+        f: A score
+        s: What it has returned
+        p: What it was given
+    Returns:
+        `s`"""
     if s.shape!=p.shape: raise ValueError(f"{show_value(f)} must return a tensor of shape {tuple(p.shape)}, got {tuple(s.shape)}")
     return s
 
@@ -107,7 +140,14 @@ def scores(self:Layer,
     opt, # The optimizer, or `None`
     **kwargs # `mask`, `step`, `pct`, `generator`, and what the function takes besides
 )->torch.Tensor: # The weight's shape
-    "Score every weight; a tensor of another shape is a `ValueError`"
+    """Score every weight; a tensor of another shape is a `ValueError`
+
+    Args:
+        f: A score, or another function with its signature
+        opt: The optimizer, or `None`
+        **kwargs: `mask`, `step`, `pct`, `generator`, and what the function takes besides
+    Returns:
+        The weight's shape"""
     p,opt = self.seen(f, opt)
     return check_scores(f, f(p, opt=opt, **kwargs), p)
 
@@ -117,7 +157,14 @@ def score_pieces(self:Layer,
     opt, # The optimizer, or `None`
     **kwargs # As for `scores`
 )->torch.Tensor: # The weight's shape; a compressed layer may give an iterable of flat pieces
-    "Score every weight, for `top_k_mask`"
+    """Score every weight, for `top_k_mask`
+
+    Args:
+        f: A score
+        opt: The optimizer, or `None`
+        **kwargs: As for `scores`
+    Returns:
+        The weight's shape; a compressed layer may give an iterable of flat pieces"""
     return self.scores(f, opt, **kwargs)
 
 # %% ../nbs/03e_layer.ipynb #b63907c7
@@ -128,12 +175,18 @@ def has_gradient(self:Layer)->bool:
 
 @patch
 def dense_gradient(self:Layer)->torch.Tensor: # The weight's shape
-    "Get the gradient of all weights, masked ones included"
+    """Get the gradient of all weights, masked ones included
+
+    Returns:
+        The weight's shape"""
     return self.p.grad
 
 @patch
 def gradient_sources(self:Layer)->list: # Tensors
-    "List the tensors that the dense gradient is made of"
+    """List the tensors that the dense gradient is made of
+
+    Returns:
+        Tensors"""
     return [self.p.grad]
 
 @patch
@@ -141,7 +194,11 @@ def expect_gradient(self:Layer,
     dense:bool, # True if the next step reads the gradient of all weights
     tokens:bool=False, # True if the method draws by what goes in and comes back
 )->None:
-    "Prepare for the next backward pass; a masked layer always has its dense gradient"
+    """Prepare for the next backward pass; a masked layer always has its dense gradient
+
+    Args:
+        dense: True if the next step reads the gradient of all weights
+        tokens: True if the method draws by what goes in and comes back"""
     hook = TokenHook.of(self.module, make=tokens and dense)
     if hook is not None: hook.wanted = tokens and dense
 
@@ -149,7 +206,12 @@ def expect_gradient(self:Layer,
 def token_sums(self:Layer,
     generator:torch.Generator=None, # Draws signs; without it magnitudes are summed
 )->tuple: # (sums of the weight's rows, sums of its columns in each group)
-    "Sum up output gradients and inputs over the tokens of this step, for guided draws"
+    """Sum up output gradients and inputs over the tokens of this step, for guided draws
+
+    Args:
+        generator: Draws signs; without it magnitudes are summed
+    Returns:
+        (sums of the weight's rows, sums of its columns in each group)"""
     hook = TokenHook.of(self.module)
     if hook is None or not hook.held:
         raise ValueError(f"{self.module} holds no inputs and output gradients: call `method.enforce(model, opt)` "
@@ -163,7 +225,15 @@ def rewrite_(
     new:torch.Tensor, # Boolean, the shape of `p`: active weights after
     values=None, # Values of the new weights, 1-d; zero by default
 )->torch.Tensor: # Boolean: the new weights
-    "Make a parameter follow its new mask"
+    """Make a parameter follow its new mask
+
+    Args:
+        p: A parameter; changed in place
+        old: Boolean, the shape of `p`: active weights before
+        new: Boolean, the shape of `p`: active weights after
+        values: Values of the new weights, 1-d; zero by default
+    Returns:
+        Boolean: the new weights"""
     born = new & ~old
     zero_masked_(p.data, old & new)
     if values is not None: p.data[born] = values.to(p.dtype)
@@ -177,7 +247,14 @@ def write(self:Layer,
     values=None, # Values of new weights, 1-d; zero by default
     read=(), # What the update has read: with 'momentum' the optimizer's state of masked weights stays
 )->None:
-    "Change the mask, the weight and the optimizer's state"
+    """Change the mask, the weight and the optimizer's state
+
+    Args:
+        new: What `hold` gave for the new mask
+        opt: The optimizer, whose state follows
+        reset_state_f: The method's rule for optimizer state
+        values: Values of new weights, 1-d; zero by default
+        read: What the update has read: with 'momentum' the optimizer's state of masked weights stays"""
     born = rewrite_(self.p, self.mask, new, values)
     where = born if 'momentum' in read else ~(self.mask & new)
     grad = self.update_gradient() if 'gradient' in read else None
@@ -189,7 +266,11 @@ def reset_masked(self:Layer,
     opt, # The optimizer
     reset_state_f, # The method's rule for optimizer state
 )->None:
-    "Reset the optimizer's state of all masked weights"
+    """Reset the optimizer's state of all masked weights
+
+    Args:
+        opt: The optimizer
+        reset_state_f: The method's rule for optimizer state"""
     call_reset(reset_state_f, self.p, opt, ~self.mask)
 
 # %% ../nbs/03e_layer.ipynb #b6c3643f
@@ -197,14 +278,24 @@ def reset_masked(self:Layer,
 def hold(self:Layer,
     mask:torch.Tensor, # Boolean, the weight's shape
 )->torch.Tensor: # The same mask, in the form in which this layer holds masks
-    "Convert a mask to the form in which it waits to be written"
+    """Convert a mask to the form in which it waits to be written
+
+    Args:
+        mask: Boolean, the weight's shape
+    Returns:
+        The same mask, in the form in which this layer holds masks"""
     return mask
 
 @patch
 def unhold(self:Layer,
     held:torch.Tensor, # What `hold` gave
 )->torch.Tensor: # Boolean, the weight's shape
-    "Convert a held mask back"
+    """Convert a held mask back
+
+    Args:
+        held: What `hold` gave
+    Returns:
+        Boolean, the weight's shape"""
     return held
 
 @patch
@@ -212,7 +303,13 @@ def unhold_for(self:Layer,
     held:torch.Tensor, # What `hold` gave
     scores, # Scores that are to be computed with the mask
 )->torch.Tensor: # Boolean, the weight's shape; a sharded layer leaves it cut up where that serves the scores
-    "Convert a held mask back, for `score_pieces` and `top_k_mask`"
+    """Convert a held mask back, for `score_pieces` and `top_k_mask`
+
+    Args:
+        held: What `hold` gave
+        scores: Scores that are to be computed with the mask
+    Returns:
+        Boolean, the weight's shape; a sharded layer leaves it cut up where that serves the scores"""
     return self.unhold(held)
 
 # %% ../nbs/03e_layer.ipynb #2f999381
@@ -221,7 +318,13 @@ def refusal(self:Layer,
     method, # `DSTMethod`
     opt, # The optimizer, or `None`
 )->str: # Continues 'this method ...'; empty if it can
-    "Say why this layer cannot serve a method; a masked layer serves all but guided draws by what it does not show"
+    """Say why this layer cannot serve a method; a masked layer serves all but guided draws by what it does not show
+
+    Args:
+        method: `DSTMethod`
+        opt: The optimizer, or `None`
+    Returns:
+        Continues 'this method ...'; empty if it can"""
     if method is None or 'tokens' not in method.reads: return ''
     shown = shows_tokens(self.module) and self.module._parameters.get('weight') is self.p
     return '' if shown else 'draws by inputs and output gradients, which only linear layers and convolutions show'
@@ -231,7 +334,12 @@ def refusal(self:Layer,
 def pairs(self:Layer,
     gradient:bool=False, # True for the gradient, False for the weight
 )->list: # One (tensor, mask), or none where nothing is masked
-    "Get the tensor to mask, with its mask"
+    """Get the tensor to mask, with its mask
+
+    Args:
+        gradient: True for the gradient, False for the weight
+    Returns:
+        One (tensor, mask), or none where nothing is masked"""
     t = self.p.grad if gradient else self.p
     return [] if t is None else [(t, self.mask)]
 
@@ -243,13 +351,19 @@ def _mask(layers, gradient):
 def mask_gradients_(
     layers:list, # `Layer` each
 )->None:
-    "Mask the gradients of all layers in one call"
+    """Mask the gradients of all layers in one call
+
+    Args:
+        layers: `Layer` each"""
     _mask(layers, gradient=True)
 
 def mask_weights_(
     layers:list, # `Layer` each
 )->None:
-    "Mask the weights of all layers in one call"
+    """Mask the weights of all layers in one call
+
+    Args:
+        layers: `Layer` each"""
     _mask(layers, gradient=False)
 
 # %% ../nbs/03e_layer.ipynb #ec1beb0e

@@ -29,7 +29,16 @@ def warmup_factor(
     total:int=None, # Optimizer steps in the whole training
     steps:int=20, # Optimizer steps over which the rate rises; below 1 a `ValueError`
 )->float: # In (0,1]
-    "Compute the factor of the learning rate after an update ([CHTs](https://arxiv.org/abs/2501.19107))"
+    """Compute the factor of the learning rate after an update ([CHTs](https://arxiv.org/abs/2501.19107))
+
+    Args:
+        method: `DSTMethod`, with its interval in optimizer steps
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+        steps: Optimizer steps over which the rate rises; below 1 a `ValueError`
+    Returns:
+        In (0,1]"""
     if not steps>=1: raise ValueError(f"steps must be 1 or more, got {steps}")
     t,n = Time.of(step, pct, total),method.interval
     last = next((s for s in range((t.step-1)//n*n, max(t.step-steps, 0), -n) if method.due(t.at(s))), None)
@@ -40,7 +49,14 @@ def warmup_lambda(
     total:int, # Optimizer steps in the whole training
     steps:int=20, # Optimizer steps over which the rate rises
 )->Callable: # Function of the number of steps taken, for `torch.optim.lr_scheduler.LambdaLR`
-    "Get `warmup_factor` as a torch scheduler wants it"
+    """Get `warmup_factor` as a torch scheduler wants it
+
+    Args:
+        method: `DSTMethod`, with its interval in optimizer steps
+        total: Optimizer steps in the whole training
+        steps: Optimizer steps over which the rate rises
+    Returns:
+        Function of the number of steps taken, for `torch.optim.lr_scheduler.LambdaLR`"""
     return lambda n: warmup_factor(method, n+1, total=total, steps=steps)
 
 # %% ../nbs/06c_learning_rates.ipynb #51d166f0
@@ -49,7 +65,13 @@ def scaled_lr(
     opt, # fastai's or torch's optimizer, or a wrapper around one
     factor:float, # What the learning rates are multiplied by
 )->Iterator: # Yields once; then the rates are as before
-    "Multiply the learning rates of all groups within a block"
+    """Multiply the learning rates of all groups within a block
+
+    Args:
+        opt: fastai's or torch's optimizer, or a wrapper around one
+        factor: What the learning rates are multiplied by
+    Returns:
+        Yields once; then the rates are as before"""
     groups = group_settings(opt)
     had = [g['lr'] for g in groups]
     for g in groups: g['lr'] = g['lr']*factor
@@ -59,7 +81,10 @@ def scaled_lr(
 
 # %% ../nbs/06c_learning_rates.ipynb #8d9919f5
 class UpdateWarmupCallback(Callback):
-    "Callback that lets the learning rate rise after each update, on top of any schedule"
+    """Callback that lets the learning rate rise after each update, on top of any schedule
+
+    Args:
+        steps: Optimizer steps over which the rate rises"""
     order,run_valid = DynamicSparseTrainingCallback.order+0.1,False
     def __init__(self,
         steps:int=20, # Optimizer steps over which the rate rises
@@ -90,7 +115,15 @@ def density_groups(
     density:float=None, # Reference density, in (0,1]; by default that of all sparse layers together
     power:float=1., # Exponent
 )->list: # Dicts with `params` and `lr`, as torch's optimizers take them: what has no mask, then the sparse layers
-    "Group parameters by layer, with learning rates by density"
+    """Group parameters by layer, with learning rates by density
+
+    Args:
+        model: A sparse model, or a `Learner`
+        lr: Learning rate of all that has no mask, and of a layer of density `density`
+        density: Reference density, in (0,1]; by default that of all sparse layers together
+        power: Exponent
+    Returns:
+        Dicts with `params` and `lr`, as torch's optimizers take them: what has no mask, then the sparse layers"""
     layers = sparse_layers(model)
     nnz = [max(l.nnz.item(), 1) for l in layers]
     if density is None: density = sum(nnz)/sum(l.numel for l in layers)
@@ -103,5 +136,10 @@ def density_groups(
 def density_splitter(
     model, # A sparse model
 )->list: # Lists of parameters: the groups of `density_groups`, in the same order
-    "Split parameters for `Learner(splitter=...)`; `lr` is then `[g['lr'] for g in density_groups(model, lr)]`"
+    """Split parameters for `Learner(splitter=...)`; `lr` is then `[g['lr'] for g in density_groups(model, lr)]`
+
+    Args:
+        model: A sparse model
+    Returns:
+        Lists of parameters: the groups of `density_groups`, in the same order"""
     return [g['params'] for g in density_groups(model, 1.)]

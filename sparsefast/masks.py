@@ -30,7 +30,13 @@ def n_active(
     numel:int, # Number of weights
     sparsity:float, # Fraction of zeros, in [0,1]
 )->int: # Number of ones in the mask
-    "Count the weights that a mask of this sparsity leaves active"
+    """Count the weights that a mask of this sparsity leaves active
+
+    Args:
+        numel: Number of weights
+        sparsity: Fraction of zeros, in [0,1]
+    Returns:
+        Number of ones in the mask"""
     return round((1-check_fraction(sparsity))*numel)
 
 # %% ../nbs/01_masks.ipynb #a65f2df8
@@ -38,7 +44,13 @@ def stored_sparsity(
     sparsity:float, # Fraction of zeros, in [0,1]
     numel:int=None, # Number of weights; not used
 )->torch.Tensor: # 0-d, on the CPU; float64, or float32 on a machine with an Apple GPU, which has no double precision
-    "Make the tensor that holds a target sparsity"
+    """Make the tensor that holds a target sparsity
+
+    Args:
+        sparsity: Fraction of zeros, in [0,1]
+        numel: Number of weights; not used
+    Returns:
+        0-d, on the CPU; float64, or float32 on a machine with an Apple GPU, which has no double precision"""
     dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
     return torch.tensor(float(sparsity), dtype=dtype, device='cpu')
 
@@ -48,7 +60,14 @@ def sparse_mask(
     sparsity:float, # Fraction of zeros, in [0,1]; outside it a `ValueError`
     generator:torch.Generator=None, # A generator on the CPU; torch's global one by default
 )->torch.Tensor: # Boolean, on the CPU
-    "Draw a uniformly random mask with exactly `round((1-sparsity)*numel)` ones"
+    """Draw a uniformly random mask with exactly `round((1-sparsity)*numel)` ones
+
+    Args:
+        sizes: Shape of the mask: an int, a tuple, a `torch.Size`
+        sparsity: Fraction of zeros, in [0,1]; outside it a `ValueError`
+        generator: A generator on the CPU; torch's global one by default
+    Returns:
+        Boolean, on the CPU"""
     mask = torch.zeros(sizes, dtype=torch.bool, device='cpu')
     n = n_active(mask.numel(), sparsity)
     mask.view(-1)[torch.randperm(mask.numel(), generator=generator, device='cpu')[:n]] = True
@@ -59,14 +78,26 @@ def sparse_mask_like(
     sparsity:float, # Fraction of zeros, in [0,1]
     generator:torch.Generator=None, # A generator on the CPU; torch's global one by default
 )->torch.Tensor: # Boolean, with the shape and device of `param`
-    "Draw a random mask for a parameter; on the CPU, so that a seed gives the same mask on every device"
+    """Draw a random mask for a parameter; on the CPU, so that a seed gives the same mask on every device
+
+    Args:
+        param: Any shape
+        sparsity: Fraction of zeros, in [0,1]
+        generator: A generator on the CPU; torch's global one by default
+    Returns:
+        Boolean, with the shape and device of `param`"""
     return sparse_mask(param.shape, sparsity, generator).to(param.device)
 
 # %% ../nbs/01_masks.ipynb #bc833c72
 def nnz(
     mask:torch.Tensor, # Boolean, any shape
 )->torch.Tensor: # 0-d, on the device of `mask`
-    "Count the ones of a mask; of one that is cut up, with one message"
+    """Count the ones of a mask; of one that is cut up, with one message
+
+    Args:
+        mask: Boolean, any shape
+    Returns:
+        0-d, on the device of `mask`"""
     if is_cut_up(mask): return mask.sum().full_tensor()
     return torch.tensor(np.count_nonzero(mask.numpy()), device='cpu') if mask.is_cpu else mask.count_nonzero()
 
@@ -74,7 +105,13 @@ def nonzero_flat(
     mask:torch.Tensor, # Boolean, any shape
     n:int=None, # Number of ones, if it is known; then nothing waits for a GPU
 )->torch.Tensor: # int64, rising
-    "List the flat positions of the ones"
+    """List the flat positions of the ones
+
+    Args:
+        mask: Boolean, any shape
+        n: Number of ones, if it is known; then nothing waits for a GPU
+    Returns:
+        int64, rising"""
     if mask.is_cpu: return torch.from_numpy(np.flatnonzero(mask.numpy()))
     flat = mask.reshape(-1)
     return flat.nonzero().squeeze(1) if n is None else flat.byte().sort(descending=True, stable=True).indices[:n]
@@ -87,7 +124,12 @@ def check_mask(
     p:torch.Tensor, # The parameter it belongs to
     name:str, # Name used in the error
 )->None:
-    "Raise a `ValueError` unless `mask` is boolean and has the shape of `p`"
+    """Raise a `ValueError` unless `mask` is boolean and has the shape of `p`
+
+    Args:
+        mask: What may be a mask
+        p: The parameter it belongs to
+        name: Name used in the error"""
     if torch.is_tensor(mask) and mask.dtype==torch.bool and mask.shape==p.shape: return
     dtype,shape = getattr(mask, 'dtype', type(mask)),tuple(getattr(mask, 'shape', ()))
     raise ValueError(f"{name} must be boolean with shape {tuple(p.shape)}, got {dtype} with shape {shape}")
@@ -103,7 +145,12 @@ def _refuse(top, m, n, p, mask):
 def masked_params(
     module, # A layer or a whole model, or a list of modules, whose children are not visited
 )->Iterator: # Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once
-    "Find each parameter that has a mask next to it; a mask of the wrong shape, dtype or device is a `ValueError`"
+    """Find each parameter that has a mask next to it; a mask of the wrong shape, dtype or device is a `ValueError`
+
+    Args:
+        module: A layer or a whole model, or a list of modules, whose children are not visited
+    Returns:
+        Yields (module, name, parameter, mask) in the order of `named_parameters`, each parameter once"""
     seen = set()
     for m in module.modules() if isinstance(module, nn.Module) else module:
         for n,p in m._parameters.items() if m._buffers else ():
@@ -118,7 +165,12 @@ def masked_params(
 def sparse_params(
     module:nn.Module, # A layer or a whole model
 )->list: # (parameter, mask, target sparsity as a float or `None`) each
-    "List all parameters that have a mask, in the order of `named_parameters`, each once"
+    """List all parameters that have a mask, in the order of `named_parameters`, each once
+
+    Args:
+        module: A layer or a whole model
+    Returns:
+        (parameter, mask, target sparsity as a float or `None`) each"""
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
 
 # %% ../nbs/01_masks.ipynb #72c2f191
@@ -153,7 +205,13 @@ def zero_masked_(
     t:torch.Tensor, # Weights, gradients or optimizer state, any dtype; changed in place
     mask:torch.Tensor, # Boolean, the shape of `t`; `True` leaves the number as it is
 )->torch.Tensor: # `t`
-    "Set `t` to zero where `mask` is `False`, whatever is there"
+    """Set `t` to zero where `mask` is `False`, whatever is there
+
+    Args:
+        t: Weights, gradients or optimizer state, any dtype; changed in place
+        mask: Boolean, the shape of `t`; `True` leaves the number as it is
+    Returns:
+        `t`"""
     _one_by_one([piece(t)], [piece(mask)])
     return t
 
@@ -174,7 +232,11 @@ def zero_masked_all_(
     tensors:list, # Weights, gradients or optimizer state; changed in place
     masks:list, # Boolean, one of each tensor's shape
 )->None:
-    "Set each tensor to zero where its mask is `False`, in one call per device"
+    """Set each tensor to zero where its mask is `False`, in one call per device
+
+    Args:
+        tensors: Weights, gradients or optimizer state; changed in place
+        masks: Boolean, one of each tensor's shape"""
     tensors,masks = [piece(t) for t in tensors],[piece(mask) for mask in masks]
     for device in dict.fromkeys(t.device for t in tensors):
         some = [(t, mask) for t,mask in zip(tensors, masks) if t.device==device]
@@ -187,7 +249,12 @@ def apply_masks(
     *args, # What a forward-pre-hook is passed; not used
     inplace:bool=True, # True to write the zeros into the parameter's data, False to give the parameter new data
 )->None:
-    "Set every masked weight of `module` to zero; serves as a forward-pre-hook"
+    """Set every masked weight of `module` to zero; serves as a forward-pre-hook
+
+    Args:
+        module: A layer or a whole model
+        *args: What a forward-pre-hook is passed; not used
+        inplace: True to write the zeros into the parameter's data, False to give the parameter new data"""
     for *_,p,mask in list(masked_params(module)):                  # all are checked before the first is changed
         if inplace: zero_masked_(p.data, mask)
         else:       p.data = zero_masked_(p.data.clone(), mask)
@@ -197,14 +264,26 @@ def memory_name(
     name:str, # Name of a parameter in its module
     what:str, # What is remembered
 )->str: # Name of the buffer, without the module's
-    "Name the buffer in which a method remembers something of a parameter"
+    """Name the buffer in which a method remembers something of a parameter
+
+    Args:
+        name: Name of a parameter in its module
+        what: What is remembered
+    Returns:
+        Name of the buffer, without the module's"""
     return f'{name}_dst_{what}'
 
 def memory_names(
     module:nn.Module, # A module that may have masks
     names, # Names of buffers
 )->list: # Those that belong to a masked parameter of `module`
-    "List the buffers of methods among `names`"
+    """List the buffers of methods among `names`
+
+    Args:
+        module: A module that may have masks
+        names: Names of buffers
+    Returns:
+        Those that belong to a masked parameter of `module`"""
     starts = tuple(memory_name(n, '') for n in module._parameters if f'{n}_mask' in module._buffers)
     return [n for n in names if starts and n.startswith(starts)]
 
@@ -214,7 +293,13 @@ def adopt_memory(
     prefix, # Prefix of the layer's names in it
     *args # What a load hook is passed besides; not used
 ):
-    "Make room in `module` for the methods' buffers in a state dict that is about to be loaded"
+    """Make room in `module` for the methods' buffers in a state dict that is about to be loaded
+
+    Args:
+        module: The layer that loads
+        state_dict: State of the whole model
+        prefix: Prefix of the layer's names in it
+        *args: What a load hook is passed besides; not used"""
     given = memory_names(module, [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)])
     for n in set(memory_names(module, list(module._buffers)))-set(given): del module._buffers[n]
     for n in given:
@@ -237,14 +322,26 @@ def is_sparseable_module(
     m:nn.Module, # A module
     additional_types:list=[], # Types to accept besides linear layers and (transposed) convolutions
 )->bool: # By its type, whatever it holds
-    "True if `m` is a layer whose `weight` can be made sparse"
+    """True if `m` is a layer whose `weight` can be made sparse
+
+    Args:
+        m: A module
+        additional_types: Types to accept besides linear layers and (transposed) convolutions
+    Returns:
+        By its type, whatever it holds"""
     return isinstance(m, sparseable_types+tuple(additional_types))
 
 def sparseable_modules(
     model:nn.Module, # A model, or a single layer
     additional_types:list=[], # Types to accept besides linear layers and (transposed) convolutions
 )->list: # Modules in the model's order
-    "List every sparseable module of `model`, itself included, however deep"
+    """List every sparseable module of `model`, itself included, however deep
+
+    Args:
+        model: A model, or a single layer
+        additional_types: Types to accept besides linear layers and (transposed) convolutions
+    Returns:
+        Modules in the model's order"""
     return [m for m in model.modules() if is_sparseable_module(m, additional_types)]
 
 # %% ../nbs/01_masks.ipynb #d6ae4ebd

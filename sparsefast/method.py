@@ -19,14 +19,40 @@ from .resets import zero_state
 from .patterns import drop_grow
 from .schedules import cosine_anneal
 from .scores import gradient_magnitude, reads, weight_magnitude
-from .settings import check_settings
+from .settings import check_names, check_settings
 from .training_time import Time
-from .utils import attribute, check_fraction, did_you_mean, show_value
+from .utils import attribute, check_fraction, show_value
 
 # %% ../nbs/04d_method.ipynb #e1a81e4b
 @dataclass(frozen=True)
 class DSTMethod:
-    "A dynamic sparse training method; validated on construction, holds no state"
+    """A dynamic sparse training method; validated on construction, holds no state
+
+    Args:
+        keep_score_f: Drop criterion: the active weights that score lowest are dropped
+        grow_score_f: Grow criterion: the candidates that score highest are grown
+        initial_drop_grow_pct: Share of the active weights replaced at the start, in [0,1]
+        batches_per_update: Optimizer steps between updates; below 1 a share of training; `None` each epoch
+        stop_pct: Share of training after which the masks are frozen
+        final_drop_grow_pct: Share replaced at the end of the schedule
+        drop_sched_f: Schedule of the share: `f(start, end, pos)`
+        replaces_step: True if an update takes the optimizer step's place, not after it
+        drop_share_f: Shares drops among layers; `None`: each drops the same share of its own
+        redistribute_f: Shares growth among layers by importance; `None`: each grows what it dropped
+        grow_share_f: Shares growth among layers by the scores of all candidates: `f(scores, total)`
+        sparsity_sched_f: Schedule of sparsity, `f(start, end, pos)`; `None`: it does not change
+        initial_sparsity: Start of that schedule: a number, or a function of where it ends
+        sparsity_span: Shares of training between which that schedule runs
+        prune_share_f: Shares scheduled pruning among layers; `None`: each follows its own target
+        prune_score_f: Criterion of scheduled pruning; `None`: `keep_score_f`
+        extra_density_f: Density beyond the target that an update leaves: `f(pct)`; `None`: 0
+        pattern_f: Sparsity pattern
+        grow_value_f: Values of new weights; `None`: zero
+        grad_steps: Optimizer steps whose gradients an update averages; `None`: all since the last
+        explore_pct: Share of all weights that train though the forward pass does not use them
+        penalty_f: Added to the gradient of weights that train, with `explore_pct`
+        reset_state_f: Rule for the optimizer's state where weights come and go
+        seed: Seed of random growth, together with the step and the layer"""
     keep_score_f:Callable=weight_magnitude     # Drop criterion: the active weights that score lowest are dropped
     grow_score_f:Callable=gradient_magnitude   # Grow criterion: the candidates that score highest are grown
     initial_drop_grow_pct:float=0.3            # Share of the active weights replaced at the start, in [0,1]
@@ -64,9 +90,7 @@ def _named(init):
     names = [f.name for f in fields(DSTMethod)]
     @wraps(init)
     def wrapper(self, *args, **kwargs):
-        for k in kwargs.keys()-set(names):
-            close = did_you_mean(k, names) or f": there are {', '.join(names)}"
-            raise TypeError(f"unknown setting {k!r}{close}")
+        check_names(kwargs, names)
         init(self, *args, **kwargs)
     return wrapper
 
@@ -78,7 +102,13 @@ def in_steps(self:DSTMethod,
     total:int, # Optimizer steps in the whole training
     per_epoch:int=None, # Optimizer steps in an epoch; without it an interval of one epoch stays as it is
 )->DSTMethod: # The method itself, if its interval is a number of steps already
-    "Convert an interval that is a share of training, or an epoch, to optimizer steps"
+    """Convert an interval that is a share of training, or an epoch, to optimizer steps
+
+    Args:
+        total: Optimizer steps in the whole training
+        per_epoch: Optimizer steps in an epoch; without it an interval of one epoch stays as it is
+    Returns:
+        The method itself, if its interval is a number of steps already"""
     n = self.batches_per_update
     if n is None: n = per_epoch
     elif isinstance(n, float): n = round(n*total)
@@ -86,7 +116,10 @@ def in_steps(self:DSTMethod,
 
 @patch(as_prop=True)
 def interval(self:DSTMethod)->int: # 1 or more; a `ValueError` if it is not a number of steps
-    "Optimizer steps between updates"
+    """Optimizer steps between updates
+
+    Returns:
+        1 or more; a `ValueError` if it is not a number of steps"""
     n = self.batches_per_update
     if n is not None and n>=1: return n
     kind,more = ('a share of training', '') if n else ('once an epoch', ', per_epoch')
@@ -97,7 +130,12 @@ def interval(self:DSTMethod)->int: # 1 or more; a `ValueError` if it is not a nu
 def interval_at(self:DSTMethod,
     t:Time, # A place in training
 )->int: # 1 or more; infinite for a share of a training whose length is not known, at its first step
-    "Optimizer steps between updates, where the interval may be a share of training"
+    """Optimizer steps between updates, where the interval may be a share of training
+
+    Args:
+        t: A place in training
+    Returns:
+        1 or more; infinite for a share of a training whose length is not known, at its first step"""
     n = self.batches_per_update
     if not isinstance(n, float): return self.interval
     return max(1, round(n*t.total)) if t.total<math.inf else math.inf
@@ -108,7 +146,14 @@ def due(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->bool: # Every `batches_per_update` steps while `pct < stop_pct`, but never at the last step of all
-    "True if the masks are updated at this step"
+    """True if the masks are updated at this step
+
+    Args:
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        Every `batches_per_update` steps while `pct < stop_pct`, but never at the last step of all"""
     t = Time.of(step, pct, total)
     return t.step%self.interval_at(t)==0 and t.pct<self.stop_pct and not t.is_last
 
@@ -116,7 +161,12 @@ def due(self:DSTMethod,
 def drop_pct(self:DSTMethod,
     pct:float, # Share of training done
 )->float: # In [0,1]; a `ValueError` if `drop_sched_f` gives something else
-    "Compute the share of active weights that an update replaces"
+    """Compute the share of active weights that an update replaces
+
+    Args:
+        pct: Share of training done
+    Returns:
+        In [0,1]; a `ValueError` if `drop_sched_f` gives something else"""
     pos = min(pct/self.stop_pct, 1.) if self.stop_pct else 1.
     share = self.drop_sched_f(self.initial_drop_grow_pct, self.final_drop_grow_pct, pos)
     return check_fraction(share, f"what drop_sched_f, {show_value(self.drop_sched_f)}, gives at {pct:.4g} of training")
@@ -127,7 +177,13 @@ def sparsity_at(self:DSTMethod,
     final:float, # Sparsity in the end
     pos:float, # Position in the schedule of sparsity, in [0,1]
 )->float: # In [0,1]
-    "Compute the sparsity that the method prescribes to a layer, or to the model, with this target"
+    """Compute the sparsity that the method prescribes to a layer, or to the model, with this target
+
+    Args:
+        final: Sparsity in the end
+        pos: Position in the schedule of sparsity, in [0,1]
+    Returns:
+        In [0,1]"""
     if self.sparsity_sched_f is None: return final
     start = self.initial_sparsity(final) if callable(self.initial_sparsity) else self.initial_sparsity
     return min(max(self.sparsity_sched_f(min(start, final), final, pos), 0.), 1.)
@@ -138,7 +194,14 @@ def sparsity_pos(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->float: # In [0,1]
-    "Compute the position in the schedule of sparsity; 1 at the last update"
+    """Compute the position in the schedule of sparsity; 1 at the last update
+
+    Args:
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        In [0,1]"""
     t,(a,b) = Time.of(step, pct, total),self.sparsity_span
     if self._ends(t): return 1.
     return min(max((t.pct-a)/(b-a), 0.), 1.) if b>a else float(t.pct>=b)
@@ -154,7 +217,14 @@ def extra_density(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->float: # In [0,1]; 0 at the last update
-    "Compute the density beyond the target that an update at this step leaves"
+    """Compute the density beyond the target that an update at this step leaves
+
+    Args:
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        In [0,1]; 0 at the last update"""
     t = Time.of(step, pct, total)
     if self.extra_density_f is None or self._ends(t): return 0.
     return check_fraction(self.extra_density_f(t.pct), f"what extra_density_f, {show_value(self.extra_density_f)}, gives")
@@ -164,7 +234,12 @@ def extra_density(self:DSTMethod,
 def sparsify_kwargs(self:DSTMethod,
     sparsity:float, # Sparsity of the model in the end
 )->dict: # Arguments of `sparsify_model`
-    "Get what `sparsify_model` must be told for this method"
+    """Get what `sparsify_model` must be told for this method
+
+    Args:
+        sparsity: Sparsity of the model in the end
+    Returns:
+        Arguments of `sparsify_model`"""
     kw,start = {},self.sparsity_at(sparsity, 0.)
     if start<sparsity: kw['initial_sparsity'] = start
     if self.pattern_f is not drop_grow: kw['pattern_f'] = self.pattern_f
@@ -205,7 +280,14 @@ def needs_dense_grad(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->bool: # A step that compressed layers must prepare for
-    "True if this step needs dense gradients"
+    """True if this step needs dense gradients
+
+    Args:
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        A step that compressed layers must prepare for"""
     t = Time.of(step, pct, total)
     return self.reads_momentum or 'gradient' in self.reads and (self.due(t) or self._leads_up(t))
 

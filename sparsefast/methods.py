@@ -70,7 +70,16 @@ def update(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step, as for `before_step`
-    "Rewire if due"
+    """Rewire if due
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        True if the optimizer should step, as for `before_step`"""
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     goes_on = not self.due(t) or self._update(layers, opt, t)
     self._look_ahead(layers, t)
@@ -89,7 +98,12 @@ def check(self:DSTMethod,
     opt, # Its optimizer
     total:int=None, # Optimizer steps in this training, if known
 )->None:
-    "Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step"
+    """Refuse (`ValueError`) what cannot work, and warn of what will not, before the first step
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer
+        total: Optimizer steps in this training, if known"""
     raise_findings(run_checks(Case(modules, self._layers(modules, opt), opt, self, total)))
 
 @patch
@@ -98,7 +112,11 @@ def enforce(self:DSTMethod,
     modules, # A model, a `Learner`, or a list of modules
     opt=None, # Its optimizer, if there is one yet
 )->None:
-    "Bring weights and optimizer state in line with the masks, for example after a checkpoint was loaded"
+    """Bring weights and optimizer state in line with the masks, for example after a checkpoint was loaded
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer, if there is one yet"""
     layers = self._layers(modules, opt, find_layers)
     mask_weights_(layers)
     tokens = 'tokens' in self.reads
@@ -175,7 +193,16 @@ def before_step(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->bool: # True if the optimizer should step
-    "Do what comes before `opt.step()`: prepare the gradients, or update in the step's place"
+    """Do what comes before `opt.step()`: prepare the gradients, or update in the step's place
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training
+    Returns:
+        True if the optimizer should step"""
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     self._begin(modules, layers, opt, t)
     return self._before(modules, layers, opt, t)
@@ -188,7 +215,14 @@ def after_step(self:DSTMethod,
     pct:float=None, # Share of training done before it, in place of `total`
     total:int=None, # Optimizer steps in the whole training
 )->None:
-    "Do what comes after `opt.step()`: mask the weights, and update if the method steps first"
+    """Do what comes after `opt.step()`: mask the weights, and update if the method steps first
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer
+        step: Optimizer step, from 1
+        pct: Share of training done before it, in place of `total`
+        total: Optimizer steps in the whole training"""
     t = Time.of(step, pct, total)
     self._after(modules, self._layers(modules, opt), opt, t)
 
@@ -201,7 +235,17 @@ def step(self:DSTMethod,
     total:int=None, # Optimizer steps in the whole training
     scaler=None, # A gradient scaler, if there is one: then the call stands in `scaler.step(opt)`'s place
 )->bool: # False if the scaler has left the step out, which then is not one to count
-    "Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place"
+    """Mask gradients, step and rewire in the method's own order; stands in `opt.step()`'s place
+
+    Args:
+        modules: A model, a `Learner`, or a list of modules
+        opt: Its optimizer
+        step: Optimizer step, from 1
+        pct: Share of training done before it, `(step-1)/total`, in place of `total`
+        total: Optimizer steps in the whole training
+        scaler: A gradient scaler, if there is one: then the call stands in `scaler.step(opt)`'s place
+    Returns:
+        False if the scaler has left the step out, which then is not one to count"""
     if attached_to(opt): raise ValueError(f"{attached_to(opt)} is attached, and acts by itself: call `opt.step()`")
     t,layers = Time.of(step, pct, total),self._layers(modules, opt)
     self._begin(modules, layers, opt, t)

@@ -22,7 +22,12 @@ from .utils import as_modules, uncompiled
 def masked_names(
     model:nn.Module, # A model
 )->list: # Qualified names
-    "Name the weights that have a mask, whatever its state, and those of compressed layers"
+    """Name the weights that have a mask, whatever its state, and those of compressed layers
+
+    Args:
+        model: A model
+    Returns:
+        Qualified names"""
     found = []
     for path,m in model.named_modules():
         names = [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]
@@ -34,7 +39,10 @@ def masked_names(
 def note_masks(
     model:nn.Module, # A model; nothing is noted of one without masks
 )->None:
-    "Note which weights have masks now, so that `lost_masks` can tell what has become of them"
+    """Note which weights have masks now, so that `lost_masks` can tell what has become of them
+
+    Args:
+        model: A model; nothing is noted of one without masks"""
     for m in model.modules():
         for k in ('_noted_masks', '_is_noted'): m.__dict__.pop(k, None)
     names = masked_names(model)
@@ -52,7 +60,12 @@ def _is_lost(name, model, now):
 def lost_masks(
     model:nn.Module, # A model
 )->list: # Qualified names
-    "Name the weights that had a mask when `note_masks` saw them, and have lost it; a layer without mask and target has been made dense"
+    """Name the weights that had a mask when `note_masks` saw them, and have lost it; a layer without mask and target has been made dense
+
+    Args:
+        model: A model
+    Returns:
+        Qualified names"""
     lost = []
     for path,m in model.named_modules():
         noted = m.__dict__.get('_noted_masks')
@@ -65,13 +78,23 @@ def lost_masks(
 def parts(
     case:Case, # What to look at
 )->Iterator: # Yields (qualified name, module)
-    "List every module of what a case looks at"
+    """List every module of what a case looks at
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields (qualified name, module)"""
     for top in as_modules(case.model): yield from uncompiled(top).named_modules()
 
 def check_orphans(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masks whose parameter is gone: a parametrization, a weight norm or torch's pruning takes its name away"
+    """Find masks whose parameter is gone: a parametrization, a weight norm or torch's pruning takes its name away
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for path,m in parts(case):
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
             if f'{n}_sparsity' in m._buffers and m._parameters.get(n) is None and not is_sharded(m):
@@ -83,7 +106,12 @@ def check_orphans(
 def check_lost(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masks that have vanished since they were made: a layer was replaced, or its mask deleted"
+    """Find masks that have vanished since they were made: a layer was replaced, or its mask deleted
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     bare = {}
     for path,m in parts(case):
         targets = [b for b in m._buffers if b.endswith('_sparsity')]
@@ -104,6 +132,11 @@ def check_lost(
 def check_vanished(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find lost masks of the model itself, at little cost while there are as many as there were"
+    """Find lost masks of the model itself, at little cost while there are as many as there were
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     noted = [uncompiled(top).__dict__.get('_noted_masks', ()) for top in as_modules(case.model)]
     if len(case.layers)<sum(map(len, noted)): yield from chain(check_orphans(case), check_lost(case))

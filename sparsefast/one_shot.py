@@ -38,7 +38,18 @@ def prune_at_once(
     bar:bool=True, # True to show a progress bar
     **kwargs # Arguments of `sparsify_model`
 )->object: # fastai's `Hooks`: `remove()` ends the enforcement, the masks stay
-    "Cut a model by scores that are collected in one pass over the dense model"
+    """Cut a model by scores that are collected in one pass over the dense model
+
+    Args:
+        model: A trained model, or a `Learner`
+        batches: Data, as `collect_norms` takes it
+        model_sparsity: Fraction of zeros over the layers' weights, in [0,1]
+        score: Function that makes a score of norms: `wanda`, `ria`
+        n_batches: Number of batches to take; by default all
+        bar: True to show a progress bar
+        **kwargs: Arguments of `sparsify_model`
+    Returns:
+        fastai's `Hooks`: `remove()` ends the enforcement, the masks stay"""
     norms = collect_norms(model, batches, n_batches=n_batches, bar=bar)
     return sparsify_model(model, model_sparsity, score_f=score(norms), **kwargs)
 
@@ -70,7 +81,22 @@ def prune_blocks(
     bar:bool=True, # True to show a progress bar
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
 )->object: # fastai's `Hooks`: `remove()` ends the enforcement, the masks stay
-    "Cut a model block by block, each by what it sees when those before it are cut; after an error it is as before"
+    """Cut a model block by block, each by what it sees when those before it are cut; after an error it is as before
+
+    Args:
+        model: A trained model, or a `Learner`
+        batches: Data, as `collect_norms` takes it
+        model_sparsity: Fraction of zeros over the layers' weights, in [0,1]
+        score: Function that makes a score of norms: `wanda`, `ria`
+        sparse_f: Sparsity distribution, also by name; `owl(norms)` with norms of the dense model
+        pattern_f: Sparsity pattern
+        exclude: Layers that stay dense and are not counted, as `select_weights` takes them
+        blocks: Function that gives the block of a layer's name; by default the outermost `nn.ModuleList` decides
+        n_batches: Number of batches to take; by default all
+        bar: True to show a progress bar
+        enforce_mask: True to add hooks that mask the weights before every forward
+    Returns:
+        fastai's `Hooks`: `remove()` ends the enforcement, the masks stay"""
     from fastprogress import progress_bar
     model,found = as_module(model),get_batches(batches, n_batches)
     owners,names = find_owners(model, exclude)

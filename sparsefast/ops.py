@@ -18,7 +18,10 @@ except ImportError: _kernels = None                                # the install
 
 def compiled(
 )->object: # `sparsefast._kernels`; `None` where the installation found no compiler
-    "Get the module of compiled loops"
+    """Get the module of compiled loops
+
+    Returns:
+        `sparsefast._kernels`; `None` where the installation found no compiler"""
     return _kernels
 
 # %% ../nbs/01g_ops.ipynb #65f12c7c
@@ -28,7 +31,11 @@ def define(
     schema:str, # Name, arguments and results of the operation
     **by_device # Function for each dispatch key: `CPU`, `CUDA`, `Meta`, ..., or `CompositeExplicitAutograd` for all devices
 )->None:
-    "Define an operation of PyTorch in the namespace `sparsefast`, if it is not there yet"
+    """Define an operation of PyTorch in the namespace `sparsefast`, if it is not there yet
+
+    Args:
+        schema: Name, arguments and results of the operation
+        **by_device: Function for each dispatch key: `CPU`, `CUDA`, `Meta`, ..., or `CompositeExplicitAutograd` for all devices"""
     name = schema.split('(')[0]
     if hasattr(torch.ops.sparsefast, name): return
     _library.define(schema)

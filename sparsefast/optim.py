@@ -22,35 +22,60 @@ def _wrapped(opt):
 def inner_opt(
     opt, # fastai's or torch's optimizer, or a wrapper around one
 )->object: # The one that holds the state
-    "Unwrap `OptimWrapper`, `Lookahead`, accelerate's wrapper, and SAM, whose steps another optimizer takes"
+    """Unwrap `OptimWrapper`, `Lookahead`, accelerate's wrapper, and SAM, whose steps another optimizer takes
+
+    Args:
+        opt: fastai's or torch's optimizer, or a wrapper around one
+    Returns:
+        The one that holds the state"""
     inner = _wrapped(opt)
     return opt if inner is None else inner_opt(inner)
 
 def attached_to(
     opt, # An optimizer
 )->object: # `Attached`, or `None`
-    "Get what `attach` has put into an optimizer"
+    """Get what `attach` has put into an optimizer
+
+    Args:
+        opt: An optimizer
+    Returns:
+        `Attached`, or `None`"""
     hooks = getattr(inner_opt(opt), '_optimizer_step_pre_hooks', {}).values()
     return next((o for h in hooks if hasattr(o := getattr(h, '__self__', None), 'method')), None)
 
 def param_lists(
     opt, # An optimizer
 )->list: # One list of parameters per group, the optimizer's own; empty for what is no optimizer
-    "List the parameters of an optimizer by group"
+    """List the parameters of an optimizer by group
+
+    Args:
+        opt: An optimizer
+    Returns:
+        One list of parameters per group, the optimizer's own; empty for what is no optimizer"""
     opt = inner_opt(opt)
     return getattr(opt, 'param_lists', None) or [g['params'] for g in getattr(opt, 'param_groups', [])]
 
 def opt_params(
     opt, # An optimizer
 )->list: # Parameters
-    "List all parameters of an optimizer"
+    """List all parameters of an optimizer
+
+    Args:
+        opt: An optimizer
+    Returns:
+        Parameters"""
     return [p for ps in param_lists(opt) for p in ps]
 
 # %% ../nbs/01d_optim.ipynb #b71b2879
 def group_settings(
     opt, # An optimizer
 )->list: # One dict per group, the optimizer's own, with its `lr`
-    "List the settings of an optimizer by group"
+    """List the settings of an optimizer by group
+
+    Args:
+        opt: An optimizer
+    Returns:
+        One dict per group, the optimizer's own, with its `lr`"""
     opt = inner_opt(opt)
     return getattr(opt, 'hypers', None) or opt.param_groups
 
@@ -64,14 +89,26 @@ def opt_state(
     opt, # An optimizer, or `None`
     p:torch.Tensor, # A parameter
 )->dict: # The state itself, not a copy; empty before the first step
-    "Get what the optimizer remembers of `p`"
+    """Get what the optimizer remembers of `p`
+
+    Args:
+        opt: An optimizer, or `None`
+        p: A parameter
+    Returns:
+        The state itself, not a copy; empty before the first step"""
     return getattr(_holder(opt), 'state', {}).get(p, {})
 
 def slow_weights(
     opt, # An optimizer
     p:torch.Tensor, # A parameter
 )->list: # One tensor, or none
-    "Get the slow copy of `p` in fastai's `Lookahead` (as in `ranger`)"
+    """Get the slow copy of `p` in fastai's `Lookahead` (as in `ranger`)
+
+    Args:
+        opt: An optimizer
+        p: A parameter
+    Returns:
+        One tensor, or none"""
     slow = getattr(opt, 'slow_weights', None) or []
     return [s for ps,ss in zip(param_lists(opt), slow) for q,s in zip(ps, ss) if q is p]
 
@@ -79,7 +116,13 @@ def state_tensors(
     opt, # An optimizer
     p:torch.Tensor, # A parameter
 )->list: # Tensors of the shape of `p`
-    "List what the optimizer remembers of each weight of `p`"
+    """List what the optimizer remembers of each weight of `p`
+
+    Args:
+        opt: An optimizer
+        p: A parameter
+    Returns:
+        Tensors of the shape of `p`"""
     known = [*opt_state(opt, p).values(), *slow_weights(opt, p)]
     return [v for v in known if torch.is_tensor(v) and v.shape==p.shape]
 
@@ -87,7 +130,12 @@ def state_tensors(
 def keeps_momentum(
     opt, # An optimizer
 )->bool: # Known before its first step
-    "True if `opt`, as it is set up, keeps an average of the gradients"
+    """True if `opt`, as it is set up, keeps an average of the gradients
+
+    Args:
+        opt: An optimizer
+    Returns:
+        Known before its first step"""
     opt = inner_opt(opt)
     if hasattr(opt, 'cbs'):                                        # fastai's: a list of step functions
         return any('mom' in getattr(getattr(cb, 'func', cb), 'defaults', {}) for cb in opt.cbs)
@@ -101,7 +149,13 @@ def momentum(
     p:torch.Tensor, # A parameter
     opt, # An optimizer; one that keeps no momentum is a `ValueError`
 )->tuple|None: # (first moment, second moment or `None`), or `None` before the optimizer's first step with `p`
-    "Get the optimizer's averages of the gradient of `p` and of its square"
+    """Get the optimizer's averages of the gradient of `p` and of its square
+
+    Args:
+        p: A parameter
+        opt: An optimizer; one that keeps no momentum is a `ValueError`
+    Returns:
+        (first moment, second moment or `None`), or `None` before the optimizer's first step with `p`"""
     state = opt_state(opt, p)
     first = _first(state, 'momentum_buffer', 'exp_avg', 'grad_avg')
     if first is not None: return first, None if 'momentum_buffer' in state else _first(state, 'exp_avg_sq', 'sqr_avg', 'square_avg')
@@ -115,7 +169,12 @@ def momentum(
 def unscale(
     opt, # A torch optimizer, about to step
 )->bool: # False if a gradient has overflowed, so that the optimizer will not step
-    "Divide gradients by the scale that a gradient scaler has left to a fused optimizer"
+    """Divide gradients by the scale that a gradient scaler has left to a fused optimizer
+
+    Args:
+        opt: A torch optimizer, about to step
+    Returns:
+        False if a gradient has overflowed, so that the optimizer will not step"""
     if (found := getattr(opt, 'found_inf', None)) is not None and found.item(): return False
     scale,grads = getattr(opt, 'grad_scale', None),[p.grad for p in opt_params(opt) if p.grad is not None]
     if scale is None: return True
@@ -128,7 +187,14 @@ def scaled_step(
     opt, # A torch optimizer
     f, # Called with the optimizer's own step, in whose place it stands
 )->bool: # False if a gradient has overflowed, so that there is no step
-    "Have a scaler step, if it does at all, by a function"
+    """Have a scaler step, if it does at all, by a function
+
+    Args:
+        scaler: A gradient scaler
+        opt: A torch optimizer
+        f: Called with the optimizer's own step, in whose place it stands
+    Returns:
+        False if a gradient has overflowed, so that there is no step"""
     step,own,taken = opt.step,'step' in vars(opt),[]               # schedulers put a step of theirs into the optimizer
     def instead():
         if unscale(opt): taken.append(f(step))
@@ -171,7 +237,13 @@ def refusal(
     opt, # An optimizer
     reads_momentum:bool=False, # True if a method scores weights by their momentum
 )->tuple: # (what is wrong, what to do about it); empty if nothing is
-    "Say why an optimizer cannot serve sparse weights"
+    """Say why an optimizer cannot serve sparse weights
+
+    Args:
+        opt: An optimizer
+        reads_momentum: True if a method scores weights by their momentum
+    Returns:
+        (what is wrong, what to do about it); empty if nothing is"""
     if _is_deepspeed(opt):
         return 'DeepSpeed trains flat copies of the weights, which masks do not reach','use `fully_shard` or `ZeroRedundancyOptimizer`'
     opt = inner_opt(opt)
@@ -188,7 +260,13 @@ def refusal(
 
 # %% ../nbs/01d_optim.ipynb #adbdcd9a
 class StateView:
-    "An optimizer as a score sees it where another tensor stands for a parameter; nothing is copied until `state` is read"
+    """An optimizer as a score sees it where another tensor stands for a parameter; nothing is copied until `state` is read
+
+    Args:
+        opt: The optimizer, or `None`
+        p: The parameter it knows
+        seen: The tensor that the score is given
+        convert: `convert(t)` brings state of the shape of `p` to that of `seen`; by default it has it"""
     def __init__(self,
         opt, # The optimizer, or `None`
         p, # The parameter it knows
@@ -212,7 +290,13 @@ def replace_param(
     new:torch.Tensor, # The one it gets
     convert, # `convert(t)` brings state of the shape of `old` to that of `new`
 )->None:
-    "Give an optimizer one parameter for another, with its state"
+    """Give an optimizer one parameter for another, with its state
+
+    Args:
+        opt: An optimizer
+        old: The parameter it has
+        new: The one it gets
+        convert: `convert(t)` brings state of the shape of `old` to that of `new`"""
     if _holder(opt) is not inner_opt(opt):
         raise ValueError(f"opt must hold its parameters itself, got {type(inner_opt(opt)).__name__}: "
                          "convert the model first, and make the optimizer then")

@@ -39,7 +39,17 @@ def drop_grow(
     n_grow:int=None, # Number of weights to grow; `n_drop` by default
     nnz:int=None, # Number of active weights, if known; counted otherwise
 )->torch.Tensor: # Boolean: the new mask
-    "Drop and grow weights without a pattern"
+    """Drop and grow weights without a pattern
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores like `mask`, or a function `keep_score()` that returns them; the lowest active ones are dropped
+        grow_score: Scores like `mask`, or a function `grow_score(kept)` that returns them; the highest not kept are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+        nnz: Number of active weights, if known; counted otherwise
+    Returns:
+        Boolean: the new mask"""
     if nnz is None: nnz = int(count(mask))
     if n_grow is None: n_grow = n_drop
     kept = top_k_mask(_scores(keep_score), nnz-n_drop, among=mask, n_among=nnz)
@@ -53,13 +63,25 @@ def pattern_mask(
     score:torch.Tensor, # Scores; the highest become active
     n_keep:int, # Number of active weights; some patterns round it
 )->torch.Tensor: # Boolean, the shape of `score`
-    "Make a mask from scores"
+    """Make a mask from scores
+
+    Args:
+        pattern_f: A pattern
+        score: Scores; the highest become active
+        n_keep: Number of active weights; some patterns round it
+    Returns:
+        Boolean, the shape of `score`"""
     return pattern_f(torch.zeros_like(score, dtype=torch.bool), score, score, 0, n_keep)
 
 def transposed_pattern(
     pattern_f, # A pattern
 )->Callable: # A pattern
-    "Apply a pattern to weights of shape (inputs, outputs, ...)"
+    """Apply a pattern to weights of shape (inputs, outputs, ...)
+
+    Args:
+        pattern_f: A pattern
+    Returns:
+        A pattern"""
     if pattern_f is drop_grow: return pattern_f
     def f(mask, keep_score, grow_score, *args):
         turned = (t.transpose(0, 1) for t in (mask, keep_score, grow_score))
@@ -70,7 +92,13 @@ def fits_pattern(
     mask:torch.Tensor, # Boolean
     pattern_f, # A pattern
 )->bool: # `False` also if the pattern cannot be applied to the shape
-    "Check that a mask fits a pattern: the pattern, called with nothing to drop or grow, returns the same mask"
+    """Check that a mask fits a pattern: the pattern, called with nothing to drop or grow, returns the same mask
+
+    Args:
+        mask: Boolean
+        pattern_f: A pattern
+    Returns:
+        `False` also if the pattern cannot be applied to the shape"""
     score = mask.float()
     try: return torch.equal(pattern_f(mask, score, 0*score, 0, 0), mask)
     except ValueError: return False
@@ -82,7 +110,13 @@ def capacity(
     pattern_f, # A pattern; its attribute `capacity`, if any, is a function of a weight and the pattern's options
     t:torch.Tensor, # A weight
 )->int: # At most `t.numel()`
-    "Count how many weights of `t` a pattern allows to be active"
+    """Count how many weights of `t` a pattern allows to be active
+
+    Args:
+        pattern_f: A pattern; its attribute `capacity`, if any, is a function of a weight and the pattern's options
+        t: A weight
+    Returns:
+        At most `t.numel()`"""
     f = attribute(pattern_f, 'capacity')
     if not f: return t.numel()
     return f(t, **getattr(pattern_f, 'keywords', {}))
@@ -91,7 +125,12 @@ def capacity(
 def as_rows(
     t:torch.Tensor, # A tensor of a weight's shape
 )->torch.Tensor: # A matrix: one row for each output, in which the input channel runs fastest
-    "View a weight as a matrix"
+    """View a weight as a matrix
+
+    Args:
+        t: A tensor of a weight's shape
+    Returns:
+        A matrix: one row for each output, in which the input channel runs fastest"""
     if t.dim()<=2: return t
     return t.movedim(1, -1).flatten(1)
 
@@ -99,7 +138,13 @@ def from_rows(
     t:torch.Tensor, # A matrix, from `as_rows`
     shape, # Shape of the weight
 )->torch.Tensor: # A tensor of this shape
-    "Undo `as_rows`"
+    """Undo `as_rows`
+
+    Args:
+        t: A matrix, from `as_rows`
+        shape: Shape of the weight
+    Returns:
+        A tensor of this shape"""
     if len(shape)<=2: return t.view(shape)
     n_out,n_in,*kernel = shape
     return t.view(n_out, *kernel, n_in).movedim(-1, 1).contiguous()
@@ -109,7 +154,14 @@ def final_counts(
     n_drop:int, # Number of weights to drop
     n_grow:int=None, # Number of weights to grow; `n_drop` by default
 )->tuple: # (number of weights that stay, number that are active in the end)
-    "Count the active weights that a pattern asks for"
+    """Count the active weights that a pattern asks for
+
+    Args:
+        mask: Boolean: active weights
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+    Returns:
+        (number of weights that stay, number that are active in the end)"""
     if n_grow is None: n_grow = n_drop
     n_stay = int(mask.count_nonzero())-n_drop
     return n_stay, n_stay+n_grow
@@ -156,7 +208,19 @@ def nm_pattern(
     m:int=4, # Number of weights in a group
     gradual:bool=False, # True to allow more weights than that, evenly spread, for methods that prune to the pattern
 )->torch.Tensor: # Boolean: the new mask; a `ValueError` if the number of inputs, or of active weights, does not fit
-    "Allow at most `n` active weights of each `m` consecutive inputs; a full layer has exactly `n`"
+    """Allow at most `n` active weights of each `m` consecutive inputs; a full layer has exactly `n`
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores of all weights; the lowest active ones are dropped
+        grow_score: Scores of all weights; the highest inactive ones are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+        n: Largest number of active weights in a group
+        m: Number of weights in a group
+        gradual: True to allow more weights than that, evenly spread, for methods that prune to the pattern
+    Returns:
+        Boolean: the new mask; a `ValueError` if the number of inputs, or of active weights, does not fit"""
     _nm_capacity(mask, n, m)                                                 # refuses a wrong n:m
     _check_nm(mask.shape, n, m)
     n_stay,total = final_counts(mask, n_drop, n_grow)
@@ -177,7 +241,10 @@ nm_pattern.capacity = _nm_capacity
 def check_block_size(
     size, # Rows and columns of a block
 )->None:
-    "Refuse a size of blocks that is none"
+    """Refuse a size of blocks that is none
+
+    Args:
+        size: Rows and columns of a block"""
     is_pair = isinstance(size, (tuple, list)) and len(size)==2
     if is_pair and all(isinstance(k, int) and k>0 for k in size): return
     raise ValueError(f"the size of blocks must be two whole numbers, rows and columns, such as (1, 4), got {size!r}")
@@ -190,7 +257,11 @@ def check_blocks(
     shape, # Shape of a weight
     size, # Rows and columns of a block
 )->None:
-    "Refuse a weight that blocks do not divide"
+    """Refuse a weight that blocks do not divide
+
+    Args:
+        shape: Shape of a weight
+        size: Rows and columns of a block"""
     height,width = size
     rows,cols = shape[0], math.prod(shape[1:])
     if rows%height==0 and cols%width==0: return
@@ -204,7 +275,16 @@ def exchange_groups(
     n_stay:int, # Number of groups that stay, at most
     total:int, # Number of groups in the end
 )->torch.Tensor: # Boolean: the new groups
-    "Drop and grow groups of the same size"
+    """Drop and grow groups of the same size
+
+    Args:
+        active: Boolean: active groups
+        keep: Score of each group; the lowest active ones are dropped
+        grow: Score of each group; the highest inactive ones are grown
+        n_stay: Number of groups that stay, at most
+        total: Number of groups in the end
+    Returns:
+        Boolean: the new groups"""
     n_old = int(active.count_nonzero())
     n_stay = min(n_stay, n_old)
     return drop_grow(active, keep, grow, n_old-n_stay, total-n_stay)
@@ -217,7 +297,17 @@ def block_pattern(
     n_grow=None, # Number of weights to grow; `n_drop` by default
     size:tuple=(1,4), # Rows and columns of a block
 )->torch.Tensor: # Boolean: the new mask; a `ValueError` if blocks do not divide the weight
-    "Allow whole blocks only"
+    """Allow whole blocks only
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores of all weights; the blocks with the lowest sums are dropped
+        grow_score: Scores of all weights; the inactive blocks with the highest sums are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+        size: Rows and columns of a block
+    Returns:
+        Boolean: the new mask; a `ValueError` if blocks do not divide the weight"""
     check_block_size(size)
     check_blocks(mask.shape, size)
     height,width = size
@@ -259,7 +349,17 @@ def fan_in_pattern(
     n_grow=None, # Number of weights to grow; `n_drop` by default
     ablate:float=0.3, # Salient weights a row needs: below 1 a share of the fan-in, else a number; 0 retains all rows
 )->torch.Tensor: # Boolean: the new mask; fewer weights than rows are a `ValueError`, unless rows may be ablated
-    "Give every active row the same number of active weights: [SRigL](https://arxiv.org/abs/2305.02299)"
+    """Give every active row the same number of active weights: [SRigL](https://arxiv.org/abs/2305.02299)
+
+    Args:
+        mask: Boolean: active weights
+        keep_score: Scores of all weights; the lowest active ones are dropped
+        grow_score: Scores of all weights; the highest inactive ones of each row are grown
+        n_drop: Number of weights to drop
+        n_grow: Number of weights to grow; `n_drop` by default
+        ablate: Salient weights a row needs: below 1 a share of the fan-in, else a number; 0 retains all rows
+    Returns:
+        Boolean: the new mask; fewer weights than rows are a `ValueError`, unless rows may be ablated"""
     n_stay,total = final_counts(mask, n_drop, n_grow)
     old,keep,grow = (t.reshape(len(t), -1) for t in (mask, keep_score, grow_score))
     kept = top_k_mask(keep, n_stay, among=old)

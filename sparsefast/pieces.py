@@ -22,7 +22,12 @@ import torch
 def is_cut_up(
     t, # A tensor
 )->bool: # True for a `DTensor`
-    "True if each process has only a piece of a tensor"
+    """True if each process has only a piece of a tensor
+
+    Args:
+        t: A tensor
+    Returns:
+        True for a `DTensor`"""
     return hasattr(type(t), 'device_mesh')
 
 @torch.no_grad()
@@ -31,28 +36,50 @@ def _local(t): return t.to_local()
 def piece(
     t:torch.Tensor, # Any tensor
 )->torch.Tensor: # Shares memory with `t`
-    "Get what this process has of a tensor"
+    """Get what this process has of a tensor
+
+    Args:
+        t: Any tensor
+    Returns:
+        Shares memory with `t`"""
     return _local(t) if is_cut_up(t) else t
 
 # %% ../nbs/03d_pieces.ipynb #866bdc93
 def whole(
     t:torch.Tensor, # Any tensor
 )->torch.Tensor: # Plain; `t` itself if that is plain
-    "Gather a tensor; every process must call it"
+    """Gather a tensor; every process must call it
+
+    Args:
+        t: Any tensor
+    Returns:
+        Plain; `t` itself if that is plain"""
     return t.detach().full_tensor() if is_cut_up(t) else t
 
 def piece_of(
     t:torch.Tensor, # A plain tensor of the shape of `like`
     like:torch.Tensor, # A tensor that is cut
 )->torch.Tensor: # Plain, with memory of its own
-    "Cut a whole tensor as another is cut, and take what this process has of it"
+    """Cut a whole tensor as another is cut, and take what this process has of it
+
+    Args:
+        t: A plain tensor of the shape of `like`
+        like: A tensor that is cut
+    Returns:
+        Plain, with memory of its own"""
     return piece(cut_like(t, like)).clone()
 
 def cut_like(
     t:torch.Tensor, # A plain tensor of the shape of `like`, the same in every process
     like:torch.Tensor, # A tensor that is cut
 )->torch.Tensor: # A `DTensor`
-    "Cut a whole tensor as another is cut"
+    """Cut a whole tensor as another is cut
+
+    Args:
+        t: A plain tensor of the shape of `like`, the same in every process
+        like: A tensor that is cut
+    Returns:
+        A `DTensor`"""
     from torch.distributed.tensor import distribute_tensor         # here, as most models are not cut
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -60,7 +87,13 @@ def as_piece(
     own:torch.Tensor, # What this process has, a plain tensor
     like:torch.Tensor, # A tensor that is cut in the same way
 )->torch.Tensor: # A `DTensor` of the shape of `like`; shares memory with `own`
-    "Take what each process has as its piece of a tensor; nothing is sent"
+    """Take what each process has as its piece of a tensor; nothing is sent
+
+    Args:
+        own: What this process has, a plain tensor
+        like: A tensor that is cut in the same way
+    Returns:
+        A `DTensor` of the shape of `like`; shares memory with `own`"""
     from torch.distributed.tensor import DTensor                   # here, as most models are not cut
     return DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
@@ -68,7 +101,13 @@ def unite(
     own:torch.Tensor, # What this process has, a plain tensor
     like:torch.Tensor, # A tensor that is cut in the same way
 )->torch.Tensor: # Plain, of the shape of `like`
-    "Gather what all processes have; every process must call it"
+    """Gather what all processes have; every process must call it
+
+    Args:
+        own: What this process has, a plain tensor
+        like: A tensor that is cut in the same way
+    Returns:
+        Plain, of the shape of `like`"""
     return whole(as_piece(own, like))
 
 # %% ../nbs/03d_pieces.ipynb #5d1c07a2
@@ -81,7 +120,14 @@ def combine(
     like:torch.Tensor, # The tensor that is cut
     largest:bool=False, # True for the largest in place of the sum
 )->torch.Tensor: # `t`
-    "Add up what all pieces of a tensor have, or take the largest; every process must call it"
+    """Add up what all pieces of a tensor have, or take the largest; every process must call it
+
+    Args:
+        t: One or more numbers of this process's piece, a plain tensor; changed in place
+        like: The tensor that is cut
+        largest: True for the largest in place of the sum
+    Returns:
+        `t`"""
     from torch import distributed as dist
     op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     for d in _cuts(like): dist.all_reduce(t, op, like.device_mesh.get_group(d))
@@ -90,7 +136,12 @@ def combine(
 def rows_before(
     t:torch.Tensor, # A `DTensor`
 )->int|None: # `None` if it is not cut by rows, once
-    "Count the rows of a tensor that precede this process's piece"
+    """Count the rows of a tensor that precede this process's piece
+
+    Args:
+        t: A `DTensor`
+    Returns:
+        `None` if it is not cut by rows, once"""
     if len(cuts := _cuts(t))!=1 or t.placements[cuts[0]].dim!=0: return None
     each = -(-t.shape[0]//t.device_mesh.size(cuts[0]))
     return min(each*t.device_mesh.get_local_rank(cuts[0]), t.shape[0])
@@ -132,7 +183,15 @@ def top_k_of_pieces(
     among:torch.Tensor=None, # Boolean, cut alike: candidates; all by default
     kept:torch.Tensor=None, # Boolean, cut alike, in place of `among`: selected already, all others are candidates
 )->torch.Tensor: # Boolean, cut alike
-    "Select as `top_k_mask` does, without gathering scores; every process must call it"
+    """Select as `top_k_mask` does, without gathering scores; every process must call it
+
+    Args:
+        t: Scores, cut by rows
+        n_keep: Number of positions to select, at most that of the candidates
+        among: Boolean, cut alike: candidates; all by default
+        kept: Boolean, cut alike, in place of `among`: selected already, all others are candidates
+    Returns:
+        Boolean, cut alike"""
     scores = piece(t)
     if kept is None:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
@@ -148,7 +207,12 @@ def top_k_of_pieces(
 def odd_placement(
     t:torch.Tensor, # A `DTensor`
 )->str: # Empty if it is served
-    "Name the placement of a tensor that is cut in a way that masks do not follow"
+    """Name the placement of a tensor that is cut in a way that masks do not follow
+
+    Args:
+        t: A `DTensor`
+    Returns:
+        Empty if it is served"""
     odd = [p for p in t.placements if type(p).__name__ not in ('Shard', 'Replicate')]
     return f'{odd[0]!r}' if odd else ''
 
@@ -156,7 +220,10 @@ def odd_placement(
 def check_uncut(
     model:torch.nn.Module, # A model
 )->None:
-    "Raise a `ValueError` if a parameter of a model is cut up"
+    """Raise a `ValueError` if a parameter of a model is cut up
+
+    Args:
+        model: A model"""
     for n,p in model.named_parameters():
         if is_cut_up(p):
             raise ValueError(f"model must be whole, got {n!r} cut up over processes: gather its state by `get_model_state_dict("

@@ -24,7 +24,13 @@ from .utils import tolist
 
 # %% ../nbs/03h_plan.ipynb #0f8561b4
 class Change(NamedTuple):
-    "What an update does to a layer"
+    """What an update does to a layer
+
+    Args:
+        mask: The new mask, held
+        values: Values of new weights, 1-d; `None` for zero
+        target: The new target sparsity; `None` if it stays
+        memory: What `drop_share_f` remembers"""
     mask:torch.Tensor       # The new mask, held
     values:object=None      # Values of new weights, 1-d; `None` for zero
     target:float=None       # The new target sparsity; `None` if it stays
@@ -96,7 +102,15 @@ def plan(
     opt, # The optimizer
     t, # `Time`
 )->list: # `Change` each
-    "Compute what an update changes in every layer; nothing is written"
+    """Compute what an update changes in every layer; nothing is written
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each, in the model's order
+        opt: The optimizer
+        t: `Time`
+    Returns:
+        `Change` each"""
     before = active = tolist([l.nnz for l in layers])
     masks,goal,active = _phase_one(m, layers, active, opt, t)
     n_drop,memory = drop_counts(m, layers, masks, active, opt, t)

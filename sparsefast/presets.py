@@ -27,7 +27,7 @@ from .allocation import (adaptive_threshold_share, global_growth, global_share, 
                                    survivor_redistribution)
 from .draws import in_subset, sampled
 from .methods import DSTMethod
-from .naming import function_of as _function_of, nearest
+from .naming import as_code, function_of as _function_of, in_words
 from .patterns import fan_in_pattern, nm_pattern
 from .schedules import (constant_anneal, density_times, inverse_power_anneal, late_cosine_anneal,
                                   spare_density, square_wave, step_anneal)
@@ -37,7 +37,7 @@ from .scores import (exploration_penalty, gradient_magnitude, gradient_momentum,
 from .schedules import linear_anneal, sigmoid_anneal
 from .scores import relative_importance, sensitivity
 from .topology import ch2_l3n
-from .utils import did_you_mean, show_value
+from .utils import did_you_mean
 
 # %% ../nbs/05a_presets.ipynb #63c06ded
 # No updates
@@ -355,14 +355,22 @@ def SEFT(**kwargs):
 # %% ../nbs/05a_presets.ipynb #ab867281
 def presets_by_name(
 )->dict: # Name in lower case -> settings
-    "Get all presets"
+    """Get all presets
+
+    Returns:
+        Name in lower case -> settings"""
     names = [n for n in globals() if n.endswith('_presets')]
     return {n.removesuffix('_presets').lower(): globals()[n] for n in names}
 
 def as_method(
     method, # A `DSTMethod`, a preset, or a preset's name in any case, with or without `_presets`
 )->DSTMethod: # The method; a `ValueError` for an unknown name, a `TypeError` for anything else
-    "Get the `DSTMethod` that `method` stands for"
+    """Get the `DSTMethod` that `method` stands for
+
+    Args:
+        method: A `DSTMethod`, a preset, or a preset's name in any case, with or without `_presets`
+    Returns:
+        The method; a `ValueError` for an unknown name, a `TypeError` for anything else"""
     if isinstance(method, DSTMethod): return method
     if isinstance(method, dict): return DSTMethod(**method)
     if not isinstance(method, str):
@@ -376,6 +384,9 @@ def as_method(
 @patch
 def __repr__(self:DSTMethod):
     "Name the nearest preset with the same drop and grow criteria, and the settings that differ"
-    presets = {n.removesuffix('_presets'): p for n,p in globals().items() if n.endswith('_presets')}
-    name,changed = nearest(self, presets)
-    return f"{name}({', '.join(f'{k}={show_value(getattr(self, k))}' for k in changed)})"
+    return as_code(self, {n.removesuffix('_presets'): p for n,p in globals().items() if n.endswith('_presets')})
+
+@patch
+def __str__(self:DSTMethod):
+    "Say in comments what the call does"
+    return '\n  # '.join([repr(self), *in_words(self)])

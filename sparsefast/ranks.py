@@ -36,7 +36,11 @@ def agree(
     tensors:list, # Tensors of one dtype and device; changed in place
     group=None, # Process group; by default all processes
 )->None:
-    "Copy the tensors of the first rank to every rank, in one message"
+    """Copy the tensors of the first rank to every rank, in one message
+
+    Args:
+        tensors: Tensors of one dtype and device; changed in place
+        group: Process group; by default all processes"""
     if not tensors: return
     flat = torch.cat([t.reshape(-1) for t in tensors])
     sent = _packed(flat)
@@ -66,7 +70,12 @@ def _are_several(): return dist.is_available() and dist.is_initialized() and dis
 def sync_masks(
     model, # A sparse module or a `Learner`, not yet wrapped, on every rank
 )->nn.Module: # The module
-    "Give every rank the masks of rank 0; `ValueError` if the ranks have masks for different layers"
+    """Give every rank the masks of rank 0; `ValueError` if the ranks have masks for different layers
+
+    Args:
+        model: A sparse module or a `Learner`, not yet wrapped, on every rank
+    Returns:
+        The module"""
     model = as_module(model)
     buffers = _mask_buffers(model)
     if _are_several():
@@ -82,7 +91,12 @@ def sync_masks(
 def group_of(
     modules, # A module, a `Learner`, or a list of modules
 )->object: # A process group, or `None`
-    "Get the processes that train a model together; `None` with one process, or without `DistributedDataParallel` and `sync_masks`"
+    """Get the processes that train a model together; `None` with one process, or without `DistributedDataParallel` and `sync_masks`
+
+    Args:
+        modules: A module, a `Learner`, or a list of modules
+    Returns:
+        A process group, or `None`"""
     if isinstance(modules, nn.Module) or hasattr(modules, 'model'): modules = [as_module(modules)]
     for m in modules:
         if isinstance(m, DistributedDataParallel) and m.process_group.size()>1: return m.process_group
@@ -93,14 +107,23 @@ def group_of(
 def is_sharded(
     p, # A parameter, or the module that has lost it
 )->bool: # By `fully_shard`, or by `FullyShardedDataParallel`, which may take parameters away
-    "True if each rank has only a part of a parameter"
+    """True if each rank has only a part of a parameter
+
+    Args:
+        p: A parameter, or the module that has lost it
+    Returns:
+        By `fully_shard`, or by `FullyShardedDataParallel`, which may take parameters away"""
     return is_cut_up(p) or not vars(p).keys().isdisjoint(('_fsdp_flattened', '_is_fsdp_managed_module'))
 
 def check_placement(
     p, # A parameter, or the module that has lost it
     name:str, # Name used in the error
 )->None:
-    "Raise a `ValueError` if a parameter is sharded in a way that masks cannot follow"
+    """Raise a `ValueError` if a parameter is sharded in a way that masks cannot follow
+
+    Args:
+        p: A parameter, or the module that has lost it
+        name: Name used in the error"""
     if is_cut_up(p) and (odd := odd_placement(p)):
         raise ValueError(f"{name} is sharded over processes as {odd} (`fully_shard` on top of tensor parallelism), and masks "
                          "need pieces of their own: use one of the two, or leave this layer unsharded")
@@ -111,7 +134,10 @@ def check_placement(
 def check_sharded(
     modules, # Modules, whose children are not visited
 )->None:
-    "Raise a `ValueError` if a parameter with a mask is sharded in a way that is not served"
+    """Raise a `ValueError` if a parameter with a mask is sharded in a way that is not served
+
+    Args:
+        modules: Modules, whose children are not visited"""
     for m in modules:
         for n in [b.removesuffix('_mask') for b in m._buffers if b.endswith('_mask')]:
             p = m._parameters.get(n)
@@ -140,7 +166,13 @@ def cut_mask(
     mask:torch.Tensor, # Boolean, the shape of `p`
     p:torch.Tensor, # The parameter it belongs to
 )->torch.Tensor: # `mask` itself if the parameter is whole
-    "Cut a mask like its parameter; `ValueError` if ranks have different ones"
+    """Cut a mask like its parameter; `ValueError` if ranks have different ones
+
+    Args:
+        mask: Boolean, the shape of `p`
+        p: The parameter it belongs to
+    Returns:
+        `mask` itself if the parameter is whole"""
     if is_cut_up(mask) or not is_cut_up(p): return mask
     if not mask.is_meta: _check_equal([mask], p.device_mesh)
     return cut_like(mask.to(p.device), p).clone()
@@ -149,7 +181,12 @@ def cut_mask(
 def cut_masks(
     modules, # Modules, whose children are not visited
 )->bool: # True if there was something to do
-    "Cut masks, and what methods remember of them, like the parameters that `fully_shard` has cut up"
+    """Cut masks, and what methods remember of them, like the parameters that `fully_shard` has cut up
+
+    Args:
+        modules: Modules, whose children are not visited
+    Returns:
+        True if there was something to do"""
     todo = {}
     for m,n in _uncut(modules): todo.setdefault(m._parameters[n].device_mesh, []).append((m, n))
     for mesh,found in todo.items():

@@ -27,7 +27,13 @@ def second_moments(
     p:torch.Tensor, # A parameter
     opt, # Its optimizer
 )->dict: # Name in the optimizer's state -> tensor of the shape of `p`
-    "Get what an optimizer divides its steps by"
+    """Get what an optimizer divides its steps by
+
+    Args:
+        p: A parameter
+        opt: Its optimizer
+    Returns:
+        Name in the optimizer's state -> tensor of the shape of `p`"""
     state = opt_state(opt, p)
     return {k: state[k] for k in _moments if torch.is_tensor(state.get(k)) and state[k].shape==p.shape}
 
@@ -38,7 +44,13 @@ def zero_state(
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
     dense_state:bool=False, # True to keep second moments, if masked weights have gradients of their own
 )->None:
-    "Zero the optimizer's state of some of a parameter's weights"
+    """Zero the optimizer's state of some of a parameter's weights
+
+    Args:
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        dense_state: True to keep second moments, if masked weights have gradients of their own"""
     spare = second_moments(p, opt).values() if dense_state else ()
     for v in state_tensors(opt, p):
         if not any(v is s for s in spare): zero_masked_(v, ~where)
@@ -49,7 +61,13 @@ def takes(
     f, # A function
     name:str, # Name of an argument
 )->bool: # False if `f` cannot be inspected
-    "True if a function takes an argument of this name"
+    """True if a function takes an argument of this name
+
+    Args:
+        f: A function
+        name: Name of an argument
+    Returns:
+        False if `f` cannot be inspected"""
     try: ps = inspect.signature(f).parameters
     except ValueError: return False
     return name in ps or any(p.kind==p.VAR_KEYWORD for p in ps.values())
@@ -61,7 +79,14 @@ def call_reset(
     where:torch.Tensor, # Boolean, the shape of `p`: weights to reset
     **kwargs # `born`, `grad` and `dense_state` as for `fill_state`, passed if `f` takes them
 )->None:
-    "Reset optimizer state by a method's own rule"
+    """Reset optimizer state by a method's own rule
+
+    Args:
+        f: A method's `reset_state_f`
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        **kwargs: `born`, `grad` and `dense_state` as for `fill_state`, passed if `f` takes them"""
     f(p, opt, where, **{k: v for k,v in kwargs.items() if takes(f, k)})
 
 # %% ../nbs/01d_resets.ipynb #34c2ba14
@@ -91,7 +116,16 @@ def fill_state(
     dense_state:bool=False, # True if weights have second moments of their own before they are grown
     join=_alone, # `join(number, largest=False)` adds the numbers of all pieces of a weight, or takes the largest; by default it is whole
 )->None:
-    "Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay"
+    """Zero the optimizer's state of some weights, and start new ones with the mean second moment of those that stay
+
+    Args:
+        p: A parameter
+        opt: Its optimizer
+        where: Boolean, the shape of `p`: weights to reset
+        born: Boolean, the shape of `p`: weights that an update has just grown; `None` where nothing grows
+        grad: The gradient of all weights, if the update reads it
+        dense_state: True if weights have second moments of their own before they are grown
+        join: `join(number, largest=False)` adds the numbers of all pieces of a weight, or takes the largest; by default it is whole"""
     if dense_state or born is None: return zero_state(p, opt, where, dense_state)
     stays = ~(where | born)
     zero_state(p, opt, ~stays)

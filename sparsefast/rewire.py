@@ -37,7 +37,13 @@ def saved(self:Layer,
     new:torch.Tensor, # What `write` is about to be given
     opt, # The optimizer, whose state `write` changes
 )->Callable: # Called without arguments, it puts everything back
-    "Remember what `write` changes"
+    """Remember what `write` changes
+
+    Args:
+        new: What `write` is about to be given
+        opt: The optimizer, whose state `write` changes
+    Returns:
+        Called without arguments, it puts everything back"""
     dicts = self.module._buffers,opt_state(opt, self.p)
     tensors = [piece(t) for t in (self.p.data, self.held, *state_tensors(opt, self.p))]
     numbers,old = _copied(tensors, self.held^new),[dict(d) for d in dicts]
@@ -73,7 +79,13 @@ def rewire(
     opt, # The optimizer: fastai's or torch's
     t, # `Time`
 )->None:
-    "Update the masks of all layers, or of none if anything fails"
+    """Update the masks of all layers, or of none if anything fails
+
+    Args:
+        m: `DSTMethod`
+        layers: `Layer` each, in the model's order
+        opt: The optimizer: fastai's or torch's
+        t: `Time`"""
     changes = plan(m, layers, opt, t)
     with _uninterrupted():
         undo = [l.saved(change.mask, opt) for l,change in zip(layers, changes)]

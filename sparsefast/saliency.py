@@ -36,7 +36,12 @@ _look_up.reads = ()
 def table_score(
     table:dict, # Scores by parameter, each of the parameter's shape
 )->Callable: # Score function; a parameter that is not in the table raises a `ValueError`
-    "Make a score function from known scores"
+    """Make a score function from known scores
+
+    Args:
+        table: Scores by parameter, each of the parameter's shape
+    Returns:
+        Score function; a parameter that is not in the table raises a `ValueError`"""
     return partial(_look_up, table=table)
 
 # %% ../nbs/03a_saliency.ipynb #35cfdb81
@@ -71,7 +76,16 @@ def snip_score(
     yb, # Its targets
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
 )->Callable: # Score function
-    "Score weights by `|g*w|` on one batch, as a share of the model's sum"
+    """Score weights by `|g*w|` on one batch, as a share of the model's sum
+
+    Args:
+        model: A model or a `Learner`; it is not changed
+        loss_func: Loss function: `loss_func(model(xb), yb)` returns a number
+        xb: A batch of inputs; a `ValueError` if no gradient reaches the weights from it
+        yb: Its targets
+        additional_types: Types of layers to score besides linear layers and convolutions
+    Returns:
+        Score function"""
     model = as_module(model)
     with _forked_rng(model):
         twin,ws,originals = _copied(model, additional_types)
@@ -90,7 +104,17 @@ def grasp_score(
     temperature:float=200., # Number that divides the model's outputs
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
 )->Callable: # Score function
-    "Score weights by `w*(Hg)`: what the gradient's norm loses without the weight"
+    """Score weights by `w*(Hg)`: what the gradient's norm loses without the weight
+
+    Args:
+        model: A model or a `Learner`; it is not changed
+        loss_func: Loss function: `loss_func(model(xb), yb)` returns a number
+        xb: A batch of inputs; a `ValueError` if no second derivative reaches the weights from it
+        yb: Its targets
+        temperature: Number that divides the model's outputs
+        additional_types: Types of layers to score besides linear layers and convolutions
+    Returns:
+        Score function"""
     model = as_module(model)
     with _forked_rng(model):
         twin,ws,originals = _copied(model, additional_types)
@@ -125,7 +149,16 @@ def synflow_score(
     rounds:int=100, # Number of pruning steps; each multiplies density by the same factor
     additional_types:list=[], # Types of layers to score besides linear layers and convolutions
 )->Callable: # Score function: -1 for weights that are pruned, the flow of the last round for the others
-    "Score weights by their synaptic flow while pruning in `rounds` steps"
+    """Score weights by their synaptic flow while pruning in `rounds` steps
+
+    Args:
+        model: A model or a `Learner`; it is not changed
+        xb: A batch of inputs; only its shape is used
+        model_sparsity: Sparsity to prune to, in [0,1]
+        rounds: Number of pruning steps; each multiplies density by the same factor
+        additional_types: Types of layers to score besides linear layers and convolutions
+    Returns:
+        Score function: -1 for weights that are pruned, the flow of the last round for the others"""
     model,density = as_module(model), 1-check_fraction(model_sparsity, 'model_sparsity')
     x = torch.ones_like(xb[:1], dtype=torch.float64)
     with _forked_rng(model):

@@ -22,7 +22,14 @@ def cosine_anneal(
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
 )->float: # Value at `pos`
-    "Follow half a cosine wave from `start` to `end`: `f_decay` of [RigL](https://arxiv.org/abs/1911.11134), Equation 1"
+    """Follow half a cosine wave from `start` to `end`: `f_decay` of [RigL](https://arxiv.org/abs/1911.11134), Equation 1
+
+    Args:
+        start: Value at position 0
+        end: Value at position 1
+        pos: Position, in [0,1]
+    Returns:
+        Value at `pos`"""
     return end + (start-end)*(1+math.cos(math.pi*pos))/2
 
 def linear_anneal(
@@ -30,7 +37,14 @@ def linear_anneal(
     end:float, # Value at position 1
     pos:float, # Position, in [0,1]
 )->float: # Value at `pos`
-    "Follow a straight line from `start` to `end`"
+    """Follow a straight line from `start` to `end`
+
+    Args:
+        start: Value at position 0
+        end: Value at position 1
+        pos: Position, in [0,1]
+    Returns:
+        Value at `pos`"""
     return start + (end-start)*pos
 
 def constant_anneal(
@@ -38,7 +52,14 @@ def constant_anneal(
     end:float, # Not used
     pos:float, # Not used
 )->float: # `start`
-    "Stay at `start`: the original [SET](https://arxiv.org/abs/1707.04780)"
+    """Stay at `start`: the original [SET](https://arxiv.org/abs/1707.04780)
+
+    Args:
+        start: Value at position 0
+        end: Not used
+        pos: Not used
+    Returns:
+        `start`"""
     return start
 
 # %% ../nbs/03b_schedules.ipynb #e9d45790
@@ -48,7 +69,15 @@ def inverse_power_anneal(
     pos:float, # Position, in [0,1]
     power:float=3, # Exponent
 )->float: # Value at `pos`
-    "Change fast at first and slowly in the end; power 3 is the cubic schedule of [Zhu and Gupta](https://arxiv.org/abs/1710.01878), Equation 1"
+    """Change fast at first and slowly in the end; power 3 is the cubic schedule of [Zhu and Gupta](https://arxiv.org/abs/1710.01878), Equation 1
+
+    Args:
+        start: Value at position 0
+        end: Value at position 1
+        pos: Position, in [0,1]
+        power: Exponent
+    Returns:
+        Value at `pos`"""
     return end + (start-end)*(1-pos)**power
 
 def step_anneal(
@@ -57,7 +86,15 @@ def step_anneal(
     pos:float, # Position, in [0,1]
     at:tuple=(90/160, 120/160), # Positions of the steps, rising; by default epochs 90 and 120 of 160, as in MEST's code
 )->float: # Value at `pos`
-    "Go from `start` to `end` in equal steps: [MEST](https://arxiv.org/abs/2110.14032)"
+    """Go from `start` to `end` in equal steps: [MEST](https://arxiv.org/abs/2110.14032)
+
+    Args:
+        start: Value at position 0
+        end: Value at position 1
+        pos: Position, in [0,1]
+        at: Positions of the steps, rising; by default epochs 90 and 120 of 160, as in MEST's code
+    Returns:
+        Value at `pos`"""
     return start + (end-start)*sum(pos>=a for a in at)/len(at)
 
 # %% ../nbs/03b_schedules.ipynb #70faa011
@@ -67,7 +104,15 @@ def square_wave(
     pos:float, # Position, in [0,1]
     at:tuple=(.10,.15,.20,.25,.30,.35,.40,.45,.50,.55,.60,.65,.70,.75,.85), # Positions of the changes, rising
 )->float: # Value at `pos`
-    "Alternate between `start` and `end`: the phases of [AC/DC](https://arxiv.org/abs/2106.12379), by default those of its code for 100 epochs of ImageNet"
+    """Alternate between `start` and `end`: the phases of [AC/DC](https://arxiv.org/abs/2106.12379), by default those of its code for 100 epochs of ImageNet
+
+    Args:
+        start: Value in the first, third, ... phase
+        end: Value in the second, fourth, ... phase
+        pos: Position, in [0,1]
+        at: Positions of the changes, rising
+    Returns:
+        Value at `pos`"""
     return end if sum(pos>=a for a in at)%2 else start
 
 square_wave.rises = True
@@ -82,7 +127,15 @@ def sigmoid_anneal(
     pos:float, # Position, in [0,1]
     steepness:float=6, # Steepness in the middle, above 0
 )->float: # Value at `pos`
-    "Follow a logistic curve, normalised, from `start` to `end`: density decay of [CHTss](https://arxiv.org/abs/2501.19107), as in its code"
+    """Follow a logistic curve, normalised, from `start` to `end`: density decay of [CHTss](https://arxiv.org/abs/2501.19107), as in its code
+
+    Args:
+        start: Value at position 0
+        end: Value at position 1
+        pos: Position, in [0,1]
+        steepness: Steepness in the middle, above 0
+    Returns:
+        Value at `pos`"""
     def sigmoid(x): return 1/(1+math.exp(-x))
     low,high = sigmoid(-steepness),sigmoid(steepness)
     return start + (end-start)*(sigmoid(steepness*(2*pos-1))-low)/(high-low)
@@ -92,7 +145,13 @@ def density_times(
     sparsity:float, # Sparsity in the end
     by:float=1.2, # Number of active weights at the start, relative to the end
 )->float: # Sparsity at the start, at least 0
-    "Compute the sparsity at which density is `by` times as high"
+    """Compute the sparsity at which density is `by` times as high
+
+    Args:
+        sparsity: Sparsity in the end
+        by: Number of active weights at the start, relative to the end
+    Returns:
+        Sparsity at the start, at least 0"""
     return max(0., 1-by*(1-sparsity))
 
 # The earlier name of `density_times`
@@ -105,7 +164,15 @@ def spare_density(
     end:float=0., # The same at `until`, and after; 0.005 for ImageNet
     until:float=130/160, # Share of training where the soft bound ends; epoch 130 of 160, as in the code
 )->float: # Density beyond the target
-    "Compute the density that an update leaves beyond the target, on a cosine: for `extra_density_f`"
+    """Compute the density that an update leaves beyond the target, on a cosine: for `extra_density_f`
+
+    Args:
+        pct: Share of training done
+        start: Density beyond the target at first, as a share of all weights
+        end: The same at `until`, and after; 0.005 for ImageNet
+        until: Share of training where the soft bound ends; epoch 130 of 160, as in the code
+    Returns:
+        Density beyond the target"""
     return cosine_anneal(start, end, min(pct/until, 1.) if until else 1.)
 
 def late_cosine_anneal(
@@ -114,5 +181,13 @@ def late_cosine_anneal(
     pos:float, # Position, in [0,1]
     begin:float=130/160, # Position before which the value is 0
 )->float: # Value at `pos`
-    "Follow the last part of half a cosine wave, and 0 before it"
+    """Follow the last part of half a cosine wave, and 0 before it
+
+    Args:
+        start: Value at position 0 of the cosine
+        end: Value at position 1
+        pos: Position, in [0,1]
+        begin: Position before which the value is 0
+    Returns:
+        Value at `pos`"""
     return cosine_anneal(start, end, pos) if pos>=begin else 0.

@@ -32,7 +32,12 @@ _flags = dict(weight=('needs_values', True), gradient=('needs_grad', True), mome
 def reads(
     f, # A function with a score's signature, or a `partial` of one; `None` reads nothing
 )->tuple: # Some of 'weight', 'gradient' and 'momentum'
-    "Get what a score reads: its attribute `reads`, by default weight and gradient"
+    """Get what a score reads: its attribute `reads`, by default weight and gradient
+
+    Args:
+        f: A function with a score's signature, or a `partial` of one; `None` reads nothing
+    Returns:
+        Some of 'weight', 'gradient' and 'momentum'"""
     if f is None: return ()
     found = attribute(f, 'reads')
     if found is not None: return tuple(found)
@@ -45,7 +50,14 @@ def random_score(
     on_device:bool=False, # True to draw on the device of `p`: fast on a GPU, and masks then depend on the device
     **kwargs
 )->torch.Tensor: # float32 in [0,1), with the shape and device of `p`
-    "Score at random: the growth of [SET](https://arxiv.org/abs/1707.04780), Section 3"
+    """Score at random: the growth of [SET](https://arxiv.org/abs/1707.04780), Section 3
+
+    Args:
+        p: A parameter
+        generator: Where the numbers come from; torch's global generator by default
+        on_device: True to draw on the device of `p`: fast on a GPU, and masks then depend on the device
+    Returns:
+        float32 in [0,1), with the shape and device of `p`"""
     if on_device:
         there = None if generator is None else torch.Generator(p.device).manual_seed(generator.initial_seed())
         return torch.rand(p.shape, generator=there, device=p.device)
@@ -56,7 +68,12 @@ def weight_magnitude(
     p:torch.Tensor, # A parameter
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `|w|`: the drop of SET, SNFS and RigL"
+    """Score by `|w|`: the drop of SET, SNFS and RigL
+
+    Args:
+        p: A parameter
+    Returns:
+        With the shape, device and dtype of `p`"""
     return p.detach().abs()
 
 random_score.reads,weight_magnitude.reads = (),('weight',)
@@ -68,7 +85,13 @@ def per_sign_magnitude(
     mask:torch.Tensor=None, # Boolean: active weights; all by default
     **kwargs
 )->torch.Tensor: # float64: from the smallest, 1/n, to the largest, 1, of n active weights of a sign
-    "Rank by magnitude among the active weights of the same sign: the drop of [SET's own code](https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks)"
+    """Rank by magnitude among the active weights of the same sign: the drop of [SET's own code](https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks)
+
+    Args:
+        p: A parameter
+        mask: Boolean: active weights; all by default
+    Returns:
+        float64: from the smallest, 1/n, to the largest, 1, of n active weights of a sign"""
     w,score = p.detach(), torch.zeros(p.shape, dtype=torch.float64, device=p.device)
     mask = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
     for sign in (mask & (w>=0), mask & (w<0)):
@@ -82,7 +105,14 @@ def random_elsewhere(
     generator:torch.Generator=None, # Where the numbers come from; torch's global generator by default
     **kwargs
 )->torch.Tensor: # In [0,1) at inactive positions, -1 at active ones
-    "Score at random, with active weights last: the growth of [DSR](https://arxiv.org/abs/1902.05967), where a dropped weight may not return"
+    """Score at random, with active weights last: the growth of [DSR](https://arxiv.org/abs/1902.05967), where a dropped weight may not return
+
+    Args:
+        p: A parameter
+        mask: Boolean: active weights, those to be dropped included
+        generator: Where the numbers come from; torch's global generator by default
+    Returns:
+        In [0,1) at inactive positions, -1 at active ones"""
     return random_score(p, generator).masked_fill(mask, -1)
 
 per_sign_magnitude.reads,random_elsewhere.reads = ('weight',),()
@@ -94,7 +124,13 @@ def magnitude_no_empty_rows(
     mask:torch.Tensor=None, # Boolean: active weights; all by default
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`: `|w|`, and infinity at the largest active weight of each row, of equal ones the first
-    "Score by `|w|`, with the strongest weight of each row dropped last, so that no row becomes empty while there are weights for all"
+    """Score by `|w|`, with the strongest weight of each row dropped last, so that no row becomes empty while there are weights for all
+
+    Args:
+        p: A parameter; its first dimension counts rows: outputs, or filters
+        mask: Boolean: active weights; all by default
+    Returns:
+        With the shape, device and dtype of `p`: `|w|`, and infinity at the largest active weight of each row, of equal ones the first"""
     score = weight_magnitude(p)
     if not p.numel(): return score
     rows = (score if mask is None else score.masked_fill(~mask, -1)).flatten(1)
@@ -106,7 +142,12 @@ magnitude_no_empty_rows.reads,magnitude_no_empty_rows.by_rows = ('weight',),True
 def relative_shares(
     t:torch.Tensor, # Magnitudes: (groups, outputs, inputs, ...)
 )->torch.Tensor: # With the shape of `t`
-    "Add each magnitude's share of its row and its share of its column, within its group; 0/0 counts as 0"
+    """Add each magnitude's share of its row and its share of its column, within its group; 0/0 counts as 0
+
+    Args:
+        t: Magnitudes: (groups, outputs, inputs, ...)
+    Returns:
+        With the shape of `t`"""
     flat = t.flatten(2)
     shares = [(flat/flat.sum(d, keepdim=True)).nan_to_num_(nan=0.) for d in (1, 2)]
     return sum(shares).view(t.shape)
@@ -116,7 +157,13 @@ def relative_importance(
     mask:torch.Tensor=None, # Boolean: active weights; all by default
     **kwargs
 )->torch.Tensor: # float32 or wider, with the shape and device of `p`
-    "Score by `|w|` as a share of its row, plus its share of its column: RI of [CHTss](https://arxiv.org/abs/2501.19107); 0/0 counts as 0"
+    """Score by `|w|` as a share of its row, plus its share of its column: RI of [CHTss](https://arxiv.org/abs/2501.19107); 0/0 counts as 0
+
+    Args:
+        p: A parameter; rows are outputs, or filters
+        mask: Boolean: active weights; all by default
+    Returns:
+        float32 or wider, with the shape and device of `p`"""
     w = weight_magnitude(p) if mask is None else weight_magnitude(p)*mask
     wide = torch.promote_types(w.dtype, torch.float32)
     return relative_shares(w.to(wide)[None])[0]
@@ -128,7 +175,12 @@ def gradient_magnitude(
     p:torch.Tensor, # A parameter, after `backward`; without gradient a `ValueError`
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `|dL/dw|` of the current batch: the growth of [RigL](https://arxiv.org/abs/1911.11134), Algorithm 1"
+    """Score by `|dL/dw|` of the current batch: the growth of [RigL](https://arxiv.org/abs/1911.11134), Algorithm 1
+
+    Args:
+        p: A parameter, after `backward`; without gradient a `ValueError`
+    Returns:
+        With the shape, device and dtype of `p`"""
     if p.grad is None: raise ValueError(f"a parameter of shape {tuple(p.shape)} has no gradient: call this between `backward` and `zero_grad`")
     return p.grad.detach().abs()
 
@@ -137,7 +189,13 @@ def weight_and_gradient(
     scale:float=1., # Weight of the gradient's part
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `|w| + scale*|dL/dw|`: the drop of [MEST](https://arxiv.org/abs/2110.14032)'s code, where the scale is 0 unless it is set"
+    """Score by `|w| + scale*|dL/dw|`: the drop of [MEST](https://arxiv.org/abs/2110.14032)'s code, where the scale is 0 unless it is set
+
+    Args:
+        p: A parameter, after `backward`; without gradient a `ValueError`
+        scale: Weight of the gradient's part
+    Returns:
+        With the shape, device and dtype of `p`"""
     return weight_magnitude(p) + scale*gradient_magnitude(p)
 
 gradient_magnitude.reads,weight_and_gradient.reads = ('gradient',),('weight', 'gradient')
@@ -148,14 +206,24 @@ def sensitivity(
     p:torch.Tensor, # A parameter, after `backward`; without gradient a `ValueError`
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `|w * dL/dw|`: the drop of [SEFT](https://arxiv.org/abs/2505.24037). A weight of zero scores 0"
+    """Score by `|w * dL/dw|`: the drop of [SEFT](https://arxiv.org/abs/2505.24037). A weight of zero scores 0
+
+    Args:
+        p: A parameter, after `backward`; without gradient a `ValueError`
+    Returns:
+        With the shape, device and dtype of `p`"""
     return weight_magnitude(p)*gradient_magnitude(p)
 
 def movement(
     p:torch.Tensor, # A parameter, after `backward`; without gradient a `ValueError`
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `-w * dL/dw`, above 0 for weights that move away from zero: one step of [movement pruning](https://arxiv.org/abs/2005.07683)"
+    """Score by `-w * dL/dw`, above 0 for weights that move away from zero: one step of [movement pruning](https://arxiv.org/abs/2005.07683)
+
+    Args:
+        p: A parameter, after `backward`; without gradient a `ValueError`
+    Returns:
+        With the shape, device and dtype of `p`"""
     gradient_magnitude(p)                                          # refuses a parameter without gradient
     return -p.detach()*p.grad.detach()
 
@@ -168,7 +236,13 @@ def gradient_momentum(
     opt, # The optimizer, with momentum and after a step with `p`; else a `ValueError`
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Score by `|momentum|`, divided by the root of the second moment where there is one: the growth of [SNFS](https://arxiv.org/abs/1907.04840)"
+    """Score by `|momentum|`, divided by the root of the second moment where there is one: the growth of [SNFS](https://arxiv.org/abs/1907.04840)
+
+    Args:
+        p: A parameter
+        opt: The optimizer, with momentum and after a step with `p`; else a `ValueError`
+    Returns:
+        With the shape, device and dtype of `p`"""
     found = momentum(p, opt)
     if found is None: raise ValueError(f"opt must have stepped with the parameter of shape {tuple(p.shape)}: there is no momentum to read yet")
     first,second = found
@@ -192,7 +266,14 @@ def random_value(
     std:float=0.1, # Standard deviation
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Draw normal numbers, as in [SET's own code](https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks)"
+    """Draw normal numbers, as in [SET's own code](https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks)
+
+    Args:
+        p: A parameter
+        generator: Where the numbers come from; torch's global generator by default
+        std: Standard deviation
+    Returns:
+        With the shape, device and dtype of `p`"""
     value = torch.randn(p.shape, generator=generator, device='cpu', pin_memory=p.is_cuda)
     return value.to(p.device, non_blocking=True).mul_(std).to(p.dtype)
 
@@ -201,7 +282,13 @@ def gradient_value(
     scale:float=0.1, # Length of the step
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Take a step down the gradient (RigL's code has such an option too, `grad_scale`, with the gradient's own sign)"
+    """Take a step down the gradient (RigL's code has such an option too, `grad_scale`, with the gradient's own sign)
+
+    Args:
+        p: A parameter, with its gradient
+        scale: Length of the step
+    Returns:
+        With the shape, device and dtype of `p`"""
     gradient_magnitude(p)                                          # refuses a parameter without gradient
     return -scale*p.grad.detach()
 
@@ -214,7 +301,14 @@ def exploration_penalty(
     scale:float=1e-4, # Strength
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Decay all weights, stronger by 1/density where they are unused, so that few stay near the border: [Top-KAST](https://arxiv.org/abs/2106.03517)"
+    """Decay all weights, stronger by 1/density where they are unused, so that few stay near the border: [Top-KAST](https://arxiv.org/abs/2106.03517)
+
+    Args:
+        p: All weights that train, used or not
+        mask: Boolean: those the forward pass uses
+        scale: Strength
+    Returns:
+        With the shape, device and dtype of `p`"""
     density = mask.float().mean().clamp(min=1/mask.numel())
     return scale*p.detach()*torch.where(mask, 1., 1/density).to(p.dtype)
 
@@ -224,7 +318,14 @@ def sr_ste_penalty(
     scale:float=2e-4, # Strength, lambda in the paper
     **kwargs
 )->torch.Tensor: # With the shape, device and dtype of `p`
-    "Decay unused weights only: [SR-STE](https://arxiv.org/abs/2102.04010)"
+    """Decay unused weights only: [SR-STE](https://arxiv.org/abs/2102.04010)
+
+    Args:
+        p: All weights that train, used or not
+        mask: Boolean: those the forward pass uses
+        scale: Strength, lambda in the paper
+    Returns:
+        With the shape, device and dtype of `p`"""
     return scale*p.detach()*~mask
 
 # %% ../nbs/03_scores.ipynb #34f825d4
@@ -235,7 +336,15 @@ def relative_gradient(
     mask:torch.Tensor=None, # Boolean: active weights; all by default
     **kwargs
 )->torch.Tensor: # With the shape and device of `p`, float32 or wider
-    "Score by `|dL/dw|` relative to its layer, for growth over the whole model"
+    """Score by `|dL/dw|` relative to its layer, for growth over the whole model
+
+    Args:
+        p: A parameter, after `backward`; without gradient a `ValueError`
+        by: 'rms': divided by the layer's root mean square; 'typical': times the mean `|w|` of kept weights
+        kept: Boolean: weights that stay; those of `mask` by default
+        mask: Boolean: active weights; all by default
+    Returns:
+        With the shape and device of `p`, float32 or wider"""
     g = gradient_magnitude(p)
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     if by=='rms': return g/g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)

@@ -22,7 +22,11 @@ from .utils import as_module
 
 # %% ../nbs/01b_select.ipynb #14c6dcad
 class Weight(NamedTuple):
-    "A parameter that can be sparse: its module, and its name there"
+    """A parameter that can be sparse: its module, and its name there
+
+    Args:
+        module: Module that owns the parameter
+        name: Name of the parameter in that module"""
     module:nn.Module # Module that owns the parameter
     name:str # Name of the parameter in that module
 
@@ -49,7 +53,13 @@ def maskable(
     m:nn.Module, # A module, without its children
     additional_types:list=[], # Types to accept besides the known ones
 )->list: # Names
-    "List the parameters of a module that can be sparse"
+    """List the parameters of a module that can be sparse
+
+    Args:
+        m: A module, without its children
+        additional_types: Types to accept besides the known ones
+    Returns:
+        Names"""
     if is_sparseable_module(m) or isinstance(m, nn.Bilinear) or _is(m, _conv1d): return ['weight']
     own = _own(m)
     if isinstance(m, nn.MultiheadAttention): return [n for n in own if n.endswith('proj_weight')]
@@ -64,14 +74,24 @@ def maskable(
 def is_transposed(
     m:nn.Module, # A module with a weight
 )->bool: # True if the shape is (inputs, outputs, ...)
-    "True if the weight has its outputs in the second dimension, as transposed convolutions and Hugging Face's `Conv1D` have"
+    """True if the weight has its outputs in the second dimension, as transposed convolutions and Hugging Face's `Conv1D` have
+
+    Args:
+        m: A module with a weight
+    Returns:
+        True if the shape is (inputs, outputs, ...)"""
     if isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)): return True
     return _is(m, _conv1d) or isinstance(m, Compressed) and m.swapped
 
 def is_depthwise(
     m:nn.Module, # A module with a weight
 )->bool: # True if there is one group per input channel
-    "True for a convolution of each channel by itself, which has few weights and stays dense in papers"
+    """True for a convolution of each channel by itself, which has few weights and stays dense in papers
+
+    Args:
+        m: A module with a weight
+    Returns:
+        True if there is one group per input channel"""
     return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels
 
 # %% ../nbs/01b_select.ipynb #63571dbb
@@ -79,7 +99,13 @@ def weight_names(
     model, # A module or a `Learner`
     additional_types:list=[], # Types to accept besides the known ones
 )->dict: # `Weight` -> name, in the model's order; a shared parameter appears under each of its names
-    "Name the weights of a model that can be sparse"
+    """Name the weights of a model that can be sparse
+
+    Args:
+        model: A module or a `Learner`
+        additional_types: Types to accept besides the known ones
+    Returns:
+        `Weight` -> name, in the model's order; a shared parameter appears under each of its names"""
     names = {}
     for layer,m in as_module(model).named_modules():
         layer = layer or type(m).__name__
@@ -89,7 +115,10 @@ def weight_names(
 def check_plain(
     names:dict, # Result of `weight_names`
 )->None:
-    "Raise a `ValueError` if a weight is not a plain parameter of known shape"
+    """Raise a `ValueError` if a weight is not a plain parameter of known shape
+
+    Args:
+        names: Result of `weight_names`"""
     for w,nm in names.items():
         if w.p is None:
             raise ValueError(f"{nm} has no plain parameter `{w.name}` (is it parametrized or weight-normed?): "
@@ -131,7 +160,14 @@ def select_weights(
     which, # A glob on qualified names, a module, a type, a position, or a list of these
     additional_types:list=[], # Types to accept besides the known ones
 )->list: # `Weight` tuples in the model's order, each once
-    "Find the weights that `which` selects, with everything inside a container; `ValueError` if one value matches nothing"
+    """Find the weights that `which` selects, with everything inside a container; `ValueError` if one value matches nothing
+
+    Args:
+        model: A module or a `Learner`
+        which: A glob on qualified names, a module, a type, a position, or a list of these
+        additional_types: Types to accept besides the known ones
+    Returns:
+        `Weight` tuples in the model's order, each once"""
     names,found = weight_names(model, additional_types), set()
     for value in which if isinstance(which, (list, tuple, set)) else [which]:
         ws = _matches(value, names)

@@ -92,7 +92,10 @@ def _setting(v, setting, allow):
 # %% ../nbs/04h_serialize.ipynb #ece9faf5
 @patch
 def to_dict(self:DSTMethod)->dict: # For `from_dict`, and for JSON; a `ValueError` for a function without a name
-    "Convert to plain lists, dicts, words and numbers"
+    """Convert to plain lists, dicts, words and numbers
+
+    Returns:
+        For `from_dict`, and for JSON; a `ValueError` for a function without a name"""
     return {f.name: _plain(getattr(self, f.name), f.name) for f in fields(DSTMethod)}
 
 @patch(cls_method=True)
@@ -100,7 +103,13 @@ def from_dict(cls:DSTMethod,
     settings:dict, # From `to_dict`; missing settings have their defaults
     allow=(), # Modules of others, or their names, whose functions may be named: they are imported
 )->DSTMethod: # A `ValueError` or `TypeError` names a setting that is wrong
-    "Make a method from what `to_dict` returned"
+    """Make a method from what `to_dict` returned
+
+    Args:
+        settings: From `to_dict`; missing settings have their defaults
+        allow: Modules of others, or their names, whose functions may be named: they are imported
+    Returns:
+        A `ValueError` or `TypeError` names a setting that is wrong"""
     if not isinstance(settings, dict): raise TypeError(f"settings must be a dict from `to_dict`, got {settings!r:.60}")
     known = {f.name for f in fields(DSTMethod)}
     return cls(**{k: _setting(v, k, allow) if k in known else v for k,v in settings.items()})
@@ -113,7 +122,13 @@ def save_method(
     method:DSTMethod, # Any method that `to_dict` can convert
     folder, # Folder for `method_file`; made if need be
 )->Path: # The file
-    "Write a method next to a model"
+    """Write a method next to a model
+
+    Args:
+        method: Any method that `to_dict` can convert
+        folder: Folder for `method_file`; made if need be
+    Returns:
+        The file"""
     text = json.dumps(method.to_dict(), indent=1)+'\n'
     return atomic_write(Path(folder)/method_file, lambda tmp: tmp.write_text(text, encoding='utf-8'))
 
@@ -121,5 +136,11 @@ def load_method(
     folder, # Folder with `method_file`
     allow=(), # Modules of others, or their names, whose functions may be named: they are imported
 )->DSTMethod: # A `ValueError` or `TypeError` names a setting that is wrong
-    "Read the method that a model was trained by"
+    """Read the method that a model was trained by
+
+    Args:
+        folder: Folder with `method_file`
+        allow: Modules of others, or their names, whose functions may be named: they are imported
+    Returns:
+        A `ValueError` or `TypeError` names a setting that is wrong"""
     return DSTMethod.from_dict(json.loads((Path(folder)/method_file).read_text(encoding='utf-8')), allow)

@@ -26,7 +26,14 @@ from .utils import attribute
 
 # %% ../nbs/03f_sharded.ipynb #e396e759
 class ShardedLayer(Layer):
-    "A masked weight of which each process has a piece"
+    """A masked weight of which each process has a piece
+
+    Args:
+        module: Owner
+        name: The parameter's name in it
+        i: Place among the model's sparse weights
+        is_last: True for the last of them
+        group: Not used: each place of the mask is in one process"""
     form,remedy = 'sharded over processes','use another method, or train with `DistributedDataParallel`'
 
     def __init__(self,

@@ -44,7 +44,13 @@ def add_mask(
     mask:torch.Tensor, # Boolean, the parameter's shape, else a `ValueError`; `True` is active; copied
     sparsity=None, # Target sparsity, by default that of `mask`
 )->None:
-    "Register `{name}_mask` and `{name}_sparsity` next to a parameter, and zero what is masked"
+    """Register `{name}_mask` and `{name}_sparsity` next to a parameter, and zero what is masked
+
+    Args:
+        module: The layer that owns the parameter
+        name: The parameter's name in it, such as 'weight'
+        mask: Boolean, the parameter's shape, else a `ValueError`; `True` is active; copied
+        sparsity: Target sparsity, by default that of `mask`"""
     p = module.get_parameter(name)
     check_mask(mask, p, f'the mask of {name!r}')
     if sparsity is None: sparsity = mask_sparsity(mask)
@@ -55,7 +61,10 @@ def add_mask(
 
 # %% ../nbs/04_sparsify.ipynb #ef371a6e
 def no_hooks()->object: # fastai's `Hooks`, with nothing to remove
-    "Make the result of a call that adds no hooks"
+    """Make the result of a call that adds no hooks
+
+    Returns:
+        fastai's `Hooks`, with nothing to remove"""
     from fastai.callback.hook import Hooks                         # here, so that the engine works without fastai
     return Hooks([], lambda *args: None)
 
@@ -187,7 +196,26 @@ def sparsify_model(
     depthwise:bool=False, # True to make depthwise convolutions sparse too; papers leave them dense
     keep=None, # 'magnitude' keeps a trained model's largest weights; a score; 'random' is chance without a warning
 )->object: # fastai's `Hooks`: `remove()` ends the enforcement, the masks stay
-    "Give sparseable layers masks, in place; layers of sparsity 0 get none; a `ValueError` leaves the model as it was"
+    """Give sparseable layers masks, in place; layers of sparsity 0 get none; a `ValueError` leaves the model as it was
+
+    Args:
+        model: A model, or a `Learner`, whose model is taken
+        model_sparsity: Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
+        sparse_f: Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk', 'erk_plus', 'lamp'
+        enforce_mask: True to add hooks that mask the weights before every forward
+        additional_types: Module types to make sparse besides those that `maskable` knows
+        exclude: Layers that stay dense and are not counted, as `select_weights` takes them
+        sparsities: Layers with a sparsity of their own, as `exclude` takes them; the rest meets the total
+        masks: Layers with masks of their own: boolean, the weight's shape; copied; or 'zeros', to mask what is zero
+        initial_sparsity: Sparsity to start with, for methods that prune; by default `model_sparsity`
+        score_f: Each mask is the highest scores of its layer: chance, a method at initialisation
+        pattern_f: Sparsity pattern
+        keep_dense: True to store the values of masked weights, for methods that train them
+        init_f: New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`
+        depthwise: True to make depthwise convolutions sparse too; papers leave them dense
+        keep: 'magnitude' keeps a trained model's largest weights; a score; 'random' is chance without a warning
+    Returns:
+        fastai's `Hooks`: `remove()` ends the enforcement, the masks stay"""
     model = as_module(model)
     score_f,sparse_f = _kept(keep, score_f, sparse_f, pattern_f)
     sparse_f = find_named(sparse_f, named_distributions, 'sparse_f')
@@ -219,7 +247,15 @@ def sparse_kaiming_normal_(
     transposed:bool=False, # True for a transposed convolution's weight, with outputs in dimension 1
     gain:float=math.sqrt(2), # For the non-linearity that follows; the root of 2 is for ReLU
 )->torch.Tensor: # `p`
-    "Draw normal weights with each neuron's own fan-in ([Evci et al.](https://arxiv.org/abs/2010.03533), Section 3.1)"
+    """Draw normal weights with each neuron's own fan-in ([Evci et al.](https://arxiv.org/abs/2010.03533), Section 3.1)
+
+    Args:
+        p: A weight, changed in place
+        mask: Boolean, the shape of `p`
+        transposed: True for a transposed convolution's weight, with outputs in dimension 1
+        gain: For the non-linearity that follows; the root of 2 is for ReLU
+    Returns:
+        `p`"""
     other = [d for d in range(p.dim()) if d!=int(transposed)]
     fan_in = mask.sum(other, keepdim=True).clamp(min=1)
     std = gain/fan_in.sqrt()
@@ -230,7 +266,12 @@ def sparse_kaiming_normal_(
 def unsparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
 )->nn.Module: # The same model, with plain dense layers; masked weights are zeros
-    "Undo `sparsify_model`: bake the zeros in, then remove masks, targets and hooks"
+    """Undo `sparsify_model`: bake the zeros in, then remove masks, targets and hooks
+
+    Args:
+        model: A model, or a `Learner`, whose model is taken
+    Returns:
+        The same model, with plain dense layers; masked weights are zeros"""
     model = as_module(model)
     if not unloaded(model):
         cut_masks(model.modules())
@@ -247,7 +288,12 @@ def unsparsify_model(
 def split_state(
     state_dict:dict, # State of a model, sparse or dense
 )->tuple: # (keys of masked parameters, keys of masks and what belongs to them, a dict of the rest)
-    "Take a state dict apart"
+    """Take a state dict apart
+
+    Args:
+        state_dict: State of a model, sparse or dense
+    Returns:
+        (keys of masked parameters, keys of masks and what belongs to them, a dict of the rest)"""
     masks = [k for k in state_dict if k.endswith('_mask')]
     names = [k.removesuffix('_mask') for k in masks if state_dict[k].dtype==torch.bool]
     masked = [n for n in names if n in state_dict]
@@ -268,7 +314,14 @@ def state_misfit(
     rest:dict, # What of a state is not masks, from `split_state`
     masked:list, # Keys of masked parameters
 )->str: # One sentence; empty if all fits
-    "Say what of a state does not fit a model"
+    """Say what of a state does not fit a model
+
+    Args:
+        model: A model
+        rest: What of a state is not masks, from `split_state`
+        masked: Keys of masked parameters
+    Returns:
+        One sentence; empty if all fits"""
     compressed = [n for n,m in model.named_modules() if isinstance(m, Compressed)]
     for n in compressed:
         if f'{n}.values'.lstrip('.') not in rest: return f"{n!r} is compressed in the model only: call `to_masked_layers(model)` first"
@@ -293,7 +346,11 @@ def set_sparse_state(
     model:nn.Module, # A model of the kind that was saved; what does not fit is a `ValueError` and changes nothing
     state_dict:dict, # State of a sparse model
 )->None:
-    "Load a sparse model's state, with its masks and without hooks; masks that the state does not have are removed"
+    """Load a sparse model's state, with its masks and without hooks; masks that the state does not have are removed
+
+    Args:
+        model: A model of the kind that was saved; what does not fit is a `ValueError` and changes nothing
+        state_dict: State of a sparse model"""
     state_dict = own_names(model, state_dict)
     masked,ours,rest = split_state(state_dict)
     problem = state_misfit(model, rest, masked)
@@ -316,7 +373,14 @@ def load_sparse_state(
     state_dict:dict, # State of a sparse model; copied
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
 )->object: # fastai's `Hooks`
-    "Load a sparse model's state, with its masks; masks that the state does not have are removed"
+    """Load a sparse model's state, with its masks; masks that the state does not have are removed
+
+    Args:
+        model: A model of the kind that was saved, or a `Learner`; what does not fit is a `ValueError`
+        state_dict: State of a sparse model; copied
+        enforce_mask: True to add hooks that mask the weights before every forward
+    Returns:
+        fastai's `Hooks`"""
     model = as_module(model)
     set_sparse_state(model, state_dict)
     return enforce_masks(model) if enforce_mask else no_hooks()

@@ -24,7 +24,12 @@ from .utils import check_fraction, did_you_mean
 def is_adapter(
     name:str, # Qualified name of a layer
 )->bool: # By the names of peft: `lora_A`, `lora_B`
-    "True for a layer of a LoRA adapter, which has few weights already"
+    """True for a layer of a LoRA adapter, which has few weights already
+
+    Args:
+        name: Qualified name of a layer
+    Returns:
+        By the names of peft: `lora_A`, `lora_B`"""
     return any(part.startswith('lora_') for part in name.split('.'))
 
 def _excluded(model, names, exclude, additional_types):
@@ -51,7 +56,15 @@ def find_owners(
     additional_types:list=[], # Module types to make sparse besides the known ones
     depthwise:bool=False, # True to make depthwise convolutions sparse too
 )->tuple: # (parameter -> the first `Weight` that has it, `Weight` -> name); a `ValueError` if there is none
-    "Find the parameters to make sparse"
+    """Find the parameters to make sparse
+
+    Args:
+        model: A model
+        exclude: Layers that stay dense, as `select_weights` takes them
+        additional_types: Module types to make sparse besides the known ones
+        depthwise: True to make depthwise convolutions sparse too
+    Returns:
+        (parameter -> the first `Weight` that has it, `Weight` -> name); a `ValueError` if there is none"""
     names = _chosen(model, exclude, additional_types, depthwise)
     for w,n in names.items():
         if w.p is None: check_placement(w.module, n)
@@ -82,7 +95,14 @@ def find_named(
     known:dict, # Name -> function
     arg:str, # Name of the argument, used in the error
 )->object: # The function
-    "Look up a function that is given by its name"
+    """Look up a function that is given by its name
+
+    Args:
+        f: A function or a name, in any case
+        known: Name -> function
+        arg: Name of the argument, used in the error
+    Returns:
+        The function"""
     if not isinstance(f, str): return f
     if f.lower() in known: return known[f.lower()]
     raise ValueError(f"{arg} must be a function or one of {', '.join(known)}, got {f!r}{did_you_mean(f, known)}")
@@ -111,7 +131,15 @@ def share_out(
     params:list, # Parameters, in the model's order
     sparse_f, # Distribution
 )->dict: # Parameter -> sparsity
-    "Share out the model's sparsity among its parameters"
+    """Share out the model's sparsity among its parameters
+
+    Args:
+        total: Sparsity of all parameters together
+        fixed: Parameter -> sparsity that is given
+        params: Parameters, in the model's order
+        sparse_f: Distribution
+    Returns:
+        Parameter -> sparsity"""
     rest = [p for p in params if p not in fixed]
     if fixed: total = _rest_sparsity(total, fixed, params)
     shares = _shares(sparse_f, rest, total) | fixed
@@ -123,7 +151,15 @@ def share_start(
     initial:float|None, # Sparsity to start with; `None` for that of the end
     sparse_f, # Distribution
 )->dict: # Parameter -> sparsity, at most that of the end
-    "Share out the sparsity that a method which prunes starts from"
+    """Share out the sparsity that a method which prunes starts from
+
+    Args:
+        targets: Parameter -> sparsity in the end
+        fixed: Parameter -> sparsity that is given
+        initial: Sparsity to start with; `None` for that of the end
+        sparse_f: Distribution
+    Returns:
+        Parameter -> sparsity, at most that of the end"""
     if initial is None: return targets
     shares = _shares(sparse_f, list(targets), initial) | dict.fromkeys(fixed, initial)
     return {p: min(shares[p], s) for p,s in targets.items()}
@@ -132,7 +168,12 @@ def share_start(
 def mask_sparsity(
     mask, # Boolean tensor
 )->float: # In [0,1]
-    "Compute the fraction of zeros in a mask"
+    """Compute the fraction of zeros in a mask
+
+    Args:
+        mask: Boolean tensor
+    Returns:
+        In [0,1]"""
     return 1-int(nnz(mask))/max(mask.numel(), 1)
 
 def _select(model, which, additional_types, owners):
@@ -145,7 +186,15 @@ def fixed_sparsities(
     additional_types:list, # Module types to make sparse besides the known ones
     owners:dict, # From `find_owners`
 )->dict: # Parameter -> sparsity
-    "Resolve the sparsities that the user gives single layers"
+    """Resolve the sparsities that the user gives single layers
+
+    Args:
+        model: A model
+        sparsities: Layers, as `select_weights` takes them -> sparsity; or `None`
+        additional_types: Module types to make sparse besides the known ones
+        owners: From `find_owners`
+    Returns:
+        Parameter -> sparsity"""
     fixed = {}
     for which,s in (sparsities or {}).items():
         s = check_fraction(s, f'the sparsity of {which!r}')
@@ -163,7 +212,15 @@ def fixed_masks(
     additional_types:list, # Module types to make sparse besides the known ones
     owners:dict, # From `find_owners`
 )->dict: # Parameter -> mask
-    "Resolve the masks that the user gives single layers"
+    """Resolve the masks that the user gives single layers
+
+    Args:
+        model: A model
+        masks: Layers, as `select_weights` takes them -> mask; or `None`
+        additional_types: Module types to make sparse besides the known ones
+        owners: From `find_owners`
+    Returns:
+        Parameter -> mask"""
     own = {}
     for which,mask in (masks or {}).items():
         w,*more = _select(model, which, additional_types, owners)
@@ -179,7 +236,14 @@ def take_zeros(
     total:float=None, # Sparsity that is expected; `None` for what is found
     sparsities:dict=None, # Must be `None`, as the zeros say them
 )->tuple: # (total, parameter -> 0 for those without a zero, parameter -> mask for the others); no zero is a `ValueError`
-    "Take over the zeros of weights as masks"
+    """Take over the zeros of weights as masks
+
+    Args:
+        owners: From `find_owners`
+        total: Sparsity that is expected; `None` for what is found
+        sparsities: Must be `None`, as the zeros say them
+    Returns:
+        (total, parameter -> 0 for those without a zero, parameter -> mask for the others); no zero is a `ValueError`"""
     if sparsities: raise ValueError("sparsities must be left out with masks='zeros', which says them, got both")
     masks = {p: p.detach()!=0 for p in owners}
     masks = {p: mask for p,mask in masks.items() if not mask.all()}

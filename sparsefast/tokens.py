@@ -22,7 +22,14 @@ def linear_sums(
     x:torch.Tensor, # Inputs, (..., inputs)
     s:torch.Tensor, # Weight of each token, (tokens)
 )->tuple: # (outputs), (1, inputs)
-    "Sum up output gradients and inputs of a linear layer over tokens"
+    """Sum up output gradients and inputs of a linear layer over tokens
+
+    Args:
+        g: Gradient of the outputs, (..., outputs)
+        x: Inputs, (..., inputs)
+        s: Weight of each token, (tokens)
+    Returns:
+        (outputs), (1, inputs)"""
     return s@g.reshape(len(s), -1),(s@x.reshape(len(s), -1))[None]
 
 def conv_sums(
@@ -32,7 +39,16 @@ def conv_sums(
     convolve, # Function of inputs and a weight
     shape, # Shape of a weight with one output for each group
 )->tuple: # (outputs), (groups, inputs of the group at each place of the kernel)
-    "Sum up output gradients and inputs of a convolution over tokens"
+    """Sum up output gradients and inputs of a convolution over tokens
+
+    Args:
+        g: Gradient of the outputs, (examples, outputs, *positions)
+        x: Inputs, (examples, channels, *pixels)
+        s: Weight of each token, (examples, 1, *positions)
+        convolve: Function of inputs and a weight
+        shape: Shape of a weight with one output for each group
+    Returns:
+        (outputs), (groups, inputs of the group at each place of the kernel)"""
     w = x.new_zeros(shape).requires_grad_()
     with torch.enable_grad(): y = convolve(x, w)
     columns, = torch.autograd.grad(y, w, s.expand_as(y))
@@ -48,7 +64,15 @@ def token_sums(
     is_conv:bool, # True for convolutions, whose tokens are positions of examples
     generator:torch.Generator=None, # Draws signs; without it magnitudes are summed
 )->tuple: # (row sums, column sums), never negative
-    "Sum up magnitudes over tokens, or take the magnitude of sums with random signs, the same for both"
+    """Sum up magnitudes over tokens, or take the magnitude of sums with random signs, the same for both
+
+    Args:
+        held: (gradient of the outputs, inputs) of each backward pass
+        sums: `sums(g, x, s)` returns (row sums, column sums), weighed by `s`
+        is_conv: True for convolutions, whose tokens are positions of examples
+        generator: Draws signs; without it magnitudes are summed
+    Returns:
+        (row sums, column sums), never negative"""
     rows = columns = 0.
     for g,x in held:
         g,x = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (g, x))
@@ -65,7 +89,12 @@ _convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def shows_tokens(
     module:nn.Module, # Owner of a weight
 )->bool: # The weight is its `weight`
-    "True if inputs and output gradients are the factors of the weight's gradient"
+    """True if inputs and output gradients are the factors of the weight's gradient
+
+    Args:
+        module: Owner of a weight
+    Returns:
+        The weight is its `weight`"""
     return type(module) in (nn.Linear, *_convs) or is_transposed(module) and type(module).__name__=='Conv1D'
 
 def _begins(p):
@@ -81,7 +110,13 @@ class TokenHook:
         module:nn.Module, # A linear layer or a convolution
         make:bool=False, # True to put a hook there if there is none
     )->'TokenHook|None': # `None` if there is none
-        "Get the hook of a module"
+        """Get the hook of a module
+
+        Args:
+            module: A linear layer or a convolution
+            make: True to put a hook there if there is none
+        Returns:
+            `None` if there is none"""
         found = next((h for h in module._forward_hooks.values() if isinstance(h, cls)), None)
         if found is None and make:
             found = cls()
@@ -107,7 +142,13 @@ class TokenHook:
         module:nn.Module, # The module it is on
         generator:torch.Generator=None, # Draws signs, as for `token_sums`
     )->tuple: # (row sums, column sums)
-        "Sum up what is held"
+        """Sum up what is held
+
+        Args:
+            module: The module it is on
+            generator: Draws signs, as for `token_sums`
+        Returns:
+            (row sums, column sums)"""
         if not isinstance(module, _convs):
             def sums(g, x, s): return linear_sums(x, g, s) if is_transposed(module) else linear_sums(g, x, s)
             return token_sums(self.held, sums, False, generator)

@@ -185,7 +185,16 @@ def top_k_mask(
     n_among:int=None, # Number of candidates, if it is known; saves counting
     kept:torch.Tensor=None, # Boolean, in place of `among`: selected already, all others are candidates; changed for pieces, to save memory
 )->torch.Tensor: # Boolean, with the shape and device of `t` (of `among` or `kept` for pieces)
-    "Select exactly `n_keep` positions with the highest scores, ties to the lower index"
+    """Select exactly `n_keep` positions with the highest scores, ties to the lower index
+
+    Args:
+        t: Scores, any shape and dtype, also [cut up](03d_pieces.ipynb); or an iterable of 1-d pieces of the flattened scores, on a CPU, which needs `among`
+        n_keep: Number of positions to select; a `ValueError` if there are fewer candidates
+        among: Boolean, the shape of `t`: candidates; all by default
+        n_among: Number of candidates, if it is known; saves counting
+        kept: Boolean, in place of `among`: selected already, all others are candidates; changed for pieces, to save memory
+    Returns:
+        Boolean, with the shape and device of `t` (of `among` or `kept` for pieces)"""
     whole = torch.is_tensor(t)
     if kept is not None and whole and not is_cut_up(t): return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
     if n_among is None: n_among = _n_candidates(t, among, kept)

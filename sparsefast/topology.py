@@ -38,7 +38,15 @@ def ch2_l3n(
     generator:torch.Generator=None, # Draws the order of links without any path; torch's global generator by default
     **kwargs
 )->torch.Tensor: # float32, with the shape and device of `p`; of active weights it says nothing
-    "Score links by paths of three links between nodes that keep to themselves: CH2-L3n, the growth of [CHTs](https://arxiv.org/abs/2501.19107)"
+    """Score links by paths of three links between nodes that keep to themselves: CH2-L3n, the growth of [CHTs](https://arxiv.org/abs/2501.19107)
+
+    Args:
+        p: A parameter
+        mask: Boolean: active weights, those to be dropped included
+        kept: Boolean: active weights that have survived the drop; `mask` by default
+        generator: Draws the order of links without any path; torch's global generator by default
+    Returns:
+        float32, with the shape and device of `p`; of active weights it says nothing"""
     mask = mask if kept is None else kept
     m = (mask.flatten(2).any(2) if mask.dim()>2 else mask).float()
     score = _to_weights(_over_rows(m)+_over_rows(m.t()).t(), mask)
@@ -53,7 +61,14 @@ def brf_score(
     r:float=0.25, # Share of chance: 1 is uniform, 0 takes the nearest inputs
     **kwargs
 )->torch.Tensor: # float64, with the shape and device of `p`
-    "Draw links near each output's place, with weights `(1+distance)**(-(1-r)/r)`: bipartite receptive field of [CHTs](https://arxiv.org/abs/2501.19107)"
+    """Draw links near each output's place, with weights `(1+distance)**(-(1-r)/r)`: bipartite receptive field of [CHTs](https://arxiv.org/abs/2501.19107)
+
+    Args:
+        p: A parameter
+        generator: Where the numbers come from; torch's global generator by default
+        r: Share of chance: 1 is uniform, 0 takes the nearest inputs
+    Returns:
+        float64, with the shape and device of `p`"""
     (n,m),power = p.shape[:2],(1-r)/r if check_fraction(r, 'r') else 0
     place = torch.arange(n, device=p.device)*max(1, m//n)%m
     far = (torch.arange(m, device=p.device)-place[:,None]).abs()

@@ -15,7 +15,12 @@ from typing import NamedTuple
 
 # %% ../nbs/03e_training_time.ipynb #60dba5d5
 class Time(NamedTuple):
-    "A place in training"
+    """A place in training
+
+    Args:
+        step: Optimizer step, counted from 1, updates included
+        total: Optimizer steps in the whole training; infinite where it is unknown
+        pct: Share of training done before this step, `(step-1)/total`"""
     step:int            # Optimizer step, counted from 1, updates included
     total:float         # Optimizer steps in the whole training; infinite where it is unknown
     pct:float           # Share of training done before this step, `(step-1)/total`
@@ -26,7 +31,14 @@ class Time(NamedTuple):
         pct=None, # Share of training done before it, in place of `total`
         total=None, # Optimizer steps in the whole training
     )->'Time': # With all three
-        "Make a time from a step and either `total` or `pct`; neither, or a step below 1, is a `ValueError`"
+        """Make a time from a step and either `total` or `pct`; neither, or a step below 1, is a `ValueError`
+
+        Args:
+            step: Optimizer step, from 1; or a `Time`, which is returned
+            pct: Share of training done before it, in place of `total`
+            total: Optimizer steps in the whole training
+        Returns:
+            With all three"""
         if isinstance(step, cls): return step
         if step is None or not step>=1: raise ValueError(f"step must be 1 or more, got {step}: count optimizer steps from 1")
         if total is not None and not total>=1 or total is None and pct is None:
@@ -40,7 +52,12 @@ class Time(NamedTuple):
     def at(self,
         step:int, # Another optimizer step, from 1
     )->'Time': # With the same total
-        "Get the time of another step of the same training"
+        """Get the time of another step of the same training
+
+        Args:
+            step: Another optimizer step, from 1
+        Returns:
+            With the same total"""
         return Time.of(step, total=self.total)
 
     @property

@@ -25,7 +25,12 @@ from torch.utils._pytree import tree_leaves
 def maybe_float(
     num # Anything: a number, a 0-d tensor, a word, `None`
 )->Any: # A Python float, or `num` itself
-    "Convert `num` to a float where that works"
+    """Convert `num` to a float where that works
+
+    Args:
+        num: Anything: a number, a 0-d tensor, a word, `None`
+    Returns:
+        A Python float, or `num` itself"""
     try: return float(num)
     except (TypeError, ValueError, OverflowError, RuntimeError): return num
 
@@ -33,7 +38,13 @@ def check_fraction(
     num, # A number, also as a 0-d tensor
     name='sparsity', # Name used in the error
 )->float: # In [0,1]
-    "Convert `num` to a float; raise a `ValueError` if it is not in [0,1]"
+    """Convert `num` to a float; raise a `ValueError` if it is not in [0,1]
+
+    Args:
+        num: A number, also as a 0-d tensor
+        name: Name used in the error
+    Returns:
+        In [0,1]"""
     f = None if isinstance(num, str) else maybe_float(num)
     if not isinstance(f, float) or not 0<=f<=1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {num!r}")
@@ -44,7 +55,13 @@ def did_you_mean(
     word:str, # What was typed
     names, # Names that exist
 )->str: # ': did you mean ...?', or an empty string
-    "Suggest names that look like `word`"
+    """Suggest names that look like `word`
+
+    Args:
+        word: What was typed
+        names: Names that exist
+    Returns:
+        ': did you mean ...?', or an empty string"""
     close = difflib.get_close_matches(str(word), list(dict.fromkeys(names)), 3)
     return f": did you mean {' or '.join(close)}?" if close else ''
 
@@ -54,14 +71,26 @@ def attribute(
     name:str, # Attribute to read
     default=None, # Returned if there is none
 )->Any: # The attribute, or `default`
-    "Get attribute `name` of `f`, looking through `partial`"
+    """Get attribute `name` of `f`, looking through `partial`
+
+    Args:
+        f: A function, or a `partial` of one
+        name: Attribute to read
+        default: Returned if there is none
+    Returns:
+        The attribute, or `default`"""
     return getattr(f, name, getattr(getattr(f, 'func', f), name, default))
 
 # %% ../nbs/01e_utils.ipynb #35ac6dce
 def show_value(
     v, # A setting: a function, a `partial`, a number
 )->str: # Without addresses in memory
-    "Format a setting as code"
+    """Format a setting as code
+
+    Args:
+        v: A setting: a function, a `partial`, a number
+    Returns:
+        Without addresses in memory"""
     func = getattr(v, 'func', None)
     if func is None: return getattr(v, '__name__', None) or repr(v)
     options = [*map(show_value, v.args), *(f'{k}={show_value(x)}' for k,x in v.keywords.items())]
@@ -71,13 +100,23 @@ def show_value(
 def uncompiled(
     model:nn.Module, # Any model, also one that `torch.compile` returned
 )->nn.Module: # The model that was compiled, or `model`
-    "Unwrap a compiled model, so that its layers have their own names"
+    """Unwrap a compiled model, so that its layers have their own names
+
+    Args:
+        model: Any model, also one that `torch.compile` returned
+    Returns:
+        The model that was compiled, or `model`"""
     return getattr(model, '_orig_mod', model)
 
 def as_module(
     model, # A module, or an object with one as `.model`, such as a fastai `Learner`
 )->nn.Module: # The module
-    "Get the module of `model`; raise a `TypeError` if there is none"
+    """Get the module of `model`; raise a `TypeError` if there is none
+
+    Args:
+        model: A module, or an object with one as `.model`, such as a fastai `Learner`
+    Returns:
+        The module"""
     found = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
     if not isinstance(found, nn.Module): raise TypeError(f"model must be a module or a Learner, got {model!r:.60}")
     return found
@@ -85,14 +124,24 @@ def as_module(
 def as_modules(
     modules, # A module, a `Learner`, or a list of modules
 )->list: # Modules
-    "Get a list of modules"
+    """Get a list of modules
+
+    Args:
+        modules: A module, a `Learner`, or a list of modules
+    Returns:
+        Modules"""
     one = isinstance(modules, nn.Module) or hasattr(modules, 'model')
     return [as_module(modules)] if one else list(modules)
 
 def submodules(
     module:nn.Module, # A module
 )->list: # What `module.modules()` gives, in its order, in a third of the time
-    "List a module and all modules inside it, each once"
+    """List a module and all modules inside it, each once
+
+    Args:
+        module: A module
+    Returns:
+        What `module.modules()` gives, in its order, in a third of the time"""
     found,left = {},[module]
     while left:
         m = left.pop()
@@ -105,14 +154,25 @@ def submodules(
 def plain_name(
     name:str, # Name of a parameter or buffer
 )->str: # Without what `torch.compile` adds
-    "Get the name that a tensor of a compiled model has in the model itself"
+    """Get the name that a tensor of a compiled model has in the model itself
+
+    Args:
+        name: Name of a parameter or buffer
+    Returns:
+        Without what `torch.compile` adds"""
     return name.replace('_orig_mod.', '')
 
 def own_names(
     model:nn.Module, # The model that is to load the state
     state_dict:dict, # Name -> anything, such as tensors
 )->dict: # With the model's names, all of them for a parameter that has several
-    "Rename a state that was saved inside other wrappers, or without the second names of tied parameters"
+    """Rename a state that was saved inside other wrappers, or without the second names of tied parameters
+
+    Args:
+        model: The model that is to load the state
+        state_dict: Name -> anything, such as tensors
+    Returns:
+        With the model's names, all of them for a parameter that has several"""
     begin = 'module.'
     state = {plain_name(k): v for k,v in state_dict.items()}
     given = bool(state) and all(k.startswith(begin) for k in state)
@@ -134,14 +194,25 @@ def own_names(
 def tolist(
     scalars, # 0-d tensors, at least one
 )->list: # Python numbers
-    "Convert 0-d tensors to Python numbers with one synchronisation"
+    """Convert 0-d tensors to Python numbers with one synchronisation
+
+    Args:
+        scalars: 0-d tensors, at least one
+    Returns:
+        Python numbers"""
     return torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()
 
 def output_error(
     old, # Output of a model: a tensor, or any nest of them
     new, # Output of another
 )->float: # 0 or more
-    "Compute the largest difference relative to the largest number; 0 where rounding explains it"
+    """Compute the largest difference relative to the largest number; 0 where rounding explains it
+
+    Args:
+        old: Output of a model: a tensor, or any nest of them
+        new: Output of another
+    Returns:
+        0 or more"""
     worst = 0
     for a,b in zip(tree_leaves(old), tree_leaves(new)):
         if not (torch.is_tensor(a) and a.is_floating_point() and a.numel()): continue
@@ -162,7 +233,13 @@ def atomic_write(
     fname, # Path of the file
     write, # `write(path)` writes it
 )->Path: # `fname`
-    "Write to a temporary file that nobody else has, then rename it: readers see the old file or the new one, never less"
+    """Write to a temporary file that nobody else has, then rename it: readers see the old file or the new one, never less
+
+    Args:
+        fname: Path of the file
+        write: `write(path)` writes it
+    Returns:
+        `fname`"""
     path = Path(fname)
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = f'.{path.name[:99]}.{platform.node()}'
@@ -183,7 +260,14 @@ def text_table(
     rows, # One sequence of values each
     left:int=1, # Number of columns aligned to the left; the others are aligned to the right
 )->str: # One line per row
-    "Format rows as text"
+    """Format rows as text
+
+    Args:
+        header: Column titles
+        rows: One sequence of values each
+        left: Number of columns aligned to the left; the others are aligned to the right
+    Returns:
+        One line per row"""
     cells = [[str(c) for c in r] for r in (header, *rows)]
     width = [max(map(len, col)) for col in zip(*cells)]
     def line(row): return '  '.join(c.ljust(w) if i<left else c.rjust(w) for i,(c,w) in enumerate(zip(row, width)))
@@ -195,7 +279,15 @@ def html_table(
     left:int=1, # Number of columns aligned to the left; the others are aligned to the right
     strong:int=0, # Number of rows at the end that are sums
 )->str: # HTML
-    "Format rows as an HTML table"
+    """Format rows as an HTML table
+
+    Args:
+        header: Column titles
+        rows: One sequence of values each
+        left: Number of columns aligned to the left; the others are aligned to the right
+        strong: Number of rows at the end that are sums
+    Returns:
+        HTML"""
     def cells(tag, row):
         sides = ['left' if i<left else 'right' for i in range(len(row))]
         return ''.join(f'<{tag} style="text-align:{side}">{escape(str(c))}</{tag}>' for side,c in zip(sides, row))

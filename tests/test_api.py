@@ -62,6 +62,10 @@ def test_documented(name):
     f = getattr(core, name)
     assert f.__doc__ and f.__doc__.strip()
 
+def test_names_of_the_readme():
+    from sparsefast import all as everything
+    assert core.RigL_avg is everything.RigL_avg and {'RigL_avg'} <= {*core.__all__} and {'RigL_avg', 'zero_state'} <= {*everything.__all__}
+
 def test_version():
     import sparsefast
     assert sparsefast.__version__.count('.')>=2

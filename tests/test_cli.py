@@ -181,7 +181,7 @@ def test_dists(command, dist, expect):
     else:      assert abs(rows[-1][3]-0.8)<1e-3 and rows[2][3]>rows[1][3]>0.5 and rows[0][3]==0
 
 def test_the_twin_differs_by_its_masks_only(command):
-    _,out,_ = command('--arch convnet --epochs 2 --sparsity 0 --method rigl --bs 256')
+    _,out,_ = command('--arch convnet --epochs 2 --sparsity 1e-9 --method rigl --bs 256')
     a,b = last_epochs(out)[:2],last_epochs(out)[2:]
     assert len(a)==len(b)==2 and [r[:4] for r in a]==[r[:4] for r in b]
 
@@ -342,7 +342,7 @@ BAD = {
     '--data nothing': "'nothing'", '--data digit': 'did you mean digits', '--data empty': 'no images', '--data one': "one class, 'cat'",
     '--data broken': '9.png', '--data tiny': 'validate', '--arch resnet81': 'did you mean', '--arch vit_b_16': 'try --size 224', '--arch x': "'x'",
     '--method rigel': 'did you mean rigl', '--dist erdos': 'uniform, first_dense, erk',
-    '--sparsity 1.1': '1.1', '--sparsity -0.1': '-0.1', '--sparsity nan': 'nan', '--sparsity high': "'high'",
+    '--sparsity 1.1': '1.1', '--sparsity 1': 'above 0 and below 1, got 1', '--sparsity 0': 'got 0: for a dense model give `--method dense`', '--sparsity -0.1': '-0.1', '--sparsity nan': 'nan', '--sparsity high': "'high'",
     '--epochs 0': 'got 0', '--epochs 1.5': '1.5', '--epochs abc': "'abc'", '--bs 0': 'bs', '--bs many': "'many'", '--bs 5000': '1438',
     '--every 0': 'every', '--every 2.5': '2.5', '--every x': "'x'", '--lr 0': 'above 0', '--lr -1': '-1', '--lr inf': 'inf', '--lr slow': "'slow'",
     '--device abacus': "got 'abacus'", '--device meta': 'device must be one that PyTorch can use here', '--seeds 0': 'got 0', '--seeds 1,1': 'different numbers, got [1, 1]', '--seeds 1,x': "'x'",

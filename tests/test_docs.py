@@ -1,9 +1,10 @@
 "Every public name says what it is, every parameter too; notebooks show what a reader may see, and their links lead somewhere"
-import ast, importlib, inspect, json, pkgutil, re, textwrap
+import ast, importlib, inspect, json, pkgutil, pydoc, re, textwrap
 from pathlib import Path
 import pytest
 from fastcore.docments import docments, get_source
 import sparsefast
+from sparsefast._docments import documented
 
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
@@ -138,6 +139,35 @@ def test_each_module_is_in_llms_txt():
     "nbdev lists those whose docstring has more than three lines"
     listed = re.findall(r'^- `sparsefast\.([\w.]+)`: .', (nbs/'llms.txt').read_text(encoding='utf-8'), re.M)
     assert sorted(listed)==modules
+
+# ------------------------------------------------------------ `help(f)` and `f?`
+def unhelpful(f):
+    "What the comments say of parameters and result, and the docstring does not"
+    f = f.fget if isinstance(f, property) else f
+    to = getattr(f, '__delwrap__', None)
+    docs = {k: d.docment for k,d in docments(f, full=True).items() if d.docment and k not in ('self', 'cls') and (k!='return' or d.anno is not None)}
+    def one(s): return s.replace('\n', ' ').replace(' *', ' ')
+    text = one(inspect.getdoc(f))
+    return [k for k,d in docs.items() if not (re.search(rf' {k}(, [\w*]+)*: {re.escape(one(d))}', text) or k=='return' and one(f'Returns:     {d}') in text or to is not None and f' {k}: ' in text)]
+
+@pytest.mark.parametrize('mod', modules)
+def test_docstrings_list_the_parameters(mod):
+    m,names = own_names(mod)
+    fs = {nm: getattr(m, nm) for nm in names if inspect.isclass(getattr(m, nm)) or inspect.isroutine(getattr(m, nm))}
+    lacks = {nm: miss for nm,f in [*fs.items(), *patched(mod), *members(mod)] if callable(f) and f.__doc__ and (miss := unhelpful(f))}
+    assert not lacks
+
+@pytest.mark.parametrize('name,params', {'sparsify_model': 'model sparse_f keep', 'RigL': 'update_every keep_score_f seed', 'DynamicSparseTrainingCallback': 'sparse_modules stop_pct grad_steps seed', 'SparseRecorderCallback': ''}.items())
+def test_help_lists_the_parameters(name, params):
+    "Those that are passed on, too"
+    text = pydoc.render_doc(getattr(importlib.import_module('sparsefast.all'), name), renderer=pydoc.plaintext)
+    assert all(re.search(rf'^[ |]*    {p}: \S', text, re.M) for p in params.split()) and 'Args:' in text
+
+def test_exporting_writes_comments_into_docstrings():
+    src = 'def f(x, # A "path" of \\d\n    # Any\n    y=1,\n    *rest, # More\n)->int: # "One"\n    r"Adds"\n    return x\n\nclass C:\n    def _g(self, x): # Private\n        "Stays"\n'
+    exec(compile(new := documented(src), '', 'exec'), here := {})
+    assert inspect.getdoc(here['f'])=='Adds\n\nArgs:\n    x: A "path" of \\d\n    y: Any\n    *rest: More\nReturns:\n    "One"'
+    assert new.startswith(src[:src.index('r"Adds"')]) and new.endswith(src[src.index('    return'):]) and documented('x = 1 # é\n')=='x = 1 # é\n'
 
 # ------------------------------------------------------------ notebooks
 def cells(fn):

@@ -104,7 +104,7 @@ MAY_IMPORT = {
     'method': 'patterns resets schedules scores settings training_time',
     'gradients': 'layer',
     'methods': 'checks exploration find gradients guard layer method optim plan rewire serialize training_time',
-    'naming': 'method',
+    'naming': 'method settings',
     'presets': 'allocation draws methods naming patterns schedules scores topology',
     'targets': 'distributions masks ranks select',
     'cautions': 'findings masks select',

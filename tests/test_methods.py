@@ -580,7 +580,7 @@ def test_reset_state_leaves_scalars_alone():
 def test_method_is_a_frozen_value():
     m = method()
     with pytest.raises(FrozenInstanceError): m.seed = 3
-    assert repr(method('SET'))=='SET(batches_per_update=8)' and repr(DSTMethod(**RigL_presets))=='RigL()' and repr(method(keep_score_f=random_score))=='DSTMethod(keep_score_f=random_score, batches_per_update=8)'
+    assert repr(method('SET'))=='SET(update_every=8)' and repr(DSTMethod(**RigL_presets))=='RigL()' and repr(method(keep_score_f=random_score))=='DSTMethod(keep_score_f=random_score, batches_per_update=8)'
     assert m==method() and m!=method(seed=1) and copy.deepcopy(m)==m
 
 def test_stateless_one_method_serves_two_models():

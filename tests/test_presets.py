@@ -38,10 +38,27 @@ def test_signature_shows_the_settings(name):
 
 @each
 def test_name_and_docstring_are_real(name):
-    "A sentence, then authors, year, title and link"
+    "A sentence, then authors, year, title and link; then the settings"
     g = f(name)
     assert (g.__name__, g.__qualname__, g.__module__)==(name, name, 'sparsefast.presets') and pickle.loads(pickle.dumps(g)) is g
-    if name!='Static': assert re.search(r'(?s)^[A-Z][^\n]+\n\n.*\b20\d\d, \*.+\*.*https://arxiv.org/abs/\d{4}\.\d{5}$', inspect.getdoc(g))
+    if name!='Static': assert re.search(r'(?s)^[A-Z][^\n]+\n\n.*\b20\d\d, \*.+\*.*https://arxiv.org/abs/\d{4}\.\d{5}\n\nArgs:\n    update_every: ', inspect.getdoc(g))
+
+def test_what_is_printed():
+    "A call with the user's keywords; `print` adds in comments when, how much, and by what"
+    assert repr(RigL(update_every=50))=='RigL(update_every=50)' and repr(RigL())=='RigL()'
+    assert str(RigL(update_every=50)).splitlines()==['RigL(update_every=50)', '  # an update every 50 steps, until 75% of training', '  # replaces 0.3 of the active weights (cosine_anneal)', '  # drops the lowest weight_magnitude, grows the highest gradient_magnitude']
+    assert '1/12 of training' in str(RigL()) and 'every epoch, until the end of training' in str(SET(update_every=None)) and 'every step,' in str(TopKAST()) and '0.123 of training' in str(RigL(update_every=.123))
+    assert 'sparsity from 0.0, by inverse_power_anneal between 0% and 75% of training' in str(GMP()) and 'replaces' not in str(GMP()) and 'no updates' in str(Static())
+    assert 'cosine_anneal to 0.005' in str(SNFS()) and repr(DSTMethod(keep_score_f=random_score, batches_per_update=8)).endswith('batches_per_update=8)')
+
+@each
+def test_what_is_printed_can_be_typed(name):
+    m = f(name)()
+    assert eval(str(m), vars(presets))==m and len(str(m).splitlines())<=5
+
+def test_misspelt_settings_name_those_like_it():
+    with pytest.raises(TypeError, match="unknown setting 'update_evry': did you mean update_every?"): RigL(update_evry=3)
+    with pytest.raises(TypeError, match="unknown setting 'update_every': did you mean batches_per_update?"): DSTMethod(update_every=3)
 
 def test_wrong_settings_are_refused_as_by_the_method():
     with pytest.raises(TypeError, match="unknown setting 'sed'"): RigL(sed=1)

@@ -41,7 +41,12 @@ from ..utils import check_fraction
 def image_shape(
     learn, # A `Learner` that takes images
 )->tuple: # (channels, height, width), `None` for what it does not tell
-    "Find out what images a learner takes: as `sparsefast_train` has noted, or by its first convolution and its transforms"
+    """Find out what images a learner takes: as `sparsefast_train` has noted, or by its first convolution and its transforms
+
+    Args:
+        learn: A `Learner` that takes images
+    Returns:
+        (channels, height, width), `None` for what it does not tell"""
     noted = getattr(learn, 'image_shape', None)
     if noted: return noted
     convs = [m for m in as_masked(learn.model).modules() if isinstance(m, nn.Conv2d)]
@@ -54,7 +59,12 @@ def image_shape(
 def from_pickle(
     path, # File of `sparsefast_train` or `learn.export`
 )->nn.Module: # The model, with the learner's `image_shape`
-    "Load the model in a pickle; `ValueError` if there is none"
+    """Load the model in a pickle; `ValueError` if there is none
+
+    Args:
+        path: File of `sparsefast_train` or `learn.export`
+    Returns:
+        The model, with the learner's `image_shape`"""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')     # load_learner warns about pickle, and so does the command's help
         try:
@@ -70,7 +80,15 @@ def from_checkpoint(
     size:int, # Height and width of the images, in pixels
     channels:int, # Channels of the images
 )->nn.Module: # The model, with masks
-    "Load a compact checkpoint into a model made by name; `ValueError` if it does not fit"
+    """Load a compact checkpoint into a model made by name; `ValueError` if it does not fit
+
+    Args:
+        path: Compact checkpoint
+        arch: Name of its model
+        size: Height and width of the images, in pixels
+        channels: Channels of the images
+    Returns:
+        The model, with masks"""
     if arch is None:
         known = f"{', '.join(nets)} or a model of torchvision or timm"
         raise ValueError(f"arch must be the model that '{path}' was saved from, got None: pass --arch, {known}")
@@ -90,7 +108,18 @@ def sparse_model(
     channels:int, # Channels of the images
     classes:int, # Number of outputs, for a model by name
 )->nn.Module: # With at least one mask
-    "Make or load a model with masks; `ValueError` if there is none"
+    """Make or load a model with masks; `ValueError` if there is none
+
+    Args:
+        what: Name of a model, or a file
+        arch: Name of the model of a compact checkpoint, or `None`
+        sparsity: Fraction of zeros, in [0,1], for a model by name
+        dist: A name in `dists`, for a model by name
+        size: Height and width of the images, in pixels
+        channels: Channels of the images
+        classes: Number of outputs, for a model by name
+    Returns:
+        With at least one mask"""
     path = Path(what).expanduser()
     if path.is_dir(): raise ValueError(f"what must be a model or a file, got the folder '{what}'")
     if path.is_file(): model = from_pickle(path) if path.suffix=='.pkl' else from_checkpoint(path, arch, size, channels)
@@ -133,7 +162,22 @@ def check_bench_args(
     margin, # Speed-up that a compressed layer must reach to be used
     seed, # Seed of masks and weights
 )->dict: # Name -> value
-    "Check all values and fill in the defaults; `ValueError` for the first wrong one"
+    """Check all values and fill in the defaults; `ValueError` for the first wrong one
+
+    Args:
+        what: Name of a model, or a file
+        arch: Name of the model of a compact checkpoint, or `None`
+        sparsity: Fraction of zeros, in [0,1], for a model by name
+        dist: A name in `dists`, for a model by name
+        batch: Images in a batch
+        size: Height and width of the images, in pixels, or `None` for 28 or 224, or a pickle's own
+        channels: Channels of the images, or `None` for 1 or 3, or a pickle's own
+        classes: Number of outputs, for a model by name
+        threads: Threads of PyTorch, or `None` to leave their number unchanged
+        margin: Speed-up that a compressed layer must reach to be used
+        seed: Seed of masks and weights
+    Returns:
+        Name -> value"""
     check_choice('dist', dist, dists)
     small,pickled = (arch or what) in nets,str(what).endswith('.pkl')
     _check_for(what, arch, dict(sparsity=(sparsity, .9), dist=(dist, 'erk'), classes=(classes, 10)))
@@ -165,7 +209,22 @@ def bench(
     margin, # Speed-up that a compressed layer must reach to be used
     seed, # Seed of masks and weights
 )->SpeedTable: # Table of `to_fastest`
-    "Time a model with values that `check_bench_args` returned"
+    """Time a model with values that `check_bench_args` returned
+
+    Args:
+        what: Name of a model, or a file
+        arch: Name of the model of a compact checkpoint, or `None`
+        sparsity: Fraction of zeros, in [0,1], for a model by name
+        dist: A name in `dists`, for a model by name
+        batch: Images in a batch
+        size: Height and width of the images, in pixels, or `None` for a pickle's own
+        channels: Channels of the images, or `None` for a pickle's own
+        classes: Number of outputs, for a model by name
+        threads: Threads of PyTorch, or `None` to leave their number unchanged
+        margin: Speed-up that a compressed layer must reach to be used
+        seed: Seed of masks and weights
+    Returns:
+        Table of `to_fastest`"""
     set_seed(seed)
     model = sparse_model(what, arch, sparsity, dist, size, channels, classes).cpu().eval()
     c,h,w = getattr(model, 'image_shape', (None,)*3)
@@ -183,7 +242,10 @@ def bench(
 
 # %% ../../nbs/cli/05_bench.ipynb #15565553
 def bench_halves()->tuple: # (what measures, what prints the table)
-    "Get the halves of the command in a shell, for `run_command`"
+    """Get the halves of the command in a shell, for `run_command`
+
+    Returns:
+        (what measures, what prints the table)"""
     warnings.simplefilter('ignore')
     return lambda **args: bench(**check_bench_args(**args)), print
 

@@ -22,8 +22,8 @@ from .console import command_parser, run_command
 def sparsefast_train(
     data:str='digits', # digits, fashion, mnist, or a folder with a folder of images for each class
     arch:str='wide_mlp', # wide_mlp, mlp, convnet, or any classification model of torchvision or timm
-    method:str='rigl', # dense, or a method by name; all names are below
-    sparsity:float=0.95, # Fraction of zeros in the weights, from 0 to 1
+    method:str='rigl_avg', # dense, or a method by name; all names are below
+    sparsity:float=0.95, # Fraction of zeros in the weights, above 0 and below 1
     dist:str='erk', # How layers share the sparsity: uniform, first_dense or erk
     epochs:int=None, # Passes over the data; by default 15 for digits, else 5
     lr:float=None, # Highest learning rate of one cycle; by default 0.01 for the first three models, else 0.001
@@ -38,7 +38,28 @@ def sparsefast_train(
     pretrained:bool=False, # Start from trained weights, which torchvision or timm downloads, and keep the largest
     seeds:str=None, # Several runs, for means and deviations: 3 for three seeds from --seed on, or a list: 1,2,3
 )->object: # The sparse `Learner`, trained; of several, that of the first seed
-    "Train a sparse image classifier and its dense twin for comparison; save the sparse one"
+    """Train a sparse image classifier and its dense twin for comparison; save the sparse one
+
+    Args:
+        data: digits, fashion, mnist, or a folder with a folder of images for each class
+        arch: wide_mlp, mlp, convnet, or any classification model of torchvision or timm
+        method: dense, or a method by name; all names are below
+        sparsity: Fraction of zeros in the weights, above 0 and below 1
+        dist: How layers share the sparsity: uniform, first_dense or erk
+        epochs: Passes over the data; by default 15 for digits, else 5
+        lr: Highest learning rate of one cycle; by default 0.01 for the first three models, else 0.001
+        bs: Images in a batch; by default 64, or fewer for a small data set
+        every: Optimizer steps between mask updates; by default the method's own, fewer in a short training
+        size: Side of the images in pixels; by default 8 (digits), 28 or 32, and 64 or 128 for a folder
+        seed: Same seed, same result
+        out: File of the trained model; by default sparsefast_DATA.pkl; a small .safetensors is saved next to it
+        storage: masked, sparse (store and multiply active weights only), or auto: sparse where that is faster
+        json: File to write the results of all runs to
+        device: cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one
+        pretrained: Start from trained weights, which torchvision or timm downloads, and keep the largest
+        seeds: Several runs, for means and deviations: 3 for three seeds from --seed on, or a list: 1,2,3
+    Returns:
+        The sparse `Learner`, trained; of several, that of the first seed"""
     args = dict(locals())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
@@ -56,7 +77,10 @@ method_names = ('dense static set set_original snfs rigl set_itop rigl_itop dsr 
 def train_main(
     argv:list=None, # Arguments; by default those of the shell
 )->None:
-    "Run `sparsefast_train` in a shell"
+    """Run `sparsefast_train` in a shell
+
+    Args:
+        argv: Arguments; by default those of the shell"""
     names = textwrap.fill(', '.join(method_names), 78, initial_indent='  ', subsequent_indent='  ')
     parser = command_parser(sparsefast_train, train_groups, f'''methods:
 {names}
@@ -83,7 +107,22 @@ def sparsefast_bench(
     margin:float=1.1, # Speed-up that a compressed layer must reach to be used
     seed:int=42, # Same seed, same masks
 )->object: # A `SpeedTable`; the shell prints it
-    "Time a sparse model on this machine, dense and sparse, layer by layer and as a whole"
+    """Time a sparse model on this machine, dense and sparse, layer by layer and as a whole
+
+    Args:
+        what: A model of torchvision or timm, convnet, mlp, wide_mlp, a .pkl that you trust, or a compact checkpoint
+        arch: Model of a compact checkpoint: convnet, mlp, wide_mlp, or a model of torchvision or timm
+        sparsity: Fraction of zeros, from 0 to 1, for a model by name
+        dist: How layers share the sparsity, for a model by name: uniform, first_dense or erk
+        batch: Images in a batch
+        size: Side of the images in pixels; by default a .pkl file's own, 28 for these three, else 224
+        channels: Channels of the images; by default a .pkl file's own, 1 for these three, else 3
+        classes: Number of outputs, for a model by name
+        threads: Threads of PyTorch; by default PyTorch's own number
+        margin: Speed-up that a compressed layer must reach to be used
+        seed: Same seed, same masks
+    Returns:
+        A `SpeedTable`; the shell prints it"""
     args = dict(locals())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -97,7 +136,10 @@ bench_groups = dict(model='what arch sparsity dist classes seed', images='batch 
 def bench_main(
     argv:list=None, # Arguments; by default those of the shell
 )->None:
-    "Run `sparsefast_bench` in a shell"
+    """Run `sparsefast_bench` in a shell
+
+    Args:
+        argv: Arguments; by default those of the shell"""
     parser = command_parser(sparsefast_bench, bench_groups, '''examples:
   sparsefast_bench resnet50 --sparsity 0.95 --batch 8
   sparsefast_bench model.safetensors --arch resnet18''', pos=['what'])

@@ -24,7 +24,12 @@ from fastcore.docments import docments
 def number(
     s # Text, such as '8' or '1e-2'
 )->object: # An int, a float, or `s` itself
-    "Convert `s` to a number where that works"
+    """Convert `s` to a number where that works
+
+    Args:
+        s: Text, such as '8' or '1e-2'
+    Returns:
+        An int, a float, or `s` itself"""
     for f in (int, float):
         try: return f(s)
         except (TypeError, ValueError, OverflowError): pass
@@ -37,7 +42,16 @@ def check_number(
     hi:float=math.inf, # Highest value
     whole:bool=True, # True to accept whole numbers only
 )->int|float|None: # `v`, as an int if `whole`
-    "Raise a `ValueError` if `v` is not a number from `lo` to `hi`"
+    """Raise a `ValueError` if `v` is not a number from `lo` to `hi`
+
+    Args:
+        name: Name used in the error
+        v: The value; `None` is accepted
+        lo: Lowest value
+        hi: Highest value
+        whole: True to accept whole numbers only
+    Returns:
+        `v`, as an int if `whole`"""
     if v is None: return v
     if isinstance(v, (int, float)) and lo<=v<=hi and math.isfinite(v):
         if not whole: return v
@@ -58,7 +72,14 @@ def check_choice(
     v, # The value
     names, # Accepted values
 )->str: # `v`
-    "Raise a `ValueError` if `v` is not in `names`"
+    """Raise a `ValueError` if `v` is not in `names`
+
+    Args:
+        name: Name used in the error
+        v: The value
+        names: Accepted values
+    Returns:
+        `v`"""
     if v in list(names): return v
     raise ValueError(f"{name} must be one of {', '.join(names)}, got {str(v)!r}{_did_you_mean(v, names)}")
 
@@ -66,7 +87,12 @@ def check_choice(
 def check_out(
     out, # File to write
 )->Path: # Absolute path of `out`
-    "Raise a `ValueError` if `out` cannot be written; creates nothing"
+    """Raise a `ValueError` if `out` cannot be written; creates nothing
+
+    Args:
+        out: File to write
+    Returns:
+        Absolute path of `out`"""
     out = Path(out).expanduser().absolute()
     if out.is_dir(): raise ValueError(f"out must be a file, got the folder '{out}'")
     if not out.parent.is_dir(): raise ValueError(f"out must be in an existing folder, got '{out}'")
@@ -83,9 +109,18 @@ def command_parser(
     epilog:str, # Text below the options
     pos=(), # Names of parameters that are given without dashes
 )->ArgumentParser: # It also knows `--help` and `--version`
-    "Make a parser for the parameters of a command"
+    """Make a parser for the parameters of a command
+
+    Args:
+        command: A function with a comment on each parameter
+        groups: Title of a group of options -> the names of its parameters, in one string
+        epilog: Text below the options
+        pos: Names of parameters that are given without dashes
+    Returns:
+        It also knows `--help` and `--version`"""
     usage = ' '.join(['%(prog)s', *(f'[{n}]' for n in pos), '[options]'])
-    p = ArgumentParser(command.__name__, usage, command.__doc__, epilog, formatter_class=RawDescriptionHelpFormatter)
+    summary = command.__doc__.partition('\n')[0]
+    p = ArgumentParser(command.__name__, usage, summary, epilog, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version', version=f'sparsefast {sparsefast.__version__}')
     params = docments(command, full=True, returns=False)
     for title,names in groups.items():
@@ -105,7 +140,11 @@ def check_options(
     args, # Arguments that the parser did not recognise
     names, # Names of the options
 ):
-    "Raise a `ValueError` if `args` is not empty"
+    """Raise a `ValueError` if `args` is not empty
+
+    Args:
+        args: Arguments that the parser did not recognise
+        names: Names of the options"""
     if not args: return
     hint = _did_you_mean(args[0].split('=')[0], [f'--{n}' for n in names])
     raise ValueError(f"unknown option {args[0]!r}{hint or ': --help lists the options'}")
@@ -118,7 +157,15 @@ def one_line(
     code:int, # Exit code
     msg:str=None, # Text of the line; by default the error's message
 )->Iterator: # Context manager
-    "Exit with one line on stderr when `error` is raised"
+    """Exit with one line on stderr when `error` is raised
+
+    Args:
+        name: Name of the command
+        error: Exception type to catch
+        code: Exit code
+        msg: Text of the line; by default the error's message
+    Returns:
+        Context manager"""
     try: yield
     except error as e:
         print(f'{name}:', msg or ' '.join(str(e).split()), file=sys.stderr)
@@ -127,7 +174,10 @@ def one_line(
 def warn_in_lines(
     options:dict={}, # Name of a setting -> the option of the command that sets it
 ):
-    "Print every later warning as one line on stderr, with the command's options in place of settings"
+    """Print every later warning as one line on stderr, with the command's options in place of settings
+
+    Args:
+        options: Name of a setting -> the option of the command that sets it"""
     def show(message, *args, **kwargs):
         line = str(message)
         for setting,option in options.items(): line = line.replace(f'{setting}=', f'{option} ').replace(setting, option)
@@ -137,7 +187,12 @@ def warn_in_lines(
 def first_line(
     e:Exception, # Any error
 )->str: # One line
-    "Get the first line of an error's message, or its type if there is no message"
+    """Get the first line of an error's message, or its type if there is no message
+
+    Args:
+        e: Any error
+    Returns:
+        One line"""
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 # %% ../../nbs/cli/01_console.ipynb #a4c1d2e4
@@ -147,7 +202,13 @@ def run_command(
     argv:list|None=None, # Arguments; by default those of the shell
     interrupted:str='interrupted', # Line to print on an interrupt
 )->None:
-    "Run a command in a shell: exit with code 2 for a wrong value, and with 130 on an interrupt"
+    """Run a command in a shell: exit with code 2 for a wrong value, and with 130 on an interrupt
+
+    Args:
+        parser: Of `command_parser`
+        halves: Imports what the command needs, and returns two functions: of the options, and of what the first returns
+        argv: Arguments; by default those of the shell
+        interrupted: Line to print on an interrupt"""
     args,rest = parser.parse_known_args(argv)
     with warnings.catch_warnings(), one_line(parser.prog, KeyboardInterrupt, 130, interrupted):
         with one_line(parser.prog, ValueError, 2):

@@ -36,14 +36,25 @@ def to_image(
     size:int=None, # Height and width to scale to, in pixels; by default unchanged
     channels:int=1, # 1 for grey, 3 to repeat the grey channel
 )->TensorImage: # float32, (channels, height, width)
-    "Convert an array to an image tensor"
+    """Convert an array to an image tensor
+
+    Args:
+        a: Array of (height, width), any type
+        size: Height and width to scale to, in pixels; by default unchanged
+        channels: 1 for grey, 3 to repeat the grey channel
+    Returns:
+        float32, (channels, height, width)"""
     x = torch.as_tensor(a, dtype=torch.float32)[None]
     if size and x.shape[-2:]!=(size, size):
         x = F.interpolate(x[None], size=(size, size), mode='bilinear', antialias=True)[0]
     return TensorImage(x.repeat(channels, 1, 1))
 
 class ToImage(Transform):
-    "A transform that applies `to_image`, for a data block"
+    """A transform that applies `to_image`, for a data block
+
+    Args:
+        size: Height and width, in pixels
+        channels: 1 or 3"""
     def __init__(self,
         size, # Height and width, in pixels
         channels, # 1 or 3
@@ -51,7 +62,12 @@ class ToImage(Transform):
     def encodes(self,
         a:np.ndarray, # Array of (height, width)
     )->TensorImage: # (channels, size, size)
-        "Convert an array to an image tensor"
+        """Convert an array to an image tensor
+
+        Args:
+            a: Array of (height, width)
+        Returns:
+            (channels, size, size)"""
         return to_image(a, self.size, self.channels)
 
 def array_source(
@@ -61,7 +77,16 @@ def array_source(
     size, # Height and width, in pixels
     channels, # 1 or 3
 )->tuple: # (items, positions to validate on, classes, settings of the data block)
-    "Make a source from arrays in memory"
+    """Make a source from arrays in memory
+
+    Args:
+        images: Arrays of (height, width), from 0 to 255
+        labels: Their classes
+        valid: Positions to validate on
+        size: Height and width, in pixels
+        channels: 1 or 3
+    Returns:
+        (items, positions to validate on, classes, settings of the data block)"""
     items,classes = list(zip(images, labels)), sorted(set(labels))
     block = TransformBlock(type_tfms=ToImage(size, channels), batch_tfms=Normalize())
     return items, valid, classes, dict(block=block, get_x=ItemGetter(0), get_y=ItemGetter(1))
@@ -72,7 +97,14 @@ def digits_source(
     channels, # 1 or 3
     seed, # Seed of the split
 )->tuple: # (items, positions to validate on, classes, settings of the data block)
-    "Make a source of 1,797 handwritten digits of 8x8 pixels; a random fifth is for validation"
+    """Make a source of 1,797 handwritten digits of 8x8 pixels; a random fifth is for validation
+
+    Args:
+        size: Height and width, in pixels
+        channels: 1 or 3
+        seed: Seed of the split
+    Returns:
+        (items, positions to validate on, classes, settings of the data block)"""
     from sklearn.datasets import load_digits
     d = load_digits()
     labels = [str(i) for i in d.target]
@@ -87,13 +119,21 @@ fashion_classes = ['T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 
 def read_idx(
     path, # Gzipped idx file of bytes
 )->np.ndarray: # uint8
-    "Read the array in an idx file"
+    """Read the array in an idx file
+
+    Args:
+        path: Gzipped idx file of bytes
+    Returns:
+        uint8"""
     with gzip.open(path) as f: b = f.read()
     shape = np.frombuffer(b, '>i4', count=b[3], offset=4)
     return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape).copy()
 
 def fashion_arrays()->list: # (images, labels) for training, and (images, labels) for testing
-    "Read Fashion-MNIST, 60,000 and 10,000 images of 28x28 pixels, as uint8; `ValueError` if a file is missing"
+    """Read Fashion-MNIST, 60,000 and 10,000 images of 28x28 pixels, as uint8; `ValueError` if a file is missing
+
+    Returns:
+        (images, labels) for training, and (images, labels) for testing"""
     parts = []
     for part in ('train', 't10k'):
         files = [fashion_path/f'{part}-{kind}-ubyte.gz' for kind in ('images-idx3', 'labels-idx1')]
@@ -108,7 +148,14 @@ def fashion_source(
     channels, # 1 or 3
     seed, # Ignored: the data set has its own split
 )->tuple: # (items, positions to validate on, classes, settings of the data block)
-    "Make a source of 70,000 pieces of clothing of 28x28 pixels; the 10,000 test images are for validation"
+    """Make a source of 70,000 pieces of clothing of 28x28 pixels; the 10,000 test images are for validation
+
+    Args:
+        size: Height and width, in pixels
+        channels: 1 or 3
+        seed: Ignored: the data set has its own split
+    Returns:
+        (items, positions to validate on, classes, settings of the data block)"""
     (x,y),(x_test,y_test) = fashion_arrays()
     labels = [fashion_classes[i] for i in np.concatenate([y, y_test])]
     return array_source(np.concatenate([x, x_test]), labels, range(len(x), len(labels)), size, channels)
@@ -123,7 +170,14 @@ def image_files(
     seed:int, # Seed of the split, if there is no folder for validation
     names:tuple=('train', 'valid'), # Names of the folders for training and validation
 )->tuple: # (files, positions to validate on)
-    "Find and split the images of a folder; `ValueError` if there is nothing to learn"
+    """Find and split the images of a folder; `ValueError` if there is nothing to learn
+
+    Args:
+        path: Folder with one subfolder for each class, or with such folders for training and validation
+        seed: Seed of the split, if there is no folder for validation
+        names: Names of the folders for training and validation
+    Returns:
+        (files, positions to validate on)"""
     train,valid = (_in_classes(path/n) if (path/n).is_dir() else L() for n in names)
     files = train+valid or _in_classes(path)
     classes = sorted(set(map(parent_label, files)))
@@ -143,7 +197,16 @@ def folder_source(
     seed, # Seed of the split, if there is no folder for validation
     names=('train', 'valid'), # Names of the folders for training and validation
 )->tuple: # (items, positions to validate on, classes, settings of the data block)
-    "Make a source of images in folders"
+    """Make a source of images in folders
+
+    Args:
+        path: Folder with a subfolder of images for each class, or with such folders called `names`
+        size: Height and width, in pixels
+        channels: 1 or 3
+        seed: Seed of the split, if there is no folder for validation
+        names: Names of the folders for training and validation
+    Returns:
+        (items, positions to validate on, classes, settings of the data block)"""
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageBlock, PILImage, PILImageBW
     from fastai.vision.utils import verify_images
@@ -159,7 +222,14 @@ def mnist_source(
     channels, # 1 or 3
     seed, # Ignored: the data set has its own split
 )->tuple: # (items, positions to validate on, classes, settings of the data block)
-    "Make a source of 70,000 handwritten digits of 28x28 pixels, downloaded by fastai"
+    """Make a source of 70,000 handwritten digits of 28x28 pixels, downloaded by fastai
+
+    Args:
+        size: Height and width, in pixels
+        channels: 1 or 3
+        seed: Ignored: the data set has its own split
+    Returns:
+        (items, positions to validate on, classes, settings of the data block)"""
     try: path = untar_data(URLs.MNIST)
     except Exception as e: raise ValueError(f"data mnist cannot be downloaded from {URLs.MNIST}: {e}") from None
     return folder_source(path, size, channels, seed, ('training', 'testing'))
@@ -176,7 +246,17 @@ def get_dls(
     seed:int=42, # Seed of the split
     device=None, # Where batches go; by default where fastai takes them
 )->DataLoaders: # Batches of (images, classes)
-    "Make `DataLoaders` of a data set or a folder; `ValueError` if there is no such data, or too little"
+    """Make `DataLoaders` of a data set or a folder; `ValueError` if there is no such data, or too little
+
+    Args:
+        data: digits, fashion, mnist, or a folder
+        size: Height and width of the images, in pixels
+        channels: 1 or 3
+        bs: Images in a batch; by default 64, or fewer for a small data set
+        seed: Seed of the split
+        device: Where batches go; by default where fastai takes them
+    Returns:
+        Batches of (images, classes)"""
     if data in sources: source = sources[data]
     elif Path(data).is_dir(): source = partial(folder_source, Path(data))
     else:

@@ -29,7 +29,14 @@ def convnet(
     n_out:int, # Number of classes
     stride:int=1, # Stride of the first convolution; 2 makes large images cheaper
 )->nn.Module: # Untrained
-    "Make three convolutions with batch normalisation, and a linear layer: 93 thousand weights"
+    """Make three convolutions with batch normalisation, and a linear layer: 93 thousand weights
+
+    Args:
+        channels: 1 or 3
+        n_out: Number of classes
+        stride: Stride of the first convolution; 2 makes large images cheaper
+    Returns:
+        Untrained"""
     convs = [ConvLayer(channels, 32, stride=stride), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2)]
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
 
@@ -38,7 +45,14 @@ def mlp(
     n_out:int, # Number of classes
     hidden=(300, 100), # Units of the two hidden layers
 )->nn.Module: # Untrained
-    "Make LeNet-300-100, a network with two hidden layers"
+    """Make LeNet-300-100, a network with two hidden layers
+
+    Args:
+        n_in: Pixels times channels
+        n_out: Number of classes
+        hidden: Units of the two hidden layers
+    Returns:
+        Untrained"""
     a,b = hidden
     return nn.Sequential(Flatten(), nn.Linear(n_in, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, n_out))
 
@@ -47,7 +61,13 @@ def wide_mlp(
     n_in:int, # Pixels times channels
     n_out:int, # Number of classes
 )->nn.Module: # Untrained
-    "Make a network with two hidden layers of 1024 units: 1.1 million weights for images of 8x8"
+    """Make a network with two hidden layers of 1024 units: 1.1 million weights for images of 8x8
+
+    Args:
+        n_in: Pixels times channels
+        n_out: Number of classes
+    Returns:
+        Untrained"""
     return mlp(n_in, n_out, (1024, 1024))
 
 # Names of the small networks
@@ -66,7 +86,13 @@ def zoo(
     arch:str, # Name of a model
     pretrained:bool=False, # True for the default weights, which are downloaded; the head stays untrained
 )->Callable: # Function that makes such a model, given `num_classes`
-    "Find a model of torchvision or timm; `ValueError` if there is none of that name"
+    """Find a model of torchvision or timm; `ValueError` if there is none of that name
+
+    Args:
+        arch: Name of a model
+        pretrained: True for the default weights, which are downloaded; the head stays untrained
+    Returns:
+        Function that makes such a model, given `num_classes`"""
     from torchvision import models
     names = models.list_models(module=models)
     kw = dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {}
@@ -86,7 +112,10 @@ def zoo(
 def check_pretrained(
     arch:str, # Name of a model
 )->None:
-    "Raise a `ValueError` for a model without trained weights"
+    """Raise a `ValueError` for a model without trained weights
+
+    Args:
+        arch: Name of a model"""
     if arch not in nets: return
     raise ValueError(f"pretrained must be left out for {', '.join(nets)}, which have no trained weights, got arch {arch!r}")
 
@@ -97,7 +126,16 @@ def make_model(
     classes:int, # Number of outputs
     pretrained:bool=False, # True for trained weights, which torchvision and timm download
 )->nn.Module: # A model for images of this size
-    "Make a model by name; `ValueError` if its weights cannot be had"
+    """Make a model by name; `ValueError` if its weights cannot be had
+
+    Args:
+        arch: convnet, mlp, wide_mlp, or a model of torchvision or timm
+        size: Height and width of the images, in pixels
+        channels: Channels of the images
+        classes: Number of outputs
+        pretrained: True for trained weights, which torchvision and timm download
+    Returns:
+        A model for images of this size"""
     if pretrained: check_pretrained(arch)
     if arch=='convnet': return convnet(channels, classes, stride=1 if size<16 else 2)
     if arch=='mlp': return mlp(channels*size**2, classes)
@@ -113,7 +151,12 @@ def dry_run(
     dls, # `DataLoaders` that provide the batch
     name:str='model', # Name used in the error
 )->None:
-    "Run one batch through a copy of `model`; `ValueError` if that fails"
+    """Run one batch through a copy of `model`; `ValueError` if that fails
+
+    Args:
+        model: A module or a `Learner`; not changed
+        dls: `DataLoaders` that provide the batch
+        name: Name used in the error"""
     x = dls.train.one_batch()[0]
     try:
         with torch.no_grad(): out = deepcopy(as_module(model)).train()(x)
@@ -130,7 +173,16 @@ def get_model(
     channels:int, # 1 or 3
     pretrained:bool=False, # True for trained weights
 )->nn.Module: # On the device of `dls`
-    "Make a model by name, and test it on a batch"
+    """Make a model by name, and test it on a batch
+
+    Args:
+        arch: convnet, mlp, wide_mlp, or a model of torchvision or timm
+        dls: `DataLoaders` of the images
+        size: Height and width of the images, in pixels
+        channels: 1 or 3
+        pretrained: True for trained weights
+    Returns:
+        On the device of `dls`"""
     model = make_model(arch, size, channels, dls.c, pretrained).to(dls.device)
     dry_run(model, dls, arch)
     return model

@@ -10,7 +10,7 @@ A check needs neither data nor model, so a wrong value costs no time. It raises 
 
 # %% auto #0
 __all__ = ['methods', 'storages', 'dists', 'compresses', 'default_size', 'n_channels', 'small_file', 'check_device',
-           'check_seeds', 'check_args']
+           'check_seeds', 'check_sparsity', 'check_args']
 
 # %% ../../nbs/cli/03b_options.ipynb #d0b20003
 import math, torch
@@ -35,7 +35,12 @@ dists = dict(uniform=uniform_sparsity, first_dense=first_layer_dense_uniform, er
 def compresses(
     method:str, # A name in `methods`
 )->bool: # False for what starts dense, too
-    "True if compressed layers serve a method from its first step on"
+    """True if compressed layers serve a method from its first step on
+
+    Args:
+        method: A name in `methods`
+    Returns:
+        False for what starts dense, too"""
     if method=='dense': return False
     m = as_method(methods[method])
     return not (m.reads_momentum or m.explore_pct or m.sparsity_sched_f)
@@ -44,7 +49,13 @@ def default_size(
     data, # A name in `sources`, or a folder
     arch, # A name in `nets`, or a model of torchvision or timm
 )->int: # Pixels
-    "Get the default height and width of the images"
+    """Get the default height and width of the images
+
+    Args:
+        data: A name in `sources`, or a folder
+        arch: A name in `nets`, or a model of torchvision or timm
+    Returns:
+        Pixels"""
     small = arch in nets
     if data not in sources: return 64 if small else 128
     if not small: return 32
@@ -54,20 +65,36 @@ def n_channels(
     data, # A name in `sources`, or a folder
     arch, # A name in `nets`, or a model of torchvision or timm
 )->int: # 1 or 3
-    "Get the channels of the images"
+    """Get the channels of the images
+
+    Args:
+        data: A name in `sources`, or a folder
+        arch: A name in `nets`, or a model of torchvision or timm
+    Returns:
+        1 or 3"""
     return 1 if arch in nets and data in sources else 3
 
 def small_file(
     out:Path, # File of the whole `Learner`
 )->Path: # Next to it, with another ending
-    "Name the compact checkpoint"
+    """Name the compact checkpoint
+
+    Args:
+        out: File of the whole `Learner`
+    Returns:
+        Next to it, with another ending"""
     return out.with_suffix('.safetensors')
 
 # %% ../../nbs/cli/03b_options.ipynb #e9ede4ae
 def check_device(
     device, # 'cpu', 'cuda', 'cuda:1', 'mps', ..., or `None`
 )->str|None: # Its name, or `None` for the default
-    "Raise a `ValueError` if PyTorch cannot compute on `device`"
+    """Raise a `ValueError` if PyTorch cannot compute on `device`
+
+    Args:
+        device: 'cpu', 'cuda', 'cuda:1', 'mps', ..., or `None`
+    Returns:
+        Its name, or `None` for the default"""
     if device is None: return None
     try: (torch.ones(1, device=device)+1).item()
     except Exception as e:
@@ -79,7 +106,13 @@ def check_seeds(
     seeds, # A number of runs, a list, a text such as '1,2,3', or `None` for one run
     seed:int, # First of a number of seeds
 )->list: # At least one seed
-    "Get the seeds of all runs; `ValueError` if there are none, or one comes twice"
+    """Get the seeds of all runs; `ValueError` if there are none, or one comes twice
+
+    Args:
+        seeds: A number of runs, a list, a text such as '1,2,3', or `None` for one run
+        seed: First of a number of seeds
+    Returns:
+        At least one seed"""
     if isinstance(seeds, str):
         seeds = [number(s) for s in seeds.split(',')]
         if len(seeds)==1: seeds, = seeds
@@ -89,11 +122,27 @@ def check_seeds(
     if not seeds or len({*seeds})<len(seeds): raise ValueError(f"seeds must be one or more different numbers, got {seeds}")
     return seeds
 
+def check_sparsity(
+    sparsity, # A number; what else is refused
+    method:str, # A name in `methods`
+)->float: # Between 0 and 1; for dense training one of them is fine, too
+    """Raise a `ValueError` if a sparse model cannot have this sparsity
+
+    Args:
+        sparsity: A number; what else is refused
+        method: A name in `methods`
+    Returns:
+        Between 0 and 1; for dense training one of them is fine, too"""
+    if method=='dense': return check_fraction(sparsity)
+    if isinstance(sparsity, (int, float)) and 0<sparsity<1: return float(sparsity)
+    fix = ': for a dense model give `--method dense`' if sparsity==0 else ''
+    raise ValueError(f"sparsity must be a number above 0 and below 1, got {sparsity!r}{fix}")
+
 def check_args(
     data, # A name in `sources`, or a folder of images
     arch, # A name in `nets`, or a model of torchvision or timm
     method, # A name in `methods`
-    sparsity, # Fraction of zeros, in [0,1]
+    sparsity, # Fraction of zeros, above 0 and below 1
     dist, # A name in `dists`
     epochs, # Number of epochs, at least 1
     lr, # Highest learning rate
@@ -108,7 +157,28 @@ def check_args(
     pretrained=False, # True for trained weights
     seeds=None, # Several runs: a number, a list, or a text such as '1,2,3'
 )->dict: # Name -> value
-    "Check every value that needs neither data nor model, and fill in the defaults; `ValueError` for the first wrong one"
+    """Check every value that needs neither data nor model, and fill in the defaults; `ValueError` for the first wrong one
+
+    Args:
+        data: A name in `sources`, or a folder of images
+        arch: A name in `nets`, or a model of torchvision or timm
+        method: A name in `methods`
+        sparsity: Fraction of zeros, above 0 and below 1
+        dist: A name in `dists`
+        epochs: Number of epochs, at least 1
+        lr: Highest learning rate
+        bs: Images in a batch
+        every: Optimizer steps between updates, or `None` for the method's own
+        size: Height and width of the images, in pixels, or `None` for `default_size`
+        seed: Seed of weights, masks and batches
+        out: File to write the model to
+        storage: A name in `storages`
+        json: File to write the results to, or `None`
+        device: Where to train, or `None` for where fastai does
+        pretrained: True for trained weights
+        seeds: Several runs: a number, a list, or a text such as '1,2,3'
+    Returns:
+        Name -> value"""
     data = str(data)
     check_choice('method', method, methods)
     check_choice('dist', dist, dists)
@@ -122,7 +192,7 @@ def check_args(
     if small_file(out)==out: raise ValueError(f"out must not end in .safetensors, as the compact checkpoint does, got '{out}'")
     check_out(small_file(out))
     return dict(data=data, arch=arch, method=method, dist=dist, storage=storage, json=json and check_out(json),
-        sparsity = check_fraction(sparsity),
+        sparsity = check_sparsity(sparsity, method),
         epochs   = check_number('epochs', epochs, 1) or (15 if data=='digits' else 5),
         lr       = check_number('lr', lr, math.ulp(0.), whole=False) or (1e-2 if arch in nets else 1e-3),
         bs       = check_number('bs', bs, 1),

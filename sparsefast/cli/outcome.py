@@ -29,7 +29,16 @@ from ..utils import as_module, text_table
 
 # %% ../../nbs/cli/03a_outcome.ipynb #17047560
 class Run(NamedTuple):
-    "A model that has been trained, and what it costs"
+    """A model that has been trained, and what it costs
+
+    Args:
+        name: 'dense', or the method
+        accuracy: On the validation set, in [0,1]
+        training: Seconds of training, validation included
+        file: Bytes of its weights in a compact file
+        ms: Images in a batch -> milliseconds of inference; `None` if not measured
+        gain: Images in a batch -> how many times as fast as its dense twin; `None` for the twin
+        seed: Seed of weights, masks and batches"""
     name:str                # 'dense', or the method
     accuracy:float          # On the validation set, in [0,1]
     training:float          # Seconds of training, validation included
@@ -42,14 +51,24 @@ class Run(NamedTuple):
 def file_size(
     model:nn.Module, # Sparse or dense
 )->int: # Bytes
-    "Measure a model's compact file"
+    """Measure a model's compact file
+
+    Args:
+        model: Sparse or dense
+    Returns:
+        Bytes"""
     with tempfile.TemporaryDirectory() as folder: return save_sparse(model, Path(folder)/'model.safetensors').stat().st_size
 
 # %% ../../nbs/cli/03a_outcome.ipynb #2ba04593
 def layer_table(
     model, # A module or a `Learner`, sparse or not
 )->str: # One line per layer, and the total
-    "Format the layers of a model and their sparsity as a text table"
+    """Format the layers of a model and their sparsity as a text table
+
+    Args:
+        model: A module or a `Learner`, sparse or not
+    Returns:
+        One line per layer, and the total"""
     rows = layer_rows(as_masked(as_module(model)))
     header = ('layer', 'shape', 'weights', 'active', 'sparsity', 'target')
     cells = []
@@ -67,7 +86,16 @@ def speeds(
     batches=(1, 128), # Numbers of images to measure with
     seconds:float=0.5, # Approximate duration of each measurement
 )->dict: # Images in a batch -> (milliseconds dense, milliseconds sparse, median ratio)
-    "Time inference of a model in its fastest form, and of its dense twin"
+    """Time inference of a model in its fastest form, and of its dense twin
+
+    Args:
+        dense: The dense twin
+        sparse: A sparse model; `{}` is returned for one without masks
+        images: A batch of images; it is repeated where more are needed
+        batches: Numbers of images to measure with
+        seconds: Approximate duration of each measurement
+    Returns:
+        Images in a batch -> (milliseconds dense, milliseconds sparse, median ratio)"""
     dense,found = dense.eval(),{}
     if not sparse_params(sparse := as_masked(sparse)): return found
     for n in batches:
@@ -81,7 +109,12 @@ def speeds(
 def percent(
     accuracies, # In [0,1], one for each run
 )->str: # Mean in percent, and the standard deviation if there are several
-    "Format the accuracy of one or more runs"
+    """Format the accuracy of one or more runs
+
+    Args:
+        accuracies: In [0,1], one for each run
+    Returns:
+        Mean in percent, and the standard deviation if there are several"""
     mean,several = f'{fmean(accuracies):.2%}', len(accuracies)>1
     return f'{mean} ± {100*stdev(accuracies):.2f}' if several else mean
 
@@ -89,7 +122,13 @@ def outcome_table(
     dense:list, # Each `Run` of the dense twin
     sparse:list, # Each `Run` of the sparse model, in the same order
 )->str: # Two rows, and what the sparse model gains
-    "Format the runs of both models side by side"
+    """Format the runs of both models side by side
+
+    Args:
+        dense: Each `Run` of the dense twin
+        sparse: Each `Run` of the sparse model, in the same order
+    Returns:
+        Two rows, and what the sparse model gains"""
     gains = {n: fmean(r.gain[n] for r in sparse) for n in sparse[0].gain or {}}
     mean = lambda runs, k: fmean(getattr(r, k) for r in runs)
     header = ['', 'accuracy', 'file, bytes', *(f"ms, {n} image{'s'*(n>1)}" for n in gains), 'training, s']

@@ -53,7 +53,13 @@ def interval(
     method:str, # A name in `methods`
     n_steps:int, # Optimizer steps in the whole run
 )->int|float|None: # Optimizer steps, a share of all steps, or `None` for once an epoch
-    "Get a preset's update interval; ten steps at least where an update takes the place of a step"
+    """Get a preset's update interval; ten steps at least where an update takes the place of a step
+
+    Args:
+        method: A name in `methods`
+        n_steps: Optimizer steps in the whole run
+    Returns:
+        Optimizer steps, a share of all steps, or `None` for once an epoch"""
     m = as_method(methods[method])
     every = m.batches_per_update
     return 10 if m.replaces_step and isinstance(every, float) and every*n_steps<10 else every
@@ -66,7 +72,17 @@ def make_sparse(
     pretrained:bool=False, # True to keep the largest weights, False for random masks
     **kwargs # Settings of `DSTMethod` that replace the preset's
 )->list: # Callbacks that training needs; empty if nothing is masked
-    "Mask the model, and make the callback that trains it"
+    """Mask the model, and make the callback that trains it
+
+    Args:
+        model: A module or a `Learner`; changed in place
+        method: A name in `methods`
+        sparsity: Fraction of zeros, in [0,1]
+        dist: A name in `dists`
+        pretrained: True to keep the largest weights, False for random masks
+        **kwargs: Settings of `DSTMethod` that replace the preset's
+    Returns:
+        Callbacks that training needs; empty if nothing is masked"""
     model = as_module(model)
     cb = DynamicSparseTrainingCallback(**{**methods[method], **kwargs})
     kw = dict(score_f=weight_magnitude) if pretrained else {}
@@ -78,7 +94,13 @@ def get_learner(
     dls, # `DataLoaders` of the images
     model, # A module, or a `Learner` whose module to take
 )->Learner: # Not yet trained
-    "Make a classifier that trains with Adam and reports accuracy"
+    """Make a classifier that trains with Adam and reports accuracy
+
+    Args:
+        dls: `DataLoaders` of the images
+        model: A module, or a `Learner` whose module to take
+    Returns:
+        Not yet trained"""
     return Learner(dls, as_module(model), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 def fit(
@@ -88,7 +110,16 @@ def fit(
     cbs=None, # Callbacks for this training
     seed:int=42, # Seed of the batches
 )->float: # Accuracy on the validation set after the last epoch, in [0,1]
-    "Train with a one-cycle schedule, reproducibly"
+    """Train with a one-cycle schedule, reproducibly
+
+    Args:
+        learn: Trained in place
+        epochs: Number of epochs
+        lr: Highest learning rate of the one-cycle schedule
+        cbs: Callbacks for this training
+        seed: Seed of the batches
+    Returns:
+        Accuracy on the validation set after the last epoch, in [0,1]"""
     set_seed(seed, reproducible=True)
     learn.dls.train.rng = random.Random(seed)
     learn.fit_one_cycle(epochs, lr, cbs=cbs)
@@ -111,7 +142,24 @@ def prepare(
     pretrained=False, # True for trained weights
     **kwargs
 )->tuple: # (`DataLoaders`, sparse model, its dense twin, callbacks)
-    "Make data and models from checked values; `ValueError` if they do not fit"
+    """Make data and models from checked values; `ValueError` if they do not fit
+
+    Args:
+        data: A name in `sources`, or a folder of images
+        arch: Name of the model
+        method: A name in `methods`
+        sparsity: Fraction of zeros, in [0,1]
+        dist: A name in `dists`
+        epochs: Number of epochs
+        bs: Images in a batch
+        every: Optimizer steps between updates, or `None`
+        size: Height and width of the images, in pixels
+        seed: Seed of weights, masks and batches
+        storage: A name in `storages`
+        device: Where to train
+        pretrained: True for trained weights
+    Returns:
+        (`DataLoaders`, sparse model, its dense twin, callbacks)"""
     if arch not in nets: zoo(arch)
     channels = n_channels(data, arch)
     set_seed(seed, reproducible=True)
@@ -144,7 +192,23 @@ def describe(
     pretrained=False, # True for trained weights
     **kwargs
 )->str: # One line on the data, one on the training
-    "Describe a run in two lines"
+    """Describe a run in two lines
+
+    Args:
+        dls: `DataLoaders` of the images
+        cbs: Callbacks of the sparse training
+        data: A name in `sources`, or a folder of images
+        arch: Name of the model
+        method: A name in `methods`
+        sparsity: Fraction of zeros, in [0,1]
+        dist: A name in `dists`
+        epochs: Number of epochs
+        lr: Highest learning rate
+        size: Height and width of the images, in pixels
+        seeds: Seeds of the runs
+        pretrained: True for trained weights
+    Returns:
+        One line on the data, one on the training"""
     n_steps = epochs*len(dls.train)
     every = None
     if cbs and method!='static': every = cbs[0].method.batches_per_update or len(dls.train)
@@ -164,7 +228,13 @@ def save(
     channels:int, # Channels of its images
     size:int, # Height and width of its images, in pixels
 )->None:
-    "Save the learner and, next to it, its model's active weights; print the size of both files"
+    """Save the learner and, next to it, its model's active weights; print the size of both files
+
+    Args:
+        learn: A trained one
+        out: File to write it to; the compact checkpoint is `small_file(out)`
+        channels: Channels of its images
+        size: Height and width of its images, in pixels"""
     learn.image_shape = (channels, size, size)
     atomic_write(out, learn.export)
     files = [(out, 'everything, as a pickle: open only those that you trust'),
@@ -181,7 +251,17 @@ def trained(
     seed:int, # Seed of the batches
     cbs=None, # Callbacks of sparse training
 )->Run: # Without the speed of inference
-    "Train, and measure what it takes"
+    """Train, and measure what it takes
+
+    Args:
+        learn: Trained in place
+        name: Name of the run
+        epochs: Number of epochs
+        lr: Highest learning rate
+        seed: Seed of the batches
+        cbs: Callbacks of sparse training
+    Returns:
+        Without the speed of inference"""
     start = time.perf_counter()
     accuracy = fit(learn, epochs, lr, cbs, seed)
     return Run(name, accuracy, time.perf_counter()-start, file_size(learn.model), seed=seed)
@@ -197,7 +277,19 @@ def train_both(
     seed, # Seed of the batches
     **kwargs
 )->tuple: # (the sparse `Learner`, its `Run` and before it that of the dense twin, if there is one)
-    "Train the sparse model and its dense twin with one seed, and measure both"
+    """Train the sparse model and its dense twin with one seed, and measure both
+
+    Args:
+        dls: `DataLoaders` of the images
+        model: The sparse model, a module or a `Learner`
+        twin: The same model, dense
+        cbs: Callbacks of the sparse training
+        method: A name in `methods`
+        epochs: Number of epochs
+        lr: Highest learning rate
+        seed: Seed of the batches
+    Returns:
+        (the sparse `Learner`, its `Run` and before it that of the dense twin, if there is one)"""
     learn = get_learner(dls, model)
     sparse = trained(learn, f'sparse ({method})' if cbs else method, epochs, lr, seed, cbs)
     if method=='dense': return learn, [sparse]
@@ -211,7 +303,13 @@ def compare(
     args:dict, # What `check_args` returned
     parts:tuple, # What `prepare` has made of it, for the first seed
 )->Learner: # The sparse one of the first seed, trained
-    "Train the sparse model and its dense twin with each seed, print the results, and save the first sparse model"
+    """Train the sparse model and its dense twin with each seed, print the results, and save the first sparse model
+
+    Args:
+        args: What `check_args` returned
+        parts: What `prepare` has made of it, for the first seed
+    Returns:
+        The sparse one of the first seed, trained"""
     dls,*_,cbs = parts
     print(describe(dls, cbs, **args))
     first,pairs = None,[]
@@ -241,12 +339,20 @@ def _plain_output():
 def make_ready(
     **kwargs # Parameters of `check_args`
 )->tuple: # (checked values, data and models of the first seed)
-    "Check all values, and make data and models; `ValueError` for the first that is wrong"
+    """Check all values, and make data and models; `ValueError` for the first that is wrong
+
+    Args:
+        **kwargs: Parameters of `check_args`
+    Returns:
+        (checked values, data and models of the first seed)"""
     args = check_args(**kwargs)
     return args, prepare(**args)
 
 def train_halves()->tuple: # (what checks the options, what trains)
-    "Get the halves of the command in a shell, for `run_command`"
+    """Get the halves of the command in a shell, for `run_command`
+
+    Returns:
+        (what checks the options, what trains)"""
     warnings.simplefilter('ignore', FutureWarning)
     _plain_output()
     return make_ready, lambda ready: compare(*ready)

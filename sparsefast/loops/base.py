@@ -29,7 +29,13 @@ def prepare_model(
     sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; by default the model stays as it is
     **kwargs # Further arguments of `sparsify_model`
 )->None:
-    "Make a model sparse as a method wants it, alike in every process; one with masks already is a `ValueError`"
+    """Make a model sparse as a method wants it, alike in every process; one with masks already is a `ValueError`
+
+    Args:
+        model: A dense model; without `sparsity` any
+        method: What is to train it
+        sparsity: Fraction of zeros over the layers' weights, in [0,1]; by default the model stays as it is
+        **kwargs: Further arguments of `sparsify_model`"""
     if sparsity is not None:
         if find_layers(model):
             raise ValueError(f"sparsity must be left out for a model with masks, got {sparsity}: "
@@ -41,7 +47,11 @@ def check_orphan_options(
     sparsity, # What the callback was given
     options:dict, # Further arguments, for `sparsify_model`
 )->None:
-    "Refuse options of `sparsify_model` that would do nothing"
+    """Refuse options of `sparsify_model` that would do nothing
+
+    Args:
+        sparsity: What the callback was given
+        options: Further arguments, for `sparsify_model`"""
     if sparsity is None and options:
         raise ValueError(f"{next(iter(options))} must be given with sparsity, got no sparsity: "
                          "it says how to make a dense model sparse")
@@ -53,7 +63,16 @@ def begin(
     total:int, # Optimizer steps in the whole training
     per_epoch:int=None, # Optimizer steps in an epoch, for methods that update once an epoch
 )->Attached: # The method at work, with the count of steps that `opt` has loaded
-    "Attach a method; a second one, and what cannot work, is a `ValueError`"
+    """Attach a method; a second one, and what cannot work, is a `ValueError`
+
+    Args:
+        method: What trains the model
+        model: A sparse model
+        opt: Its optimizer, wrapped or not
+        total: Optimizer steps in the whole training
+        per_epoch: Optimizer steps in an epoch, for methods that update once an epoch
+    Returns:
+        The method at work, with the count of steps that `opt` has loaded"""
     other = attached_to(opt)
     if other:
         raise ValueError(f"a training must have one method, and has {other} already: give one callback, "
@@ -65,7 +84,12 @@ def begin(
 def look(
     attached:Attached, # A method at work
 )->list|None: # Masks, copied; `None` if the next step is no update
-    "Copy the masks if the next optimizer step changes them"
+    """Copy the masks if the next optimizer step changes them
+
+    Args:
+        attached: A method at work
+    Returns:
+        Masks, copied; `None` if the next step is no update"""
     step = attached.step+1
     if step>attached.total or not attached.method.due(step, total=attached.total): return None
     return [l.mask.clone() for l in find_layers(attached.modules)]
@@ -74,7 +98,13 @@ def figures(
     model, # A sparse model
     old:list=None, # Its masks before an update, from `look`
 )->dict: # `sparsity` of the sparse layers, and `churn`, the share of active weights that the update replaced
-    "Compute what a log says of the masks"
+    """Compute what a log says of the masks
+
+    Args:
+        model: A sparse model
+        old: Its masks before an update, from `look`
+    Returns:
+        `sparsity` of the sparse layers, and `churn`, the share of active weights that the update replaced"""
     layers = find_layers(model)
     masks = [l.mask for l in layers]
     active = sum(tolist([nnz(m) for m in masks]))
@@ -86,7 +116,12 @@ def figures(
 def described(
     method:DSTMethod, # Any method
 )->dict|None: # What `to_dict` gives; `None` where it cannot
-    "Describe a method for a checkpoint; warn of one that has a function without a name"
+    """Describe a method for a checkpoint; warn of one that has a function without a name
+
+    Args:
+        method: Any method
+    Returns:
+        What `to_dict` gives; `None` where it cannot"""
     try: return method.to_dict()
     except ValueError as e: warnings.warn(f"checkpoints will not say by which method they were trained: {e}", stacklevel=3)
 
@@ -94,7 +129,11 @@ def warn_other_method(
     saved, # Description of the method in a checkpoint, from `described`
     now, # Description of the method that trains on
 )->None:
-    "Warn if a training is resumed with another method; nothing is known of a method without a description"
+    """Warn if a training is resumed with another method; nothing is known of a method without a description
+
+    Args:
+        saved: Description of the method in a checkpoint, from `described`
+        now: Description of the method that trains on"""
     differ = [k for k in now if saved.get(k)!=now[k]] if saved and now else []
     if not differ: return
     warnings.warn(f"the checkpoint was trained by a method with other {', '.join(differ)}: the training goes on with "

@@ -53,7 +53,24 @@ def _check_whole(args):
 
 @delegates(sparsify_model, but=['model', 'model_sparsity'])
 class SparseTrainerCallback(TrainerCallback, ExportableState):
-    "Runs a method in the `Trainer` of transformers; `attached` is the method at work"
+    """Runs a method in the `Trainer` of transformers; `attached` is the method at work
+
+    Args:
+        method: A `DSTMethod`, a preset or its name
+        sparsity: Fraction of zeros that a dense model is given, in [0,1]; by default the model has masks
+        sparse_f: Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk', 'erk_plus', 'lamp'
+        enforce_mask: True to add hooks that mask the weights before every forward
+        additional_types: Module types to make sparse besides those that `maskable` knows
+        exclude: Layers that stay dense and are not counted, as `select_weights` takes them
+        sparsities: Layers with a sparsity of their own, as `exclude` takes them; the rest meets the total
+        masks: Layers with masks of their own: boolean, the weight's shape; copied; or 'zeros', to mask what is zero
+        initial_sparsity: Sparsity to start with, for methods that prune; by default `model_sparsity`
+        score_f: Each mask is the highest scores of its layer: chance, a method at initialisation
+        pattern_f: Sparsity pattern
+        keep_dense: True to store the values of masked weights, for methods that train them
+        init_f: New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`
+        depthwise: True to make depthwise convolutions sparse too; papers leave them dense
+        keep: 'magnitude' keeps a trained model's largest weights; a score; 'random' is chance without a warning"""
     def __init__(self,
         method, # A `DSTMethod`, a preset or its name
         sparsity:float=None, # Fraction of zeros that a dense model is given, in [0,1]; by default the model has masks
@@ -64,10 +81,13 @@ class SparseTrainerCallback(TrainerCallback, ExportableState):
         self.description = described(self.method)
         self.attached,self.old,self.now = None,None,{}
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
     def state(self)->dict: # Plain values
-        "Get what the trainer's state says of the callback"
+        """Get what the trainer's state says of the callback
+
+        Returns:
+            Plain values"""
         return dict(args=dict(method=self.description), attributes={})
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -189,7 +209,13 @@ def load_sparse_pretrained(
     name, # Folder that `save_pretrained`, `save_sparse_folder` or a `Trainer` wrote, or a model's name on the hub
     **kwargs # For `from_pretrained` of the class, or of the configuration where there is a compact file
 )->object: # The model in evaluation mode, with masks and hooks; without masks a `ValueError`
-    "Load a model of transformers with its masks"
+    """Load a model of transformers with its masks
+
+    Args:
+        name: Folder that `save_pretrained`, `save_sparse_folder` or a `Trainer` wrote, or a model's name on the hub
+        **kwargs: For `from_pretrained` of the class, or of the configuration where there is a compact file
+    Returns:
+        The model in evaluation mode, with masks and hooks; without masks a `ValueError`"""
     file = _fetch(name, sparse_file)
     model = _from_compact(cls, name, file, kwargs) if file else _from_dense(cls, name, kwargs)
     return model.eval()

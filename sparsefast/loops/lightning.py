@@ -45,7 +45,24 @@ def _length(trainer):
 
 @delegates(sparsify_model, but=['model', 'model_sparsity'])
 class SparseCallback(Callback):
-    "Runs a method in Lightning's `Trainer`; `attached` is the method at work"
+    """Runs a method in Lightning's `Trainer`; `attached` is the method at work
+
+    Args:
+        method: A `DSTMethod`, a preset or its name
+        sparsity: Fraction of zeros that a dense module is given, in [0,1]; by default the module has masks
+        sparse_f: Sparsity distribution: a function, or 'uniform', 'first_layer_dense', 'er', 'erk', 'erk_plus', 'lamp'
+        enforce_mask: True to add hooks that mask the weights before every forward
+        additional_types: Module types to make sparse besides those that `maskable` knows
+        exclude: Layers that stay dense and are not counted, as `select_weights` takes them
+        sparsities: Layers with a sparsity of their own, as `exclude` takes them; the rest meets the total
+        masks: Layers with masks of their own: boolean, the weight's shape; copied; or 'zeros', to mask what is zero
+        initial_sparsity: Sparsity to start with, for methods that prune; by default `model_sparsity`
+        score_f: Each mask is the highest scores of its layer: chance, a method at initialisation
+        pattern_f: Sparsity pattern
+        keep_dense: True to store the values of masked weights, for methods that train them
+        init_f: New initial values for sparse layers: `init_f(p, mask, transposed=...)` fills `p`
+        depthwise: True to make depthwise convolutions sparse too; papers leave them dense
+        keep: 'magnitude' keeps a trained model's largest weights; a score; 'random' is chance without a warning"""
     def __init__(self,
         method, # A `DSTMethod`, a preset or its name
         sparsity:float=None, # Fraction of zeros that a dense module is given, in [0,1]; by default the module has masks
@@ -56,7 +73,7 @@ class SparseCallback(Callback):
         self.description = described(self.method)
         self.attached,self.old,self.now,self.made = None,None,{},WeakSet()
 
-    def __repr__(self): return f'{type(self).__name__}({self.method})'
+    def __repr__(self): return f'{type(self).__name__}({self.method!r})'
 
     def setup(self, trainer, pl_module, stage):
         _check_trainer(trainer)
@@ -89,11 +106,17 @@ class SparseCallback(Callback):
         if self.attached: self.attached.remove()
 
     def state_dict(self)->dict: # Plain values
-        "Get what a checkpoint says of the callback"
+        """Get what a checkpoint says of the callback
+
+        Returns:
+            Plain values"""
         return dict(method=self.description)
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
     )->None:
-        "Warn if the checkpoint was trained by another method"
+        """Warn if the checkpoint was trained by another method
+
+        Args:
+            state: From `state_dict`"""
         warn_other_method(state['method'], self.description)

@@ -32,7 +32,13 @@ def live_units(
     module:nn.Module, # The layer that owns the weight
     mask:torch.Tensor, # Boolean, the weight's shape
 )->tuple: # (boolean by output, boolean by input); with groups, the inputs of each group in turn
-    "Find the outputs and inputs of a layer that have an active weight"
+    """Find the outputs and inputs of a layer that have an active weight
+
+    Args:
+        module: The layer that owns the weight
+        mask: Boolean, the weight's shape
+    Returns:
+        (boolean by output, boolean by input); with groups, the inputs of each group in turn"""
     if mask.dim()<2: return mask,mask
     if isinstance(module, nn.Bilinear):
         outputs = mask.flatten(1).any(1)
@@ -50,7 +56,11 @@ def check_boolean(
     mask, # Anything
     dims:int=1, # Smallest number of dimensions
 )->None:
-    "Raise a `ValueError` unless `mask` is a boolean tensor"
+    """Raise a `ValueError` unless `mask` is a boolean tensor
+
+    Args:
+        mask: Anything
+        dims: Smallest number of dimensions"""
     is_tensor = torch.is_tensor(mask)
     if is_tensor and mask.dtype==torch.bool and mask.dim()>=dims: return
     got = repr(mask)[:60]
@@ -61,7 +71,13 @@ def input_counts(
     module, # A layer, or `None` for a layer whose weight has its outputs first
     mask:torch.Tensor, # Its mask; a `ValueError` for anything else
 )->torch.Tensor: # Active weights by input: for convolutions input channel x kernel, else 1-d
-    "Count the active weights that read each input"
+    """Count the active weights that read each input
+
+    Args:
+        module: A layer, or `None` for a layer whose weight has its outputs first
+        mask: Its mask; a `ValueError` for anything else
+    Returns:
+        Active weights by input: for convolutions input channel x kernel, else 1-d"""
     check_boolean(mask, 2)
     if is_transposed(module): mask = mask.transpose(0, 1)
     return mask.sum(0)
@@ -78,7 +94,13 @@ def named_masks(
     model, # A model, or a `Learner`
     which=None, # Layers, as `select_weights` takes them; all by default, and a `ValueError` if nothing matches
 )->dict: # Name of the weight, as in `named_parameters` of a masked model -> `Layer`; in the model's order
-    "Find every mask of a model, those of compressed layers too"
+    """Find every mask of a model, those of compressed layers too
+
+    Args:
+        model: A model, or a `Learner`
+        which: Layers, as `select_weights` takes them; all by default, and a `ValueError` if nothing matches
+    Returns:
+        Name of the weight, as in `named_parameters` of a masked model -> `Layer`; in the model's order"""
     model = uncompiled(as_module(model))
     layers = find_layers(model)
     if which is not None: layers = _selected(model, layers, which)
@@ -91,7 +113,18 @@ def named_masks(
 
 # %% ../../nbs/see/02_analysis.ipynb #04fd789f
 class LayerRow(NamedTuple):
-    "What a table says about one weight, or about several together"
+    """What a table says about one weight, or about several together
+
+    Args:
+        name: Name of the layer, as of `weight_names`
+        shape: Shape of the weight
+        active: Weights that the mask lets through; all without a mask
+        target: Sparsity aimed at, in [0,1]
+        masked: True if there is a mask
+        dead_out: Outputs without an active weight
+        dead_in: Inputs without an active weight
+        macs: Multiply-adds of a forward pass without masks, `None` if unknown
+        active_macs: Multiply-adds by active weights, `None` if unknown"""
     name:str                # Name of the layer, as of `weight_names`
     shape:tuple             # Shape of the weight
     weights:int
@@ -154,7 +187,13 @@ def layer_rows(
     model, # A model, sparse or not, or a `Learner`
     count=None, # `FlopCount` of the model, from `count_flops`, for the multiply-adds
 )->list: # One `LayerRow` for each weight, in the model's order
-    "List every layer that is sparse or could be"
+    """List every layer that is sparse or could be
+
+    Args:
+        model: A model, sparse or not, or a `Learner`
+        count: `FlopCount` of the model, from `count_flops`, for the multiply-adds
+    Returns:
+        One `LayerRow` for each weight, in the model's order"""
     model = uncompiled(as_module(model))
     masked = {p: (mask, s) for p,mask,s in sparse_params(model)}
     params = {p: n for n,p in model.named_parameters()}
@@ -172,7 +211,13 @@ def add_rows(
     rows, # List of `LayerRow`
     name:str, # Name of the sum
 )->LayerRow: # The target is that of all weights together
-    "Sum up several layers in one row"
+    """Sum up several layers in one row
+
+    Args:
+        rows: List of `LayerRow`
+        name: Name of the sum
+    Returns:
+        The target is that of all weights together"""
     fields = ['weights', 'active', 'dead_out', 'outputs', 'dead_in', 'inputs']
     if rows and all(r.macs is not None for r in rows): fields += ['macs', 'active_macs']
     sums = {k: sum(getattr(r, k) for r in rows) for k in fields}
@@ -185,7 +230,14 @@ def total_rows(
     rows:list, # Its `layer_rows`
     count=None, # `FlopCount` of the model
 )->list: # Three of `LayerRow`: layers with masks, all layers, the whole model
-    "Sum up the layers of a model"
+    """Sum up the layers of a model
+
+    Args:
+        model: A model, sparse or not, or a `Learner`
+        rows: Its `layer_rows`
+        count: `FlopCount` of the model
+    Returns:
+        Three of `LayerRow`: layers with masks, all layers, the whole model"""
     sparse = add_rows([r for r in rows if r.masked], 'sparse layers')
     layers = add_rows(rows, 'all layers')
     n = sum(p.numel() for p in as_module(model).parameters() if not nn.parameter.is_lazy(p))
@@ -199,7 +251,12 @@ def total_rows(
 def short(
     n, # A number, or `None`
 )->str: # Three digits and k, M, G, T or P; empty for `None`
-    "Format a number for reading"
+    """Format a number for reading
+
+    Args:
+        n: A number, or `None`
+    Returns:
+        Three digits and k, M, G, T or P; empty for `None`"""
     if n is None: return ''
     if abs(n)<999.5: return f'{n:g}'
     i = next((i for i in range(1, 5) if abs(n)<999.5*1000**i), 5)
@@ -227,7 +284,11 @@ def _cells(r):
 
 # %% ../../nbs/see/02_analysis.ipynb #8d622fef
 class SparseSummary:
-    "The layers of a model and their sums: a table as text and HTML, and as data"
+    """The layers of a model and their sums: a table as text and HTML, and as data
+
+    Args:
+        rows: List of `LayerRow`, one for each layer
+        totals: List of `LayerRow`, the sums"""
     def __init__(self,
         rows:list, # List of `LayerRow`, one for each layer
         totals:list, # List of `LayerRow`, the sums
@@ -236,7 +297,12 @@ class SparseSummary:
     def table(self,
         columns=None, # Titles of the columns wanted; all that are not empty by default, and a `ValueError` for others
     )->tuple: # (header, rows), all of them text
-        "Format the table"
+        """Format the table
+
+        Args:
+            columns: Titles of the columns wanted; all that are not empty by default, and a `ValueError` for others
+        Returns:
+            (header, rows), all of them text"""
         cells = [_cells(r) for r in self.rows+self.totals]
         known = list(_cells(LayerRow('', (), 0, 0)))
         for c in columns or ():
@@ -248,14 +314,20 @@ class SparseSummary:
     def _repr_html_(self): return html_table(*self.table(), left=2, strong=len(self.totals))
 
     def to_dict(self)->dict: # `layers` and `totals`, each a list with a dict for each row
-        "Convert to plain lists, dicts and numbers, for JSON"
+        """Convert to plain lists, dicts and numbers, for JSON
+
+        Returns:
+            `layers` and `totals`, each a list with a dict for each row"""
         def row(r):
             shape = list(r.shape)
             return dict(r._asdict(), shape=shape, sparsity=r.sparsity, flops=r.flops, active_flops=r.active_flops)
         return dict(layers=[row(r) for r in self.rows], totals=[row(r) for r in self.totals])
 
     def to_df(self)->'pandas.DataFrame': # A row for each layer, without the sums
-        "Convert the layers to a data frame"
+        """Convert the layers to a data frame
+
+        Returns:
+            A row for each layer, without the sums"""
         import pandas as pd
         return pd.DataFrame(self.to_dict()['layers'])
 
@@ -265,7 +337,14 @@ def sparse_summary(
     *inputs, # What the model is called with, to count FLOPs; give one sample
     **kwargs # What the model is called with by keyword
 )->SparseSummary: # `.rows`, `.totals`, `to_dict()`, `to_df()`
-    "Tabulate the layers of a model: shape, weights, sparsity and target, FLOPs, dead units, and their sums"
+    """Tabulate the layers of a model: shape, weights, sparsity and target, FLOPs, dead units, and their sums
+
+    Args:
+        model: A model, or a `Learner`; a `TypeError` for anything else, a `ValueError` if no layer of it could be sparse
+        *inputs: What the model is called with, to count FLOPs; give one sample
+        **kwargs: What the model is called with by keyword
+    Returns:
+        `.rows`, `.totals`, `to_dict()`, `to_df()`"""
     model = as_masked(uncompiled(as_module(model)))
     count = count_flops(model, *inputs, **kwargs) if inputs or kwargs else None
     rows = layer_rows(model, count)

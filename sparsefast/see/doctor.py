@@ -31,12 +31,18 @@ class Findings(list):
     "A list of `Finding`, the gravest first; empty for a healthy model"
     @property
     def healthy(self)->bool: # Notes do not count
-        "True if there is no fault and no warning"
+        """True if there is no fault and no warning
+
+        Returns:
+            Notes do not count"""
         return all(f.severity=='note' for f in self)
 
     @property
     def kinds(self)->list: # Strings, sorted
-        "List what was found, in a word or two, each once"
+        """List what was found, in a word or two, each once
+
+        Returns:
+            Strings, sorted"""
         return sorted({f.kind for f in self})
 
     def __repr__(self):
@@ -52,7 +58,12 @@ class Findings(list):
 def check_weights(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masked weights that are not zero, and weights that are not finite"
+    """Find masked weights that are not zero, and weights that are not finite
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for l in case.layers:
         for p,mask in l.pairs():
             n = int(p.detach()[~mask].count_nonzero())
@@ -66,7 +77,12 @@ def check_weights(
 def check_frozen(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find sparse layers that do not train"
+    """Find sparse layers that do not train
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for l in case.layers:
         if l.p.requires_grad: continue
         yield Finding('note', 'frozen', case.name(l), 'the layer is frozen, so its mask will not change',
@@ -75,7 +91,12 @@ def check_frozen(
 def check_foreign(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find parameters that the optimizer trains and the model does not have"
+    """Find parameters that the optimizer trains and the model does not have
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     foreign = set(opt_params(case.opt))-set(case.model.parameters())
     if not foreign: return
     n,name = len(foreign),type(inner_opt(case.opt)).__name__
@@ -102,7 +123,12 @@ def _is_dense(opt, layers):
 def check_state(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find optimizer state of masked weights"
+    """Find optimizer state of masked weights
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     m,opt = case.method,case.opt
     if opt is None or m and m.reads_momentum: return
     layers = [l for l in case.layers if l.pairs()]                 # a compressed layer has none of masked weights
@@ -130,7 +156,12 @@ def _is_whole(where):
 def check_hooks(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find places where a masked weight is used and no guard masks it before; not before broken masks are mended"
+    """Find places where a masked weight is used and no guard masks it before; not before broken masks are mended
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     model = uncompiled(case.model)
     if any(map(mask_error, sparse_weights(model))): return
     have = {None: set()}                                           # parameters by module; by `None` for whole models
@@ -149,13 +180,23 @@ def check_hooks(
 def check_method(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Run the checks that a method makes before a training"
+    """Run the checks that a method makes before a training
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     yield from run_checks(case._replace(layers=list(filter(has_target, case.layers))))
 
 def check_copies(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find an average of a model, or a target network, whose masks are not those of the model; where that is alive"
+    """Find an average of a model, or a target network, whose masks are not those of the model; where that is alive
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for m,_,guard in guards(case.model):
         if guard.whole is not None or guard.origin is None: continue
         cut,*said = guard.origin.problem(guard._modules()) or (False,)
@@ -183,7 +224,15 @@ def sparse_doctor(
     method=None, # `DSTMethod` or preset; without it, promises that depend on the method are judged leniently
     max_dead:float=0.5, # Share of outputs without an active weight above which a layer is reported, in [0,1]
 )->Findings: # The gravest first
-    "Check every promise of a sparse model; nothing is changed"
+    """Check every promise of a sparse model; nothing is changed
+
+    Args:
+        model: A model, or a `Learner`, whose optimizer and method are used too; anything else is a `TypeError`
+        opt: Optimizer; anything else is a `TypeError`
+        method: `DSTMethod` or preset; without it, promises that depend on the method are judged leniently
+        max_dead: Share of outputs without an active weight above which a layer is reported, in [0,1]
+    Returns:
+        The gravest first"""
     if isinstance(model, Learner):
         if opt is None: opt = model.opt
         if method is None: method = _learner_method(model)
@@ -204,5 +253,10 @@ _doctor = sparse_doctor
 def sparse_doctor(self:Learner,
     **kwargs # `method` and `max_dead`, as for `sparse_doctor`
 )->Findings: # The gravest first
-    "`sparse_doctor` of the learner"
+    """`sparse_doctor` of the learner
+
+    Args:
+        **kwargs: `method` and `max_dead`, as for `sparse_doctor`
+    Returns:
+        The gravest first"""
     return _doctor(self, **kwargs)

@@ -30,7 +30,13 @@ def new_axes(
     ax, # Matplotlib axes, or `None`
     figsize:tuple, # Size of a new figure, in inches
 )->plt.Axes: # `ax`, or the axes of a new figure
-    "Make a figure, unless axes are given"
+    """Make a figure, unless axes are given
+
+    Args:
+        ax: Matplotlib axes, or `None`
+        figsize: Size of a new figure, in inches
+    Returns:
+        `ax`, or the axes of a new figure"""
     if ax is None: _,ax = plt.subplots(figsize=figsize, layout='constrained')
     return ax
 
@@ -41,7 +47,16 @@ def grid_axes(
     axs=None, # Matplotlib axes; a `ValueError` if they are fewer than `n`
     **kwargs # For `plt.subplots`
 )->np.ndarray: # `n` axes, flat
-    "Make a figure with a grid of axes, unless axes are given"
+    """Make a figure with a grid of axes, unless axes are given
+
+    Args:
+        n: Number of axes needed
+        ncols: Largest number of columns
+        size: (width, height) of one figure, in inches
+        axs: Matplotlib axes; a `ValueError` if they are fewer than `n`
+        **kwargs: For `plt.subplots`
+    Returns:
+        `n` axes, flat"""
     if axs is not None:
         axs = np.ravel(axs)
         if len(axs)<n: raise ValueError(f"axs must be at least {n} axes, got {len(axs)}")
@@ -59,14 +74,22 @@ def percent_ticks(
     scale:float=1, # Number of percent that one unit is
     top:float=math.inf, # Ticks above it have no label
 )->None:
-    "Label the ticks of an axis in percent"
+    """Label the ticks of an axis in percent
+
+    Args:
+        axis: Such as `ax.yaxis`
+        scale: Number of percent that one unit is
+        top: Ticks above it have no label"""
     def label(v, _): return f'{scale*v:g}%' if v<=top else ''
     axis.set_major_formatter(FuncFormatter(label))
 
 def pixel_ticks(
     ax, # Matplotlib axes
 )->None:
-    "Put the ticks of both axes at whole numbers"
+    """Put the ticks of both axes at whole numbers
+
+    Args:
+        ax: Matplotlib axes"""
     for axis in (ax.xaxis, ax.yaxis):
         ticks = MaxNLocator(6, integer=True, min_n_ticks=1)
         axis.set_major_locator(ticks)
@@ -81,7 +104,11 @@ def sparsity_axis(
     ax, # Matplotlib axes
     xs, # Sparsities to draw, in [0,1)
 )->None:
-    "Give each halving of the density the same room; label as many of the sparsities as there is room for"
+    """Give each halving of the density the same room; label as many of the sparsities as there is room for
+
+    Args:
+        ax: Matplotlib axes
+        xs: Sparsities to draw, in [0,1)"""
     ax.set_xscale('function', functions=(_halvings, lambda t: 1-10.**-np.asarray(t)))
     low,high = _halvings(min(xs)),_halvings(max(xs))
     inches = ax.get_position().width*ax.figure.get_figwidth()
@@ -99,7 +126,11 @@ def cost_axis(
     ax, # Matplotlib axes
     xs, # Costs to draw, as shares of another, above 0
 )->None:
-    "Give each factor the same room"
+    """Give each factor the same room
+
+    Args:
+        ax: Matplotlib axes
+        xs: Costs to draw, as shares of another, above 0"""
     ax.set_xscale('log')
     close = min(xs)<max(xs)<2*min(xs)
     ax.xaxis.set_major_locator(MaxNLocator(4) if close else LogLocator(subs=(1, 2, 5)))
@@ -108,7 +139,13 @@ def cost_axis(
 
 # %% ../../nbs/see/03a_figures.ipynb #8c77061f
 class _Axis(NamedTuple):
-    "What runs can be plotted against"
+    """What runs can be plotted against
+
+    Args:
+        rule: Which values are valid
+        is_valid: `is_valid(value)`
+        scale: `scale(ax, values)`
+        line: Matplotlib's style of the line between points"""
     label:str
     title:str
     rule:str        # Which values are valid
@@ -175,7 +212,20 @@ def plot_runs(
     ax=None, # Matplotlib axes
     figsize:tuple=(7, 4.5), # Size of a new figure, in inches
 )->plt.Axes: # The axes
-    "Plot accuracy against sparsity, or against the cost of training; bars reach from the lowest to the highest run"
+    """Plot accuracy against sparsity, or against the cost of training; bars reach from the lowest to the highest run
+
+    Args:
+        runs: Dicts with `sparsity`, `flops` (a share of the dense cost), `accuracy`, and what `by` names; a `ValueError` if there are none, or if one lacks something. Runs of the same name, sparsity and `epochs` are averaged
+        x: What to plot against: 'sparsity' or 'flops'
+        y: What to plot
+        by: Key of the curves: runs that agree in it are one curve
+        dense: Curve that is drawn as a line across; `None` for none
+        title: Title of the figure; by default what is plotted against what
+        percent: True to write `y` in percent; by default for accuracies, 'error_rate', 'flops' and 'sparsity'
+        ax: Matplotlib axes
+        figsize: Size of a new figure, in inches
+    Returns:
+        The axes"""
     if x not in _axes: raise ValueError(f"x must be 'sparsity' or 'flops', got {x!r}")
     runs = list(runs)
     _check_runs(runs, x, y, by)

@@ -29,13 +29,21 @@ from ..utils import as_module, attribute, uncompiled
 
 # %% ../../nbs/see/01_flops.ipynb #9c40da38
 class LayerFlops(NamedTuple):
-    "Cost of one weight in a forward pass, or of a module that multiplies without weights (attention)"
+    """Cost of one weight in a forward pass, or of a module that multiplies without weights (attention)
+
+    Args:
+        macs: Multiply-adds, dense
+        active_macs: Multiply-adds by active weights
+        outputs: Numbers that come out; 0 where no weight is used"""
     macs:int=0          # Multiply-adds, dense
     active_macs:int=0   # Multiply-adds by active weights
     outputs:int=0       # Numbers that come out; 0 where no weight is used
 
 class FlopCount:
-    "Cost of a forward pass, by layer and in all"
+    """Cost of a forward pass, by layer and in all
+
+    Args:
+        layers: Name of a weight, or of a module that multiplies without weights -> `LayerFlops`"""
     def __init__(self,
         layers:dict, # Name of a weight, or of a module that multiplies without weights -> `LayerFlops`
     ): self.layers = layers
@@ -202,7 +210,14 @@ def count_flops(
     *inputs, # What the model is called with: the whole batch is counted, so give one sample
     **kwargs # What the model is called with by keyword
 )->FlopCount: # By layer, and in all
-    "Count the FLOPs of one forward pass: dense, and with the masks as they are now"
+    """Count the FLOPs of one forward pass: dense, and with the masks as they are now
+
+    Args:
+        model: Dense or sparse, or a `Learner`; a traced or scripted module is a `TypeError`. Nothing about it changes, except that forward hooks run, and that what the model appends to its own lists stays there
+        *inputs: What the model is called with: the whole batch is counted, so give one sample
+        **kwargs: What the model is called with by keyword
+    Returns:
+        By layer, and in all"""
     model = as_masked(uncompiled(as_module(model)))
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise TypeError("model must be a plain module, got a traced or scripted one: count the model it was made from")
@@ -218,7 +233,13 @@ def official_flops(
     count:FlopCount, # From `count_flops`
     active:bool=True, # True to count active weights only, False to count all
 )->int: # Convolutions and linear layers only
-    "Count FLOPs as for the tables of Evci et al. 2020: 2v+1 for each output with v inputs"
+    """Count FLOPs as for the tables of Evci et al. 2020: 2v+1 for each output with v inputs
+
+    Args:
+        count: From `count_flops`
+        active: True to count active weights only, False to count all
+    Returns:
+        Convolutions and linear layers only"""
     total = 0
     for l in count.layers.values():
         macs = l.active_macs if active else l.macs
@@ -230,7 +251,13 @@ def macs_at(
     macs:dict, # Name -> multiply-adds, dense
     densities:dict, # Name -> density, or (density of the weights in use, of those that train); others are dense
 )->tuple: # (multiply-adds by the weights in use, by those that train)
-    "Sum up the multiply-adds of a forward pass at given densities"
+    """Sum up the multiply-adds of a forward pass at given densities
+
+    Args:
+        macs: Name -> multiply-adds, dense
+        densities: Name -> density, or (density of the weights in use, of those that train); others are dense
+    Returns:
+        (multiply-adds by the weights in use, by those that train)"""
     used = trained = 0
     for n,m in macs.items():
         d = densities.get(n, 1.)
@@ -241,7 +268,12 @@ def macs_at(
 def draws_of(
     method, # `DSTMethod`, or `None`
 )->float|None: # Draws per active weight; `None` for a method that reads the gradient of all weights
-    "Get how many positions a method draws whose gradient an update reads"
+    """Get how many positions a method draws whose gradient an update reads
+
+    Args:
+        method: `DSTMethod`, or `None`
+    Returns:
+        Draws per active weight; `None` for a method that reads the gradient of all weights"""
     f = attribute(getattr(method, 'grow_score_f', None), 'subset_f')
     if f is None or method.grad_steps!=1: return None
     return getattr(f, 'keywords', {}).get('factor', attribute(f, 'factor'))
@@ -251,7 +283,14 @@ def looked_macs(
     densities:dict, # As for `macs_at`
     draws:float=None, # From `draws_of`
 )->float: # Those of all weights, or of the weights that train and of the expected number of others that are drawn
-    "Sum up the multiply-adds of the gradient that an update reads"
+    """Sum up the multiply-adds of the gradient that an update reads
+
+    Args:
+        macs: Name -> multiply-adds, dense
+        densities: As for `macs_at`
+        draws: From `draws_of`
+    Returns:
+        Those of all weights, or of the weights that train and of the expected number of others that are drawn"""
     if draws is None: return sum(macs.values())
     used = {n: macs_at({n: 1.}, densities) for n in macs}
     return sum(m*(used[n][1]+looked_at(used[n][0], draws)) for n,m in macs.items())
@@ -278,7 +317,16 @@ def training_flops(
 )->int: # FLOPs
     """Count the FLOPs of a training, from its densities over time and the steps at which the method reads gradients of inactive weights
 
-    A `TypeError` for a preset in place of a method, a `ValueError` for a method without `batches_per_update`."""
+    A `TypeError` for a preset in place of a method, a `ValueError` for a method without `batches_per_update`.
+
+    Args:
+        count: One forward pass of one batch; only its dense costs are used
+        method: `DSTMethod` with a whole number of `batches_per_update`, or `None` for a dense training
+        total: Optimizer steps in the whole training
+        densities: (step, densities as `macs_at` takes them) each time they change, valid from that step on
+        steps: Number of steps to count, from the first; all by default
+    Returns:
+        FLOPs"""
     if method is not None and not hasattr(method, 'looks'):
         raise TypeError(f"method must be a DSTMethod or None, got {type(method).__name__}: "
                         "call DSTMethod(**{**preset, 'batches_per_update': 100})")
@@ -293,7 +341,13 @@ def record_flops(
     record:dict,
     dense:bool=False, # True for the cost of the same steps without masks
 )->float: # FLOPs
-    "Count the FLOPs of a recorded training, from after step `start` to step `step`"
+    """Count the FLOPs of a recorded training, from after step `start` to step `step`
+
+    Args:
+        record: `macs` (name -> multiply-adds of a sample), `densities`, `looks` (first and last of each run of steps that read gradients of inactive weights), `draws` (from `draws_of`, if any), `start` and `step` (first and last), `samples` (number of them)
+        dense: True for the cost of the same steps without masks
+    Returns:
+        FLOPs"""
     densities = [] if dense else record['densities']
     steps = {i for first,last in record['looks'] for i in range(first, last+1)}
     def looks(step): return step in steps and not dense
@@ -306,7 +360,13 @@ def mean_active(
     fits:list, # `fits` of a `SparseRecorderCallback`: `densities`, and `start` and `step`, first and last
     model, # The model that was trained, or a `Learner`
 )->tuple: # (share of the weights of masked layers, share of all parameters); NaN where nothing was recorded
-    "Average the number of active weights over the steps of recorded runs"
+    """Average the number of active weights over the steps of recorded runs
+
+    Args:
+        fits: `fits` of a `SparseRecorderCallback`: `densities`, and `start` and `step`, first and last
+        model: The model that was trained, or a `Learner`
+    Returns:
+        (share of the weights of masked layers, share of all parameters); NaN where nothing was recorded"""
     sizes = {n: p.numel() for n,p in as_masked(as_module(model)).named_parameters()}
     active = masked = steps = 0
     for fit in fits:

@@ -38,7 +38,12 @@ def _mask(w):
 def sparse_weights(
     model:nn.Module, # A model
 )->list: # `Weight` each, in the model's order; one without a parameter has lost it
-    "List all weights that have a mask, whatever its state, and the weights of compressed layers"
+    """List all weights that have a mask, whatever its state, and the weights of compressed layers
+
+    Args:
+        model: A model
+    Returns:
+        `Weight` each, in the model's order; one without a parameter has lost it"""
     found = []
     for m in model.modules():
         if isinstance(m, Compressed): found.append(Weight(m, 'weight'))
@@ -60,7 +65,12 @@ def _index_error(m):
 def mask_error(
     w:Weight, # A weight with a mask, or that of a compressed layer
 )->tuple|None: # (kind of finding, what is wrong)
-    "Say what is wrong with a mask or an index; `None` if it is sound"
+    """Say what is wrong with a mask or an index; `None` if it is sound
+
+    Args:
+        w: A weight with a mask, or that of a compressed layer
+    Returns:
+        (kind of finding, what is wrong)"""
     p,mask = w.p,_mask(w)
     if isinstance(w.module, Compressed):
         error = _index_error(w.module)
@@ -75,7 +85,12 @@ def mask_error(
 def sound_layers(
     model:nn.Module, # A model
 )->list: # `Layer` each, in the model's order, each parameter once
-    "List the layers whose mask or index is sound"
+    """List the layers whose mask or index is sound
+
+    Args:
+        model: A model
+    Returns:
+        `Layer` each, in the model's order, each parameter once"""
     found = {}
     for w in sparse_weights(model):
         if mask_error(w): continue
@@ -97,7 +112,12 @@ _fixes = dict(
 def check_masks(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masks and indices that are broken, and a model without any"
+    """Find masks and indices that are broken, and a model without any
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     weights = sparse_weights(case.model)
     if not weights:
         name = type(uncompiled(case.model)).__name__
@@ -113,7 +133,12 @@ check_stored = check_masks                                         # the earlier
 def check_tied(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find parameters that several layers share, with different masks"
+    """Find parameters that several layers share, with different masks
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     first = {}
     for w in sparse_weights(case.model):
         if w.p is None or mask_error(w): continue
@@ -128,7 +153,12 @@ def check_tied(
 def has_target(
     l, # `Layer`
 )->bool: # True too for a layer without a target of its own
-    "True unless the target sparsity is no fraction"
+    """True unless the target sparsity is no fraction
+
+    Args:
+        l: `Layer`
+    Returns:
+        True too for a layer without a target of its own"""
     return isinstance(l.target, float) and 0<=l.target<=1
 
 def _rounding(l):
@@ -171,7 +201,12 @@ def _is_on_its_way(m, d):
 def check_counts(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find targets that are no fraction, and counts of active weights that do not match the target"
+    """Find targets that are no fraction, and counts of active weights that do not match the target
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for l in case.layers:
         if not has_target(l):
             yield Finding('fault', 'target', case.name(l), f'the target sparsity is {l.target}',
@@ -192,7 +227,12 @@ def check_counts(
 def check_dead(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find layers in which many outputs have no active weight, or any in the last layer"
+    """Find layers in which many outputs have no active weight, or any in the last layer
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     for l in case.layers:
         outputs = live_units(l.module, l.mask)[0]
         n,dead = len(outputs),int((~outputs).count_nonzero())
@@ -207,7 +247,12 @@ def check_dead(
 def check_budget(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find a layer that has most of the active weights, and ten times the density of the others (empty ones aside)"
+    """Find a layer that has most of the active weights, and ten times the density of the others (empty ones aside)
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     active = {l: int(l.nnz) for l in case.layers if l.nnz}
     total,numel = sum(active.values()),sum(l.numel for l in active)
     for l,n in active.items():
@@ -223,7 +268,12 @@ def check_budget(
 def check_ranks(
     case:Case, # What to look at
 )->Iterator: # Yields `Finding`
-    "Find masks that differ between processes; every process must call it then"
+    """Find masks that differ between processes; every process must call it then
+
+    Args:
+        case: What to look at
+    Returns:
+        Yields `Finding`"""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return
     ranks:list = [None]*dist.get_world_size()
     bad = {}

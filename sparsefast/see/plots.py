@@ -37,7 +37,14 @@ def plot_sparsity(
     ax=None, # Matplotlib axes
     figsize:tuple=None, # Size of a new figure, in inches; by default as high as there are layers
 )->plt.Axes: # The axes
-    "Plot how sparse each layer is, and how sparse it should be"
+    """Plot how sparse each layer is, and how sparse it should be
+
+    Args:
+        model: A sparse model, or a `Learner`; a `ValueError` if no layer of it could be sparse
+        ax: Matplotlib axes
+        figsize: Size of a new figure, in inches; by default as high as there are layers
+    Returns:
+        The axes"""
     model = as_masked(uncompiled(as_module(model)))
     rows = layer_rows(model)
     if not rows: raise ValueError(f"model must have a layer that is sparse or could be, got {type(model).__name__}")
@@ -119,7 +126,16 @@ def show_masks(
     cols:int=120, # Largest number of inputs shown, from the first on
     axs=None, # Matplotlib axes
 )->np.ndarray: # Matplotlib axes
-    "Show the mask of one layer at several times; weights that are new since the image before have another colour"
+    """Show the mask of one layer at several times; weights that are new since the image before have another colour
+
+    Args:
+        frames: (step, mask) of one layer, from `SparseRecorderCallback.masks`; a `ValueError` if there are none
+        n: Number of images, spread over time; with `axs`, as many as these
+        rows: Largest number of outputs shown, from the first on
+        cols: Largest number of inputs shown, from the first on
+        axs: Matplotlib axes
+    Returns:
+        Matplotlib axes"""
     frames = _frames(frames)
     if axs is not None: n = np.size(axs)
     _check_whole(n=n, rows=rows, cols=cols)
@@ -176,7 +192,14 @@ def plot_churn(
     axs=None, # Two matplotlib axes
     figsize:tuple=(7, 5), # Size of a new figure, in inches
 )->np.ndarray: # The two axes
-    "Plot how much each update replaces, and how much of the network has been tried out"
+    """Plot how much each update replaces, and how much of the network has been tried out
+
+    Args:
+        history: A `SparseRecorderCallback`, or its `history`; a `ValueError` if there was no update
+        axs: Two matplotlib axes
+        figsize: Size of a new figure, in inches
+    Returns:
+        The two axes"""
     h = _history(history)
     width,height = figsize
     axs = grid_axes(2, 1, (width, height/2), axs, sharex=True)
@@ -215,7 +238,15 @@ def plot_weights(
     bins:int=50, # Number of bars in a histogram
     axs=None, # Matplotlib axes, as many as layers
 )->np.ndarray: # Matplotlib axes
-    "Plot histograms of the active weights, by layer"
+    """Plot histograms of the active weights, by layer
+
+    Args:
+        model: A sparse model, or a `Learner`; a `ValueError` if it has no mask
+        which: Layers, as `select_weights` takes them; by default all that have masks
+        bins: Number of bars in a histogram
+        axs: Matplotlib axes, as many as layers
+    Returns:
+        Matplotlib axes"""
     layers = _masks(model, which)
     axs = grid_axes(len(layers), 3, (3.4, 2.6), axs)
     for ax,(name,l) in zip(axs, layers.items()):
@@ -266,7 +297,17 @@ def show_inputs(
     colorbar:bool=True, # True to draw the scale of colours
     ax=None, # Matplotlib axes
 )->plt.Axes: # The axes
-    "Show how many connections each pixel of the input has, or for a convolution each place of its kernel"
+    """Show how many connections each pixel of the input has, or for a convolution each place of its kernel
+
+    Args:
+        model: A sparse model, a `Learner`, or a mask; a `ValueError` if there is no mask, or none of that shape
+        which: The layer, as `select_weights` takes it; by default the first that has a mask
+        shape: Shape of the image that the inputs are; a square or a line by default
+        vmax: Count that gets the last colour, to compare images; by default the highest
+        colorbar: True to draw the scale of colours
+        ax: Matplotlib axes
+    Returns:
+        The axes"""
     module,mask = (None, model) if torch.is_tensor(model) else _first(model, which)
     what,counts = _input_image(module, mask, shape)
     ax = new_axes(ax, (4.6, 3.8))
@@ -293,7 +334,14 @@ def show_start_end(
     shape:tuple=None, # Shape of the image that the inputs are; a square or a line by default
     axs=None, # Two matplotlib axes
 )->np.ndarray: # The two axes
-    "Show the connections of each input pixel before and after a training, in the same colours"
+    """Show the connections of each input pixel before and after a training, in the same colours
+
+    Args:
+        frames: (step, mask) of a first layer, from `SparseRecorderCallback.masks`; a `ValueError` if there are none
+        shape: Shape of the image that the inputs are; a square or a line by default
+        axs: Two matplotlib axes
+    Returns:
+        The two axes"""
     frames = _frames(frames)
     ends = [frames[0], frames[-1]]
     seen = [_input_image(None, mask, shape) for _,mask in ends]
@@ -305,6 +353,7 @@ def show_start_end(
         show_inputs(mask, shape=shape, vmax=vmax, colorbar=is_last, ax=ax)
         title = f'after {step:,} steps' if step else 'at the start'
         ax.set_title(title)
+        if len(seen[0][1])>1: ax.set_axis_off()                  # an image, where numbers of rows and columns say nothing
     what,_ = seen[0]
     axs[0].figure.suptitle(f'Connections of each {what}')
     return axs

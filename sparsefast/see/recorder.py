@@ -36,7 +36,13 @@ def mask_change(
     old:list, # Boolean masks before an update
     new:list, # The masks after it, in the same order
 )->dict: # Counts `dropped`, `grown`, `before`, `after`, and `churn`, the share of active weights replaced
-    "Compare the masks of a model before and after an update"
+    """Compare the masks of a model before and after an update
+
+    Args:
+        old: Boolean masks before an update
+        new: The masks after it, in the same order
+    Returns:
+        Counts `dropped`, `grown`, `before`, `after`, and `churn`, the share of active weights replaced"""
     before = sum(_counts(old))
     after = sum(_counts(new))
     changed = sum(_counts(a^b for a,b in zip(old, new)))
@@ -52,7 +58,11 @@ def _value(recorder, name):
     return recorder.now[name]
 
 class SparseRecorderCallback(Callback):
-    "Records what happens to the masks while a `Learner` trains; `history` has an entry for each update, over all fits"
+    """Records what happens to the masks while a `Learner` trains; `history` has an entry for each update, over all fits
+
+    Args:
+        columns: Columns of fastai's table, a `ValueError` for others; `tflops` are 10^12 operations so far
+        keep: Layers whose masks are stored at every update, as `select_weights` takes them; none by default"""
     order = DynamicSparseTrainingCallback.order-0.1              # before the method acts
     run_valid = False
     def __init__(self,
@@ -288,7 +298,12 @@ def _store_masks(self:SparseRecorderCallback):
 def masks(self:SparseRecorderCallback,
     name:str=None, # Name of a weight, such as '0.weight', the first by default; a `ValueError` if it has no masks
 )->list: # (optimizer steps so far, boolean mask): at the start, and after each update
-    "Get the masks of a layer over time; needs `keep`"
+    """Get the masks of a layer over time; needs `keep`
+
+    Args:
+        name: Name of a weight, such as '0.weight', the first by default; a `ValueError` if it has no masks
+    Returns:
+        (optimizer steps so far, boolean mask): at the start, and after each update"""
     if not self.frames:
         raise ValueError("no masks were stored: name layers in `SparseRecorderCallback(keep=...)`, and train")
     if name is None: name = next(iter(self.frames))
@@ -300,7 +315,12 @@ def masks(self:SparseRecorderCallback,
 def spent(self:SparseRecorderCallback,
     dense:bool=False, # True for the cost of the same steps without masks
 )->int: # FLOPs
-    "Compute the cost of everything recorded, by `record_flops`"
+    """Compute the cost of everything recorded, by `record_flops`
+
+    Args:
+        dense: True for the cost of the same steps without masks
+    Returns:
+        FLOPs"""
     return round(sum(record_flops(f, dense) for f in self.fits))
 
 # %% ../../nbs/see/03_recorder.ipynb #97cdc201
@@ -308,14 +328,20 @@ _state = ('history', 'fits', 'frames', 'explored', 'flops', 'n_seen', 'now', 'op
 
 @patch
 def state_dict(self:SparseRecorderCallback)->dict: # Plain lists, dicts, numbers and tensors
-    "Get everything recorded, for `load_state_dict`"
+    """Get everything recorded, for `load_state_dict`
+
+    Returns:
+        Plain lists, dicts, numbers and tensors"""
     return {k: getattr(self, k) for k in _state}
 
 @patch
 def load_state_dict(self:SparseRecorderCallback,
     state:dict, # From `state_dict`
 ):
-    "Go on from a saved state"
+    """Go on from a saved state
+
+    Args:
+        state: From `state_dict`"""
     for k in _state: setattr(self, k, state[k])
     def pairs(densities): return {n: tuple(d) for n,d in densities.items()}        # files may have lists
     for f in self.fits: f['densities'] = [(step, pairs(d)) for step,d in f['densities']]
@@ -340,5 +366,10 @@ def _sample(learn):
 def sparse_summary(self:Learner,
     flops:bool=True, # True to count FLOPs, on a sample of the learner's data
 )->SparseSummary: # The table; a `ValueError` if no layer could be sparse
-    "Tabulate the layers of the learner's model, as text, HTML and data"
+    """Tabulate the layers of the learner's model, as text, HTML and data
+
+    Args:
+        flops: True to count FLOPs, on a sample of the learner's data
+    Returns:
+        The table; a `ValueError` if no layer could be sparse"""
     return _summary(get_model(self.model), *(_sample(self) if flops else ()))

@@ -35,7 +35,13 @@ def graphs(
     model, # A model in evaluation mode, or a `Learner`
     prefix:str='', # Prefix of the model's names in the whole
 )->Iterator: # Yields (prefix, graph)
-    "Trace a model, or those of its parts that can be traced"
+    """Trace a model, or those of its parts that can be traced
+
+    Args:
+        model: A model in evaluation mode, or a `Learner`
+        prefix: Prefix of the model's names in the whole
+    Returns:
+        Yields (prefix, graph)"""
     model = as_module(model)
     try: yield prefix,_Tracer().trace(model)
     except Exception:                                                        # such as control flow by data; the errors have no common type
@@ -90,7 +96,15 @@ def through(
     conv:bool, # True if the layer is a convolution, with channels in dimension 1; otherwise channels are the last dimension
     flat:bool, # True if there are no other dimensions but the batch
 )->Callable|None: # A function of a vector with a number for each channel; `None` if `node` may mix channels
-    "Get the function that a node applies to channels that are constant"
+    """Get the function that a node applies to channels that are constant
+
+    Args:
+        node: A node of the graph that uses the output of a layer
+        modules: Name -> module
+        conv: True if the layer is a convolution, with channels in dimension 1; otherwise channels are the last dimension
+        flat: True if there are no other dimensions but the batch
+    Returns:
+        A function of a vector with a number for each channel; `None` if `node` may mix channels"""
     if node.op=='call_module': return _through_module(modules[node.target], conv, flat)
     f,args = node.target,node.args[1:]
     if node.op=='call_function' and f in _functions:
@@ -103,7 +117,13 @@ def through(
 # %% ../../nbs/ship/01a_chains.ipynb #47a1b12a
 @dataclass(eq=False)
 class Chain:
-    "A layer, what follows channel by channel, and the layers that use it"
+    """A layer, what follows channel by channel, and the layers that use it
+
+    Args:
+        head: Node of the layer
+        steps: Of (node, its function of constants)
+        ends: Nodes of the layers that use it
+        modules: Name -> module"""
     head:fx.Node # Node of the layer
     steps:list # Of (node, its function of constants)
     ends:list # Nodes of the layers that use it
@@ -120,7 +140,10 @@ class Chain:
         return [self.modules[e.target] for e in self.ends]
 
     def constants(self)->list: # Vectors in float64, one for each end
-        "Compute the outputs of units without weights, as they arrive at each end"
+        """Compute the outputs of units without weights, as they arrive at each end
+
+        Returns:
+            Vectors in float64, one for each end"""
         p = self.layer
         bias = p.bias
         if bias is None: bias = p.weight.new_zeros(len(p.weight))
@@ -152,7 +175,15 @@ def chain_from(
     single:set, # Modules that are called once and share nothing
     shapes:dict, # Module -> shape of its output
 )->Chain|None: # `None` if no chain starts there
-    "Get the chain that starts at a node"
+    """Get the chain that starts at a node
+
+    Args:
+        head: A node of the graph
+        modules: Name -> module
+        single: Modules that are called once and share nothing
+        shapes: Module -> shape of its output
+    Returns:
+        `None` if no chain starts there"""
     p = modules.get(head.target) if head.op=='call_module' else None
     if p is None or p not in shapes or not _can_be_cut(p, head, single): return None
     conv,dims = isinstance(p, _convs),len(shapes[p])
@@ -201,7 +232,13 @@ def chains(
     model, # A model in evaluation mode, or a `Learner`
     *inputs, **kwargs # Arguments of a call of the model
 )->list: # Of `Chain`
-    "Find the chains of a model"
+    """Find the chains of a model
+
+    Args:
+        model: A model in evaluation mode, or a `Learner`
+        *inputs, **kwargs: Arguments of a call of the model
+    Returns:
+        Of `Chain`"""
     model = as_module(model)
     shapes,takes,calls = _watch(model, inputs, kwargs)
     single,found = _alone(model, calls) & shapes.keys(),[]

@@ -28,7 +28,14 @@ def weakest(
     n:int, # Number of channels to remove
     least:list, # Number of channels that each layer retains at least
 )->list: # Lists of indices, rising: the channels of each layer that go; fewer than `n` in all where layers retain more
-    "Select the lowest scores of the whole model; of equal scores the earlier layer, and the earlier channel, goes first"
+    """Select the lowest scores of the whole model; of equal scores the earlier layer, and the earlier channel, goes first
+
+    Args:
+        scores: 1-d tensors: scores of the channels of each layer
+        n: Number of channels to remove
+        least: Number of channels that each layer retains at least
+    Returns:
+        Lists of indices, rising: the channels of each layer that go; fewer than `n` in all where layers retain more"""
     gone = [[] for _ in scores]
     for _,i,j in sorted((s, i, j) for i,layer in enumerate(scores) for j,s in enumerate(layer.tolist())):
         if sum(map(len, gone))<n and len(scores[i])-len(gone[i])>least[i]: gone[i].append(j)
@@ -49,7 +56,13 @@ def channel_counts(
     model, # A model, or a `Learner`
     *inputs, **kwargs # Arguments of a call of the model: an example, with its batch
 )->dict: # Name of a layer -> number of its channels
-    "Count the channels of the layers that can lose some"
+    """Count the channels of the layers that can lose some
+
+    Args:
+        model: A model, or a `Learner`
+        *inputs, **kwargs: Arguments of a call of the model: an example, with its batch
+    Returns:
+        Name of a layer -> number of its channels"""
     return {n: len(c.layer.weight) for n,c in _chains(as_module(model), inputs, kwargs).items()}
 
 def _set_targets(model, counts):
@@ -72,7 +85,18 @@ def remove_channels(
     least:float=0.25, # Share of its first channels that a layer retains; 0.1 to 0.25 in Chase, and always one channel
     **kwargs # Keywords of a call of the model
 )->dict: # Name of a layer -> number of channels removed
-    "Remove the channels with the smallest mean `|w|` between two steps; target sparsities follow, so that the budget stays"
+    """Remove the channels with the smallest mean `|w|` between two steps; target sparsities follow, so that the budget stays
+
+    Args:
+        model: A model, or a `Learner`, changed in place
+        start: From `channel_counts` before the first removal
+        share: Share of those channels that are gone after this call, in [0,1]
+        *inputs: Arguments of a call of the model: an example, with its batch
+        opt: Optimizer of the model, which gets the new parameters and their state; `Lookahead` is a `ValueError`
+        least: Share of its first channels that a layer retains; 0.1 to 0.25 in Chase, and always one channel
+        **kwargs: Keywords of a call of the model
+    Returns:
+        Name of a layer -> number of channels removed"""
     model,share = as_module(model),check_fraction(share, 'share')
     if hasattr(opt, 'slow_weights') or hasattr(inner_opt(opt), 'optim'):
         raise ValueError(f"opt must hold its parameters itself, got {type(opt).__name__}: remove channels before it is made")

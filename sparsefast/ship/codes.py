@@ -19,13 +19,23 @@ import numpy as np, torch
 def to_bits(
     mask:torch.Tensor, # Boolean, on the CPU
 )->torch.Tensor: # uint8
-    "Pack eight weights into a byte, the first in the highest bit"
+    """Pack eight weights into a byte, the first in the highest bit
+
+    Args:
+        mask: Boolean, on the CPU
+    Returns:
+        uint8"""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 def to_gaps(
     mask:torch.Tensor, # Boolean, on the CPU
 )->torch.Tensor: # uint8
-    "Count the zeros before each active weight and after the last: one byte each, 255 for 255 zeros and no weight yet"
+    """Count the zeros before each active weight and after the last: one byte each, 255 for 255 zeros and no weight yet
+
+    Args:
+        mask: Boolean, on the CPU
+    Returns:
+        uint8"""
     idx = np.flatnonzero(mask.numpy())
     gaps = np.diff(idx, prepend=-1, append=mask.numel()) - 1
     last = np.cumsum(gaps//255 + 1) - 1                                      # where the last byte of each gap lies
@@ -36,7 +46,12 @@ def to_gaps(
 def pack_mask(
     mask:torch.Tensor, # Boolean, on the CPU, any shape
 )->tuple: # ('bits' or 'gaps', bytes as a uint8 tensor)
-    "Pack a mask in the shorter of the two codes"
+    """Pack a mask in the shorter of the two codes
+
+    Args:
+        mask: Boolean, on the CPU, any shape
+    Returns:
+        ('bits' or 'gaps', bytes as a uint8 tensor)"""
     n = mask.numel()
     nnz = int(mask.count_nonzero())
     if 8*(nnz+1)<n:                                                          # gaps take at least one byte each
@@ -51,7 +66,14 @@ def check_code(
     code:torch.Tensor, # uint8, 1-d
     numel:int, # Number of weights the code should be for
 )->int: # Number of active weights; a `ValueError` if the code is for another number of weights
-    "Count the active weights of a code without unpacking it"
+    """Count the active weights of a code without unpacking it
+
+    Args:
+        how: 'bits' or 'gaps'
+        code: uint8, 1-d
+        numel: Number of weights the code should be for
+    Returns:
+        Number of active weights; a `ValueError` if the code is for another number of weights"""
     code = code.numpy()
     if how=='bits':
         n = int(np.bitwise_count(code).sum())
@@ -71,7 +93,14 @@ def unpack_mask(
     code:torch.Tensor, # uint8, 1-d, accepted by `check_code`
     shape, # Shape of the mask
 )->torch.Tensor: # Boolean
-    "Unpack a mask from its code"
+    """Unpack a mask from its code
+
+    Args:
+        how: 'bits' or 'gaps'
+        code: uint8, 1-d, accepted by `check_code`
+        shape: Shape of the mask
+    Returns:
+        Boolean"""
     code = code.numpy()
     numel = math.prod(shape)
     if how=='bits':
@@ -109,7 +138,14 @@ def encode(
     belongs:dict, # Name of a tensor -> name of the mask it belongs to
     always=(), # Names of tensors that are zero outside their mask by definition
 )->tuple: # (name -> tensor to store, name -> description)
-    "Turn tensors into those to store, with a description of each"
+    """Turn tensors into those to store, with a description of each
+
+    Args:
+        named: Name -> tensor
+        belongs: Name of a tensor -> name of the mask it belongs to
+        always: Names of tensors that are zero outside their mask by definition
+    Returns:
+        (name -> tensor to store, name -> description)"""
     data,how,seen = {}, {}, {}
     for name in sorted(named, key=lambda n: n not in belongs):               # of two names, the one that has a mask is stored
         t = named[name]
@@ -182,7 +218,13 @@ def check_encoded(
     data:dict, # Name -> tensor as stored (it may be mapped from a file)
     how:dict, # Name -> description
 )->dict: # Name -> (shape, dtype) after decoding; a `ValueError` if data and descriptions contradict each other or claim too much
-    "Compute what `decode` will return, without decoding"
+    """Compute what `decode` will return, without decoding
+
+    Args:
+        data: Name -> tensor as stored (it may be mapped from a file)
+        how: Name -> description
+    Returns:
+        Name -> (shape, dtype) after decoding; a `ValueError` if data and descriptions contradict each other or claim too much"""
     _check_how(data, how)
     packed = {n: h for n,h in how.items() if 'as' in h}
     masks = {}
@@ -210,7 +252,14 @@ def decode(
     how:dict, # Name -> description
     names=None, # Names of the tensors to make, by default all
 )->dict: # Name -> tensor
-    "Make the tensors again that `encode` was given"
+    """Make the tensors again that `encode` was given
+
+    Args:
+        data: Name -> tensor as stored, accepted by `check_encoded`
+        how: Name -> description
+        names: Names of the tensors to make, by default all
+    Returns:
+        Name -> tensor"""
     made = {}
     def get(n):
         n = how[n].get('same', n)

@@ -199,7 +199,16 @@ def to_fastest(
     forms=None, # Names of forms, or a dict name -> form; by default all that the model's device has
     seconds:float=0.2, # Duration of the measurement of each layer; ten times as much for the whole model
 )->tuple: # (copy of the model in evaluation mode, `SpeedTable`)
-    "Put each layer into the form that is fastest on this machine for inputs like this one"
+    """Put each layer into the form that is fastest on this machine for inputs like this one
+
+    Args:
+        model: A masked or compressed model, or a `Learner` with one; not changed; a `ValueError` if no layer is sparse
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, as large as those of later calls, batch included
+        margin: How many times as fast as dense a sparse form must be; less than 1 is a `ValueError`
+        forms: Names of forms, or a dict name -> form; by default all that the model's device has
+        seconds: Duration of the measurement of each layer; ten times as much for the whole model
+    Returns:
+        (copy of the model in evaluation mode, `SpeedTable`)"""
     check_uncut(as_module(model))
     model = as_masked(model)
     masked = list(masked_params(model))
@@ -269,7 +278,13 @@ def from_fastest(
     model, # From `to_fastest`, or a `Learner` with such a model; changed in place
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
 )->nn.Module: # The model with masked layers, which can be trained
-    "Undo `to_fastest`"
+    """Undo `to_fastest`
+
+    Args:
+        model: From `to_fastest`, or a `Learner` with such a model; changed in place
+        enforce_mask: True to add hooks that mask the weights before every forward
+    Returns:
+        The model with masked layers, which can be trained"""
     model = unfold(as_module(model))
     stored = [m for m in model.modules() if hasattr(m, 'to_masked')]
     for m in stored:

@@ -24,7 +24,12 @@ from ..utils import as_module, atomic_write, output_error
 def bake(
     model, # A masked model, one from `to_fastest`, or a `Learner`; not changed
 )->nn.Module: # Without masks and hooks
-    "Copy a model as plain dense layers in evaluation mode, with zeros where the masks are `False`"
+    """Copy a model as plain dense layers in evaluation mode, with zeros where the masks are `False`
+
+    Args:
+        model: A masked model, one from `to_fastest`, or a `Learner`; not changed
+    Returns:
+        Without masks and hooks"""
     model = as_module(model)
     check_uncut(model)
     return unsparsify_model(from_fastest(deepcopy(model))).eval()
@@ -34,7 +39,14 @@ def export_model(
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments
     **kwargs # For `torch.export.export`, such as `dynamic_shapes`
 )->torch.export.ExportedProgram: # With dense weights
-    "Export the baked model with `torch.export`"
+    """Export the baked model with `torch.export`
+
+    Args:
+        model: A masked model, one from `to_fastest`, or a `Learner`; not changed
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments
+        **kwargs: For `torch.export.export`, such as `dynamic_shapes`
+    Returns:
+        With dense weights"""
     args,kw = call_args(example_input)
     return torch.export.export(bake(model), args, kw, **kwargs)
 
@@ -60,7 +72,15 @@ def to_onnx(
     path, # Path of the file
     **kwargs # For `torch.export.export`, such as `dynamic_shapes`
 )->Path: # `path`; an `ImportError` if onnx, onnxscript or onnxruntime is not installed
-    "Write the baked model as ONNX, after a check in onnxruntime"
+    """Write the baked model as ONNX, after a check in onnxruntime
+
+    Args:
+        model: A masked model, one from `to_fastest`, or a `Learner`; not changed
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments
+        path: Path of the file
+        **kwargs: For `torch.export.export`, such as `dynamic_shapes`
+    Returns:
+        `path`; an `ImportError` if onnx, onnxscript or onnxruntime is not installed"""
     try: import onnx, onnxruntime, onnxscript
     except ImportError as e:
         raise ImportError(f"{e.name} is not installed, and ONNX needs it: "

@@ -38,7 +38,12 @@ _all_ = ['check_code', 'check_encoded', 'decode', 'encode', 'from_tree', 'most',
 def masked_state(
     model, # A masked or dense model, one with compressed layers, or a `Learner`
 )->dict: # Name -> tensor
-    "Get the state dict that the model would have with masked layers in place of compressed ones"
+    """Get the state dict that the model would have with masked layers in place of compressed ones
+
+    Args:
+        model: A masked or dense model, one with compressed layers, or a `Learner`
+    Returns:
+        Name -> tensor"""
     model = as_module(model)
     state = dict(model.state_dict())
     for n,m in model.named_modules():
@@ -71,7 +76,14 @@ def save_sparse(
     path, # Path of the file; an existing file is replaced once the new one is complete
     opt=None, # An optimizer, fastai's or torch's, to save too
 )->Path: # `path`
-    "Write a model's state, and an optimizer's, to a compact file"
+    """Write a model's state, and an optimizer's, to a compact file
+
+    Args:
+        model: A model, sparse or not, or a `Learner`; a `ValueError` if its state has anything but tensors
+        path: Path of the file; an existing file is replaced once the new one is complete
+        opt: An optimizer, fastai's or torch's, to save too
+    Returns:
+        `path`"""
     model = as_module(model)
     check_uncut(model)
     named = {plain_name(n): t for n,t in masked_state(model).items()}
@@ -210,7 +222,13 @@ def find_file(
     path, # A file, a folder with `name` in it, or a model's name on the hub, such as 'owner/name'
     name:str=sparse_file, # File in the folder
 )->Path: # A file here; whatever cannot be had is a `FileNotFoundError`
-    "Find a file of a model, or fetch it from the hub"
+    """Find a file of a model, or fetch it from the hub
+
+    Args:
+        path: A file, a folder with `name` in it, or a model's name on the hub, such as 'owner/name'
+        name: File in the folder
+    Returns:
+        A file here; whatever cannot be had is a `FileNotFoundError`"""
     here = Path(path)
     if here.is_dir(): return here/name
     on_hub = isinstance(path, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', path) and here.suffix!='.safetensors'
@@ -241,7 +259,15 @@ def load_sparse(
     opt=None, # Its optimizer; needs `model`
     enforce_mask:bool=True, # True to add hooks that mask the weights before every forward
 )->nn.Module|dict: # The model, or a state dict if none is given
-    "Load a compact file; a damaged or unfit file is a `ValueError`, and nothing has changed"
+    """Load a compact file; a damaged or unfit file is a `ValueError`, and nothing has changed
+
+    Args:
+        path: File that `save_sparse` wrote, a folder with `sparse_file` in it, or a model's name on the hub
+        model: A model like the saved one, or a `Learner`; dense layers become masked, the others get the file's masks
+        opt: Its optimizer; needs `model`
+        enforce_mask: True to add hooks that mask the weights before every forward
+    Returns:
+        The model, or a state dict if none is given"""
     if model is not None: model = as_module(model)
     elif opt is not None:
         raise ValueError("model must be given with opt, got None: the state is loaded together with its model")

@@ -29,7 +29,12 @@ from ..utils import output_error
 def scale_and_shift(
     norm:nn.Module, # A batch norm with running statistics
 )->tuple: # (a, b), float64, a number for each channel
-    "Compute what a batch norm in evaluation multiplies by and adds"
+    """Compute what a batch norm in evaluation multiplies by and adds
+
+    Args:
+        norm: A batch norm with running statistics
+    Returns:
+        (a, b), float64, a number for each channel"""
     mean,var = norm.running_mean.double(),norm.running_var.double()
     scale = (var+norm.eps).rsqrt()
     if norm.weight is not None:
@@ -55,7 +60,13 @@ def fold_norm(
     layer:nn.Module, # A convolution or linear layer, dense or compressed
     norm:nn.Module, # The batch norm after it
 )->nn.Module: # A copy of `layer` that computes both, and shares only the index of a compressed layer
-    "Fold a batch norm into a layer"
+    """Fold a batch norm into a layer
+
+    Args:
+        layer: A convolution or linear layer, dense or compressed
+        norm: The batch norm after it
+    Returns:
+        A copy of `layer` that computes both, and shares only the index of a compressed layer"""
     scale,shift = scale_and_shift(norm)
     name,new = _scaled(layer, scale)
     bias = shift if layer.bias is None else shift+scale*layer.bias.detach()
@@ -68,7 +79,11 @@ def fold_norm(
 
 # %% ../../nbs/ship/02d_fold.ipynb #456e9b72
 class Fused(nn.Module):
-    "A layer, and what was folded into it"
+    """A layer, and what was folded into it
+
+    Args:
+        layer: A convolution or linear layer, dense or compressed
+        relu: True to set negative outputs to zero"""
     def __init__(self,
         layer:nn.Module, # A convolution or linear layer, dense or compressed
         relu:bool=False, # True to set negative outputs to zero
@@ -115,7 +130,11 @@ def _fuse_all(gm):
 
 # %% ../../nbs/ship/02d_fold.ipynb #26fc26dd
 class Pool(nn.Module):
-    "A max pooling whose images lie pixel by pixel, and whose result lies channel by channel again"
+    """A max pooling whose images lie pixel by pixel, and whose result lies channel by channel again
+
+    Args:
+        pool: The layer
+        back: True if images come pixel by pixel only because of this layer"""
     def __init__(self,
         pool:nn.MaxPool2d, # The layer
         back:bool=False, # True if images come pixel by pixel only because of this layer
@@ -158,7 +177,13 @@ def _key(args, kwargs):
 _versions = operator.attrgetter('_version')
 
 class Folded:
-    "A model's forward pass with folded layers, for inference; where it does not hold, the model's own"
+    """A model's forward pass with folded layers, for inference; where it does not hold, the model's own
+
+    Args:
+        model: The model
+        graph: What to run instead
+        key: What calls must be like
+        weights: Of layers into which a batch norm is folded"""
     def __init__(self,
         model:nn.Module, # The model
         graph:fx.GraphModule, # What to run instead
@@ -194,7 +219,10 @@ def _has_hooks(self:Folded):
 
 @patch
 def is_fresh(self:Folded)->bool: # Once a weight has changed, or after a call in training mode, it is not fresh again
-    "True if the model is what it was when it was folded"
+    """True if the model is what it was when it was folded
+
+    Returns:
+        Once a weight has changed, or after a call in training mode, it is not fresh again"""
     if self.model.training: self.versions = []
     if self.versions is None: self.versions = self._versions()
     if self._versions()!=self.versions or self._has_hooks(): return False
@@ -286,7 +314,12 @@ def _look(m, calls):
 def unfold(
     model:nn.Module, # A model, changed in place
 )->nn.Module: # The model
-    "Undo `fold`"
+    """Undo `fold`
+
+    Args:
+        model: A model, changed in place
+    Returns:
+        The model"""
     for m in model.modules():
         if isinstance(m.__dict__.get('forward'), Folded): del m.__dict__['forward']
     return model
@@ -294,7 +327,12 @@ def unfold(
 def is_folded(
     model:nn.Module, # Any model
 )->bool: # Also if only parts of it are
-    "True if a model has a folded forward pass"
+    """True if a model has a folded forward pass
+
+    Args:
+        model: Any model
+    Returns:
+        Also if only parts of it are"""
     return any(isinstance(m.__dict__.get('forward'), Folded) for m in model.modules())
 
 @torch.no_grad()
@@ -302,7 +340,13 @@ def fold(
     model:nn.Module, # A model in evaluation mode whose layers are compressed, or dense; changed in place
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments
 )->dict: # Name of each layer with a chain -> `FoldChain`; those of dense layers without a batch norm are not folded
-    "Let a model run with folded layers, as a whole or in parts"
+    """Let a model run with folded layers, as a whole or in parts
+
+    Args:
+        model: A model in evaluation mode whose layers are compressed, or dense; changed in place
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments
+    Returns:
+        Name of each layer with a chain -> `FoldChain`; those of dense layers without a batch norm are not folded"""
     unfold(model)
     names = {m: n for n,m in model.named_modules()}
     calls = {model: call_args(example_input)}

@@ -24,7 +24,12 @@ from ..patterns import block_pattern, follows
 def sparse_form(
     module:nn.Module, # A masked `nn.Linear`, `nn.Conv2d`, or `Conv1D` of Hugging Face
 )->nn.Module: # `SparseLinear` or `SparseConv2d`
-    "Make a compressed layer, whatever the pattern of the mask"
+    """Make a compressed layer, whatever the pattern of the mask
+
+    Args:
+        module: A masked `nn.Linear`, `nn.Conv2d`, or `Conv1D` of Hugging Face
+    Returns:
+        `SparseLinear` or `SparseConv2d`"""
     reasons = {kind: kind._misfit(module) for kind in min_sparsity}
     fits = [kind for kind,why in reasons.items() if not why]
     if not fits: raise ValueError(f"module must be one of {', '.join(k.__name__.removeprefix('Sparse') for k in reasons)}, got {module}: leave it masked")
@@ -32,7 +37,11 @@ def sparse_form(
 
 # %% ../../nbs/ship/02a_forms.ipynb #c24ddea0
 class StoredLinear(nn.Module):
-    "A linear layer for inference whose weight is stored in one of torch's sparse layouts"
+    """A linear layer for inference whose weight is stored in one of torch's sparse layouts
+
+    Args:
+        module: A masked layer; its bias and mask are shared
+        stored: The layer's weight in a sparse layout"""
     def __init__(self,
         module:nn.Linear, # A masked layer; its bias and mask are shared
         stored:torch.Tensor, # The layer's weight in a sparse layout
@@ -48,7 +57,10 @@ class StoredLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def to_masked(self)->nn.Linear: # With mask and target sparsity
-        "Make the masked layer again, with these weights"
+        """Make the masked layer again, with these weights
+
+        Returns:
+            With mask and target sparsity"""
         m = nn.Linear(self.in_features, self.out_features, device='meta')
         m.weight,m.bias = nn.Parameter(self.stored.to_dense()),self.bias
         for n in ('weight_mask', 'weight_sparsity'): m.register_buffer(n, self._buffers[n])
@@ -70,7 +82,12 @@ def _check_gpu_form(module, what, capability):
 def bsr_form(
     module:nn.Module, # A masked `nn.Linear` on a GPU, whose mask consists of blocks of 16x16 or more
 )->StoredLinear: # With the same bias and mask
-    "Store square blocks in torch's BSR layout"
+    """Store square blocks in torch's BSR layout
+
+    Args:
+        module: A masked `nn.Linear` on a GPU, whose mask consists of blocks of 16x16 or more
+    Returns:
+        With the same bias and mask"""
     _check_gpu_form(module, 'BSR', (7, 0))
     def in_blocks(b): return follows(module.weight_mask, lambda *args: block_pattern(*args, size=(b, b)))
     size = next(filter(in_blocks, (64, 32, 16)), None)
@@ -83,7 +100,12 @@ def bsr_form(
 def semi_structured_form(
     module:nn.Module, # A masked `nn.Linear` on a GPU, with at most 2 active weights in each group of 4
 )->StoredLinear: # With the same bias and mask
-    "Store 2:4 sparse weights in the layout of NVIDIA's sparse tensor cores"
+    """Store 2:4 sparse weights in the layout of NVIDIA's sparse tensor cores
+
+    Args:
+        module: A masked `nn.Linear` on a GPU, with at most 2 active weights in each group of 4
+    Returns:
+        With the same bias and mask"""
     _check_gpu_form(module, '2:4', (8, 0))
     mask = module.weight_mask
     if mask.shape[1]%4 or (mask.view(len(mask), -1, 4).sum(2)>2).any():

@@ -25,13 +25,23 @@ from ..masks import Compressed
 def call_args(
     example_input, # A tensor, a tuple of arguments, or a dict of keyword arguments
 )->tuple: # (tuple of positional arguments, dict of keyword arguments)
-    "Get the arguments that an example input stands for"
+    """Get the arguments that an example input stands for
+
+    Args:
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments
+    Returns:
+        (tuple of positional arguments, dict of keyword arguments)"""
     if isinstance(example_input, dict): return (), example_input
     if isinstance(example_input, (tuple, list)): return tuple(example_input), {}
     return (example_input,), {}
 
 class Call(nn.Module):
-    "A model as a function of a list of tensors, with its other arguments fixed"
+    """A model as a function of a list of tensors, with its other arguments fixed
+
+    Args:
+        model: The model
+        args: Positional arguments
+        kwargs: Keyword arguments"""
     def __init__(self,
         model:nn.Module, # The model
         args:tuple, # Positional arguments
@@ -59,7 +69,12 @@ _hook_names = ['_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_back
 def hooks_of(
     m:nn.Module, # A module
 )->list: # Of the module's own dicts, which are empty if it has no hooks
-    "Get the hooks around a module's forward and backward pass"
+    """Get the hooks around a module's forward and backward pass
+
+    Args:
+        m: A module
+    Returns:
+        Of the module's own dicts, which are empty if it has no hooks"""
     return [getattr(m, n) for n in _hook_names]
 
 _in_place = ['iadd', 'isub', 'imul', 'itruediv', 'ifloordiv', 'imod', 'ipow', 'imatmul', 'iand', 'ior', 'ixor']
@@ -123,7 +138,12 @@ def _fix_dims(graph):
 def trace(
     call:Call, # A call of a model
 )->fx.GraphModule: # A function of the list of tensors, with the model's own modules and tensors
-    "Trace a model. Raises what it raises, and a `ValueError` if tracing changes it"
+    """Trace a model. Raises what it raises, and a `ValueError` if tracing changes it
+
+    Args:
+        call: A call of a model
+    Returns:
+        A function of the list of tensors, with the model's own modules and tensors"""
     twin,parts = deepcopy(call),{}
     before = _holdings(twin)
     graph = _Tracer().trace(twin)
@@ -145,7 +165,13 @@ def called(
     node:fx.Node, # A node of a graph
     hooked:bool=False, # True for modules with hooks, too
 )->nn.Module|None: # `None` if it calls no module
-    "Get the module that a node calls"
+    """Get the module that a node calls
+
+    Args:
+        node: A node of a graph
+        hooked: True for modules with hooks, too
+    Returns:
+        `None` if it calls no module"""
     if node.op!='call_module': return None
     m = node.graph.owning_module.get_submodule(node.target)
     return None if any(hooks_of(m)) and not hooked else m
@@ -185,7 +211,11 @@ def _passes(node):
     return type(called(node)) in _passed
 
 class Norm(_BatchNorm):
-    "A batch norm in evaluation, of any dimensions, with the tensors of a call of `F.batch_norm`"
+    """A batch norm in evaluation, of any dimensions, with the tensors of a call of `F.batch_norm`
+
+    Args:
+        tensors: Mean, variance, weight and bias; each but the first two may be `None`
+        eps: What is added to the variance"""
     def __init__(self,
         tensors:list, # Mean, variance, weight and bias; each but the first two may be `None`
         eps:float, # What is added to the variance
@@ -236,7 +266,13 @@ def _is_relu(node, y):
 
 # %% ../../nbs/ship/02c_graph.ipynb #fae1c5f2
 class FoldChain(NamedTuple):
-    "What can be folded into a layer"
+    """What can be folded into a layer
+
+    Args:
+        nodes: Of the graph, the layer's first
+        norm: Batch norm
+        add: What is added
+        relu: True if ReLU is applied last"""
     nodes:list=[]            # Of the graph, the layer's first
     norm:nn.Module|None=None # Batch norm
     add:fx.Node|None=None    # What is added
@@ -262,7 +298,12 @@ _layers = [nn.Linear, nn.Conv1d, nn.Conv2d]
 def find_chain(
     node:fx.Node, # A node of a graph from `trace`
 )->FoldChain: # Without nodes if the node calls no layer
-    "Find the chain that begins with a layer"
+    """Find the chain that begins with a layer
+
+    Args:
+        node: A node of a graph from `trace`
+    Returns:
+        Without nodes if the node calls no layer"""
     layer,last = called(node),node
     plain = type(layer) in _layers and 'weight' in layer._parameters
     if not plain and not isinstance(layer, Compressed): return FoldChain()

@@ -83,11 +83,20 @@ def model_card(
     title:str=None, # Title; by default the class of the model
     **metadata # Further fields of the metadata, such as `license='mit'`
 )->str: # Markdown, with metadata in YAML
-    "Write a model card"
+    """Write a model card
+
+    Args:
+        model: A sparse model, or a `Learner`
+        method: What trained it: a `DSTMethod`, a preset or its name
+        data: Names of the data sets it was trained on: a word or a list
+        title: Title; by default the class of the model
+        **metadata: Further fields of the metadata, such as `license='mit'`
+    Returns:
+        Markdown, with metadata in YAML"""
     model = as_module(model)
     data = [data] if isinstance(data, str) else list(data or [])
     cls,hugs = type(model).__name__,hasattr(model, 'save_pretrained')
-    head,rows = _facts(model, str(as_method(method)) if method else None, data)
+    head,rows = _facts(model, repr(as_method(method)) if method else None, data)
     known = dict(library_name='transformers' if hugs else 'sparsefast', tags=['sparse', 'sparsefast'],
                  datasets=[d for d in data if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', d)])           # what can be a hub's name
     head = {k: v for k,v in {**known, **metadata, 'sparsefast': head}.items() if v}
@@ -118,7 +127,16 @@ def save_sparse_folder(
     data=None, # Names of the data sets it was trained on: a word or a list
     **kwargs # `title` and further metadata, for `model_card`
 )->Path: # `folder`
-    "Write a sparse model to a folder: compact file, method, configuration and model card"
+    """Write a sparse model to a folder: compact file, method, configuration and model card
+
+    Args:
+        model: A sparse model, or a `Learner`
+        folder: Folder to write to; made if need be
+        method: What trained it: a `DSTMethod`, a preset or its name
+        data: Names of the data sets it was trained on: a word or a list
+        **kwargs: `title` and further metadata, for `model_card`
+    Returns:
+        `folder`"""
     model,folder = as_module(model),Path(folder)
     card = model_card(model, method, data, **kwargs)
     save_sparse(model, folder/sparse_file)

@@ -30,7 +30,12 @@ from ..utils import as_module
 def lora_layers(
     model, # A model with adapters, or a `Learner`
 )->dict: # Name -> layer, each with `base_layer`, `lora_A`, `lora_B` and `scaling`
-    "Find the layers that have LoRA adapters"
+    """Find the layers that have LoRA adapters
+
+    Args:
+        model: A model with adapters, or a `Learner`
+    Returns:
+        Name -> layer, each with `base_layer`, `lora_A`, `lora_B` and `scaling`"""
     wanted = ('base_layer', 'lora_A', 'lora_B', 'scaling')
     return {n: m for n,m in as_module(model).named_modules() if all(hasattr(m, a) for a in wanted)}
 
@@ -47,7 +52,14 @@ def lora_update(
     name:str, # Name of the adapter
     dtype=torch.float32, # Type to compute in; that of the adapter if it is wider
 )->torch.Tensor: # With the shape of the base's weight
-    "Compute what an adapter adds to a weight, `scaling*B@A`, masked or not"
+    """Compute what an adapter adds to a weight, `scaling*B@A`, masked or not
+
+    Args:
+        layer: A linear layer or a convolution with adapters
+        name: Name of the adapter
+        dtype: Type to compute in; that of the adapter if it is wider
+    Returns:
+        With the shape of the base's weight"""
     a,b = layer.lora_A[name].weight,layer.lora_B[name].weight
     dtype = torch.promote_types(a.dtype, dtype)
     update = (b.to(dtype).flatten(1) @ a.to(dtype).flatten(1))*layer.scaling[name]
@@ -80,7 +92,13 @@ def lost_by_merge(
     model, # A sparse model with adapters, or a `Learner`
     adapters:list=None, # Names of adapters; by default those that are active
 )->tuple: # (share of the norm of all updates together, dict from layer to its share), in [0,1]
-    "Compute how much of the adapters' updates lies where weights are masked, and is lost when they are merged"
+    """Compute how much of the adapters' updates lies where weights are masked, and is lost when they are merged
+
+    Args:
+        model: A sparse model with adapters, or a `Learner`
+        adapters: Names of adapters; by default those that are active
+    Returns:
+        (share of the norm of all updates together, dict from layer to its share), in [0,1]"""
     lost,whole = {},{}
     for n,(layer,names) in _to_merge(model, adapters).items():
         update = _trained(layer, names)
@@ -113,7 +131,13 @@ def merge_lora(
     model, # A sparse model with adapters (a `PeftModel`, or one with adapters injected), or a `Learner`
     adapters:list=None, # Names of adapters; by default those that are active
 )->nn.Module: # The base model, as sparse as before, without adapters
-    "Merge LoRA adapters into the active weights of a sparse model; warns of the share of the updates that is lost"
+    """Merge LoRA adapters into the active weights of a sparse model; warns of the share of the updates that is lost
+
+    Args:
+        model: A sparse model with adapters (a `PeftModel`, or one with adapters injected), or a `Learner`
+        adapters: Names of adapters; by default those that are active
+    Returns:
+        The base model, as sparse as before, without adapters"""
     model = as_module(model)
     if not lora_layers(model): raise ValueError(f"model must have LoRA adapters, got {type(model).__name__}")
     lost,_ = lost_by_merge(model, adapters)
@@ -136,11 +160,18 @@ class MaskedLora:
         adapter_name, # Name of an adapter
         **kwargs
     )->None:
-        "Prepare nothing"
+        """Prepare nothing
+
+        Args:
+            module: A layer with adapters
+            adapter_name: Name of an adapter"""
 
     @staticmethod
     def supports_lora_conversion()->bool: # Always `False`
-        "True if the update is a product of thin matrices"
+        """True if the update is a product of thin matrices
+
+        Returns:
+            Always `False`"""
         return False
 
     @staticmethod
@@ -149,7 +180,12 @@ class MaskedLora:
         active_adapter, # Name of an adapter
         orig_weight, # The base's weight, changed in place
     )->None:
-        "Add the masked update"
+        """Add the masked update
+
+        Args:
+            module: A layer with adapters
+            active_adapter: Name of an adapter
+            orig_weight: The base's weight, changed in place"""
         orig_weight.data = MaskedLora.merge_safe(module, active_adapter, orig_weight.data)
 
     @staticmethod
@@ -158,7 +194,14 @@ class MaskedLora:
         active_adapter, # Name of an adapter
         orig_weight, # The base's weight
     )->torch.Tensor: # A new tensor
-        "Compute the sum of a weight and the masked update"
+        """Compute the sum of a weight and the masked update
+
+        Args:
+            module: A layer with adapters
+            active_adapter: Name of an adapter
+            orig_weight: The base's weight
+        Returns:
+            A new tensor"""
         update = _trained(module, [active_adapter])
         return (orig_weight.to(update.dtype)+update).to(orig_weight.dtype)
 
@@ -168,7 +211,14 @@ class MaskedLora:
         active_adapter, # Name of an adapter
         orig_weight, # The base's weight, with the update
     )->torch.Tensor: # A new tensor
-        "Compute the difference of a weight and the masked update"
+        """Compute the difference of a weight and the masked update
+
+        Args:
+            module: A layer with adapters
+            active_adapter: Name of an adapter
+            orig_weight: The base's weight, with the update
+        Returns:
+            A new tensor"""
         update = _trained(module, [active_adapter])
         return (orig_weight.to(update.dtype)-update).to(orig_weight.dtype)
 
@@ -180,7 +230,15 @@ class MaskedLora:
         result, # Output of the base
         **kwargs
     )->torch.Tensor: # Output of the layer
-        "Add the product of the input and the masked update"
+        """Add the product of the input and the masked update
+
+        Args:
+            module: A layer with adapters
+            active_adapter: Name of an adapter
+            x: Input, in the adapter's type
+            result: Output of the base
+        Returns:
+            Output of the layer"""
         base,b = _base(module),module.lora_B[active_adapter]
         update = _kept(module, lora_update(module, active_adapter, b.weight.dtype))
         bias = None if b.bias is None else b.bias*module.scaling[active_adapter]
@@ -192,7 +250,13 @@ def masked_lora(
     model, # A sparse model with peft's adapters, or a `Learner`; a `ValueError` if they cannot be masked
     adapters:list=None, # Names of adapters; by default those that are active
 )->nn.Module: # The same model
-    "Let adapters change active weights only, in training and when merged; call it again after adapters are loaded"
+    """Let adapters change active weights only, in training and when merged; call it again after adapters are loaded
+
+    Args:
+        model: A sparse model with peft's adapters, or a `Learner`; a `ValueError` if they cannot be masked
+        adapters: Names of adapters; by default those that are active
+    Returns:
+        The same model"""
     model = as_module(model)
     found = _to_merge(model, adapters)
     if not found: raise ValueError(f"model must have plain LoRA adapters on masked layers, got {type(model).__name__}")

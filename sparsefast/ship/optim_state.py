@@ -30,7 +30,14 @@ def to_tree(
     put, # `put(path, tensor)` stores a tensor
     path='optimizer', # Path of `o` in the whole
 )->object: # What JSON can hold
-    "Convert to lists, dicts, numbers and words; `put` takes the tensors, whose names stay"
+    """Convert to lists, dicts, numbers and words; `put` takes the tensors, whose names stay
+
+    Args:
+        o: A state dict, or a part of it
+        put: `put(path, tensor)` stores a tensor
+        path: Path of `o` in the whole
+    Returns:
+        What JSON can hold"""
     kind = type(o).__name__
     if torch.is_tensor(o):
         put(path, o)
@@ -50,7 +57,13 @@ def from_tree(
     o, # From `to_tree`
     get, # `get(name)` returns the tensor
 )->object: # A state dict
-    "Make the state dict again that `to_tree` was given"
+    """Make the state dict again that `to_tree` was given
+
+    Args:
+        o: From `to_tree`
+        get: `get(name)` returns the tensor
+    Returns:
+        A state dict"""
     if not isinstance(o, dict): return o
     (kind,v), = o.items()
     if kind=='tensor': return get(v)
@@ -61,7 +74,12 @@ def from_tree(
 def tree_tensors(
     tree, # From `to_tree`
 )->list: # Their names
-    "List the tensors of a tree"
+    """List the tensors of a tree
+
+    Args:
+        tree: From `to_tree`
+    Returns:
+        Their names"""
     names = []
     from_tree(tree, names.append)
     return names
@@ -70,7 +88,12 @@ def tree_tensors(
 def compressed_layers(
     model:nn.Module, # Any model
 )->dict: # Prefix of the layer's names in the state dict -> layer
-    "Get all compressed layers of a model"
+    """Get all compressed layers of a model
+
+    Args:
+        model: Any model
+    Returns:
+        Prefix of the layer's names in the state dict -> layer"""
     layers = {n: m for n,m in model.named_modules() if isinstance(m, SparseLayer)}
     return {n and f'{n}.': m for n,m in layers.items()}
 
@@ -99,7 +122,13 @@ def encode_opt(
     model:nn.Module, # Any model
     opt, # Its optimizer, fastai's or torch's
 )->tuple: # (description for JSON, name -> tensor, name of a tensor -> name of its mask)
-    "Take an optimizer's state apart"
+    """Take an optimizer's state apart
+
+    Args:
+        model: Any model
+        opt: Its optimizer, fastai's or torch's
+    Returns:
+        (description for JSON, name -> tensor, name of a tensor -> name of its mask)"""
     owners,tensors,belongs = {}, {}, {}
     for p,owner in _masks_of(model).items():
         state = [*opt_state(opt, p).values(), *slow_weights(opt, p)]
@@ -171,7 +200,14 @@ def check_opt(
     shapes:dict, # Name of a tensor -> (shape, dtype)
     read=None, # `read(names)` decodes tensors, for steps that are tried; by default none is
 )->None:
-    "Raise a `ValueError` if a saved state does not fit the optimizer"
+    """Raise a `ValueError` if a saved state does not fit the optimizer
+
+    Args:
+        model: Any model
+        opt: Its optimizer
+        saved: Description from `encode_opt`
+        shapes: Name of a tensor -> (shape, dtype)
+        read: `read(names)` decodes tensors, for steps that are tried; by default none is"""
     kind = type(inner_opt(opt)).__name__
     own = _shapes(model, opt)
     if own!=saved.get('shapes'):
@@ -245,7 +281,13 @@ def load_opt(
     saved:dict, # Description from `encode_opt`, accepted by `check_opt`
     tensors:dict, # Name -> tensor
 )->None:
-    "Load a saved state into an optimizer"
+    """Load a saved state into an optimizer
+
+    Args:
+        model: Any model
+        opt: Its optimizer
+        saved: Description from `encode_opt`, accepted by `check_opt`
+        tensors: Name -> tensor"""
     used = set()
     def own(name):                                                           # of what is stored once for two names, each gets its own
         t = tensors[name]

@@ -43,7 +43,12 @@ def _pads(m):
 def which(
     chain:Chain, # From `chains`
 )->tuple: # Of boolean vectors: units that are constant and can be cut; units that nothing uses; constant units of which one is enough
-    "Get the units of a chain that can go"
+    """Get the units of a chain that can go
+
+    Args:
+        chain: From `chains`
+    Returns:
+        Of boolean vectors: units that are constant and can be cut; units that nothing uses; constant units of which one is enough"""
     users,consts = chain.users,chain.constants()
     n = len(chain.layer.weight)
     active = _active(chain.layer).flatten(1).any(1)
@@ -77,7 +82,13 @@ def cut(
     dim:int, # 0: outputs, 1: inputs
     opt=None, # Optimizer of the model, which gets the new parameters and their state
 )->None:
-    "Reduce a layer and its mask to some of its outputs or inputs"
+    """Reduce a layer and its mask to some of its outputs or inputs
+
+    Args:
+        m: A linear layer or convolution, changed in place
+        keep: Indices of the units that stay
+        dim: 0: outputs, 1: inputs
+        opt: Optimizer of the model, which gets the new parameters and their state"""
     for n in memory_names(m, list(m._buffers)):
         del m._buffers[n]
     _select(m, 'weight', keep, dim, opt)
@@ -155,7 +166,12 @@ def _cut_chain(chain, units, opt=None):
 def shorten(
     chain:Chain, # From `chains`; its layers are changed in place
 )->int: # Number of units cut
-    "Cut what can be cut from one chain"
+    """Cut what can be cut from one chain
+
+    Args:
+        chain: From `chains`; its layers are changed in place
+    Returns:
+        Number of units cut"""
     users = chain.users
     consts = chain.constants()
     n = len(chain.layer.weight)
@@ -189,7 +205,13 @@ def shrink_model(
     model, # A model, sparse or dense, or a `Learner`; not changed
     *inputs, **kwargs # Arguments of a call of the model: an example, with its batch
 )->tuple: # (smaller model, layer -> (shape of its weight before, after) where it has changed); a `RuntimeError` if the outputs differ
-    "Copy a model without units that have no weights or are not used; outputs in evaluation are equal to rounding"
+    """Copy a model without units that have no weights or are not used; outputs in evaluation are equal to rounding
+
+    Args:
+        model: A model, sparse or dense, or a `Learner`; not changed
+        *inputs, **kwargs: Arguments of a call of the model: an example, with its batch
+    Returns:
+        (smaller model, layer -> (shape of its weight before, after) where it has changed); a `RuntimeError` if the outputs differ"""
     model = as_module(model)
     check_uncut(model)
     small = deepcopy(model).eval()
@@ -215,7 +237,13 @@ def shape_like(
     model, # A model, or a `Learner`, changed in place: layers of other shapes are cut to size
     state_dict:dict, # Of a smaller model of the same kind
 )->nn.Module: # The model
-    "Give linear layers, convolutions and batch norms the shapes that they have in a state dict"
+    """Give linear layers, convolutions and batch norms the shapes that they have in a state dict
+
+    Args:
+        model: A model, or a `Learner`, changed in place: layers of other shapes are cut to size
+        state_dict: Of a smaller model of the same kind
+    Returns:
+        The model"""
     model = as_module(model)
     for n,m in model.named_modules():
         norm = isinstance(m, _BatchNorm)

@@ -39,7 +39,15 @@ def paired_times(
     least:int=7, # Minimum number of rounds
     device=torch.device('cpu'), # Device on which the functions compute
 )->dict: # Name -> list of seconds, one for each round
-    "Time functions in turn, after two rounds that do not count"
+    """Time functions in turn, after two rounds that do not count
+
+    Args:
+        fs: Name -> function without arguments
+        seconds: Approximate duration of the measurement
+        least: Minimum number of rounds
+        device: Device on which the functions compute
+    Returns:
+        Name -> list of seconds, one for each round"""
     times,names = {n: [] for n in fs}, list(fs)
     for _ in range(2): warm = sum(_seconds(f, device) for f in fs.values())
     rounds = min(int(seconds/max(warm, 1e-9)), 1000)
@@ -53,7 +61,14 @@ def ratio(
     a:str, # Name of the numerator
     b:str, # Name of the denominator
 )->tuple: # (median, lower quartile, upper quartile)
-    "Compute the time of `a` over that of `b`, round by round"
+    """Compute the time of `a` over that of `b`, round by round
+
+    Args:
+        times: From `paired_times`
+        a: Name of the numerator
+        b: Name of the denominator
+    Returns:
+        (median, lower quartile, upper quartile)"""
     r = sorted(x/y for x,y in zip(times[a], times[b]))
     return median(r), r[len(r)//4], r[-1-len(r)//4]
 
@@ -61,14 +76,29 @@ def ratio(
 def processor(
     device=torch.device('cpu'), # Device of torch
 )->str: # As the system or the driver gives it
-    "Get the name of the processor or GPU"
+    """Get the name of the processor or GPU
+
+    Args:
+        device: Device of torch
+    Returns:
+        As the system or the driver gives it"""
     if device.type=='cuda': return torch.cuda.get_device_name(device)
     try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1]
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
 # %% ../../nbs/ship/02b_timing.ipynb #d6054336
 class LayerTime(NamedTuple):
-    "Measurements and choice for one layer"
+    """Measurements and choice for one layer
+
+    Args:
+        name: Name of the layer, or of its weight
+        shape: Shape of the weight
+        sparsity: Share of zeros in the mask
+        takes: Shape of the input; the first, if there are several
+        ms: Form -> milliseconds in one forward of the model, 'dense' included
+        form: The form chosen
+        note: Why the layer stays dense, or why it cannot have other forms
+        folds: What is folded into it: some of 'norm', 'add' and 'relu'"""
     name:str       # Name of the layer, or of its weight
     shape:tuple    # Shape of the weight
     sparsity:float # Share of zeros in the mask
@@ -96,7 +126,13 @@ def _cells(row, forms):
 # %% ../../nbs/ship/02b_timing.ipynb #86e87591
 @dataclass(eq=False, repr=False)
 class SpeedTable:
-    "Measurements and choices of `to_fastest`: a row for each masked weight, and one for the whole model"
+    """Measurements and choices of `to_fastest`: a row for each masked weight, and one for the whole model
+
+    Args:
+        rows: Of `LayerTime`
+        whole: 'dense' and 'fast' in milliseconds; 'gain': (median, lower, upper quartile) of dense over fast
+        machine: Description of the machine
+        kernel: What multiplies compressed layers: 'compiled', or 'torch' for PyTorch's operations"""
     rows:list # Of `LayerTime`
     whole:dict # 'dense' and 'fast' in milliseconds; 'gain': (median, lower, upper quartile) of dense over fast
     machine:str # Description of the machine
@@ -115,7 +151,10 @@ class SpeedTable:
         return used.pop() if used else 'dense'
 
     def cells(self)->list: # Rows of words, the heading first
-        "Format the table as text"
+        """Format the table as text
+
+        Returns:
+            Rows of words, the heading first"""
         ms = {'dense': self.whole['dense'], self.form: self.whole['fast']}
         forms = list(dict.fromkeys(['dense', *(f for r in self.rows for f in r.ms), *ms]))
         times = [f'{f} ms' for f in forms]

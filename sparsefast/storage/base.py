@@ -101,7 +101,10 @@ def _take_over(old, new):
 
 # %% ../../nbs/storage/01a_base.ipynb #474ce95e
 class SparseLayer(Compressed):
-    "Base class of layers that store and multiply their active weights only"
+    """Base class of layers that store and multiply their active weights only
+
+    Args:
+        module: A masked layer, whose bias and hooks are taken over; a `ValueError` if it cannot be compressed"""
     by_rows = False                                                # True if some rows of the dense gradient cost less than all
 
     def __init__(self,
@@ -127,7 +130,12 @@ class SparseLayer(Compressed):
     def from_masked(cls,
         module:nn.Module, # A masked layer; a `ValueError` if `cls` does not serve it
     )->'SparseLayer': # A layer of class `cls`
-        "Build a compressed layer with the active weights of a masked one; the bias is shared"
+        """Build a compressed layer with the active weights of a masked one; the bias is shared
+
+        Args:
+            module: A masked layer; a `ValueError` if `cls` does not serve it
+        Returns:
+            A layer of class `cls`"""
         if why := cls._misfit(module): raise ValueError(why)
         return cls(module)
 
@@ -176,7 +184,10 @@ def _run(self:SparseLayer, x, add=None, relu=False):
 # %% ../../nbs/storage/01a_base.ipynb #4fc7af4e
 @patch
 def positions(self:SparseLayer)->torch.Tensor: # int64, ascending
-    "Compute the positions of the active weights in the flattened weight"
+    """Compute the positions of the active weights in the flattened weight
+
+    Returns:
+        int64, ascending"""
     return positions(self.crow, self.col, self._matrix_shape[1])
 
 def _active_in(layer, rows):
@@ -192,7 +203,13 @@ def spread(self:SparseLayer,
     t:torch.Tensor, # A number for each active weight, as `values` has
     rows:slice=None, # Rows of the weight, with start and stop; by default all
 )->torch.Tensor: # The weight's shape, or that of the rows; zero where no weight is active
-    "Scatter numbers of the active weights into a dense tensor"
+    """Scatter numbers of the active weights into a dense tensor
+
+    Args:
+        t: A number for each active weight, as `values` has
+        rows: Rows of the weight, with start and stop; by default all
+    Returns:
+        The weight's shape, or that of the rows; zero where no weight is active"""
     some,at = _active_in(self, rows)
     size = self._size(rows)
     flat = t.new_zeros(size).view(-1)
@@ -212,7 +229,10 @@ def weight_mask(self:SparseLayer):
 
 @patch
 def to_masked(self:SparseLayer)->nn.Module: # A layer of the type that this one was built from
-    "Build the masked layer. Its weight is a new parameter; bias and buffers are shared"
+    """Build the masked layer. Its weight is a new parameter; bias and buffers are shared
+
+    Returns:
+        A layer of the type that this one was built from"""
     m = self._dense_twin()
     m.weight = nn.Parameter(self.weight.detach(), requires_grad=self.values.requires_grad)
     m.bias = self.bias
@@ -228,7 +248,13 @@ def index_misfit(
     layer:SparseLayer, # A compressed layer
     new:dict, # `values`, `crow` and `col`; `None` for what is missing
 )->str: # Empty if it fits
-    "Describe why a state does not fit `layer`"
+    """Describe why a state does not fit `layer`
+
+    Args:
+        layer: A compressed layer
+        new: `values`, `crow` and `col`; `None` for what is missing
+    Returns:
+        Empty if it fits"""
     missing = [n for n,t in new.items() if t is None]
     if missing: return f"{' and '.join(missing)} missing"
     values = new['values']

@@ -22,7 +22,10 @@ from .planes import Window, backward_index, convolve, convolve_back, convolve_va
 _settings = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode']
 
 class _SparseConv(SparseLayer):
-    "A convolution of `n_dim` dimensions that stores and multiplies its active weights only"
+    """A convolution of `n_dim` dimensions that stores and multiplies its active weights only
+
+    Args:
+        module: A masked layer; `from_masked` checks that this class serves it"""
     n_dim = 2
     dense_class:type = nn.Conv2d
 
@@ -48,17 +51,26 @@ class _SparseConv(SparseLayer):
         return self.dense_class(**settings, bias=False, device='meta')
 
     def extra_repr(self)->str: # Without the name of the type
-        "What `print` shows: the settings of the convolution, and the number of active weights"
+        """What `print` shows: the settings of the convolution, and the number of active weights
+
+        Returns:
+            Without the name of the type"""
         channels = f'{self.in_channels}, {self.out_channels}'
         kernel = f'kernel_size={self.kernel_size}, stride={self.stride}'
         groups = f', groups={self.groups}' if self.groups>1 else ''
         rest = f'padding={self.padding}{groups}, bias={self.bias is not None}'
         return f'{channels}, {kernel}, {rest}, active={len(self.values)}'
 
-class SparseConv2d(_SparseConv): "`nn.Conv2d` that stores and multiplies its active weights only"
+class SparseConv2d(_SparseConv): """`nn.Conv2d` that stores and multiplies its active weights only
+
+    Args:
+        module: A masked layer; `from_masked` checks that this class serves it"""
 
 class SparseConv1d(_SparseConv):
-    "`nn.Conv1d` that stores and multiplies its active weights only"
+    """`nn.Conv1d` that stores and multiplies its active weights only
+
+    Args:
+        module: A masked layer; `from_masked` checks that this class serves it"""
     n_dim = 1
     dense_class = nn.Conv1d
 
@@ -132,7 +144,14 @@ def forward(self:_SparseConv,
     add:torch.Tensor=None, # What to add to the output, of its shape; for inference
     relu:bool=False, # True to set negative outputs to zero; for inference
 )->torch.Tensor: # What the dense layer gives
-    "Convolve images with the active weights"
+    """Convolve images with the active weights
+
+    Args:
+        x: (batch, channels, *pixels), or without the batch; a `ValueError` for other shapes and images smaller than the kernel
+        add: What to add to the output, of its shape; for inference
+        relu: True to set negative outputs to zero; for inference
+    Returns:
+        What the dense layer gives"""
     if x.dim()==self.n_dim+1:
         return self(x.unsqueeze(0), add if add is None else add.unsqueeze(0), relu)[0]
     if x.dim()!=self.n_dim+2 or x.shape[1]!=self.in_channels:

@@ -70,7 +70,14 @@ def to_sparse_layers(
     opt=None, # Its optimizer, if it has one already: it gets the new parameters and their state
     least:float=None, # Sparsity from which layers are converted; by default that of `min_sparsity`
 )->list: # Names of the layers that are compressed now
-    "Replace masked layers by compressed ones, wherever that is faster"
+    """Replace masked layers by compressed ones, wherever that is faster
+
+    Args:
+        model: A masked model or a `Learner`, changed in place; a `ValueError` if no layer of it can be compressed
+        opt: Its optimizer, if it has one already: it gets the new parameters and their state
+        least: Sparsity from which layers are converted; by default that of `min_sparsity`
+    Returns:
+        Names of the layers that are compressed now"""
     model = as_module(model)
     check_uncut(model)
     kinds = _to_convert(model, least)
@@ -90,7 +97,13 @@ def to_masked_layers(
     model, # A model with compressed layers, or a `Learner`, changed in place; nothing happens if there are none
     opt=None, # Its optimizer, if it has one: it gets the new parameters and their state
 )->list: # Names of the layers that were compressed
-    "Replace compressed layers by masked ones, the inverse of `to_sparse_layers`"
+    """Replace compressed layers by masked ones, the inverse of `to_sparse_layers`
+
+    Args:
+        model: A model with compressed layers, or a `Learner`, changed in place; nothing happens if there are none
+        opt: Its optimizer, if it has one: it gets the new parameters and their state
+    Returns:
+        Names of the layers that were compressed"""
     model = as_module(model)
     names = [n for n,m in model.named_modules() if isinstance(m, SparseLayer)]
     made = {m: m.to_masked() for m in model.modules() if isinstance(m, SparseLayer)}
@@ -103,7 +116,12 @@ def to_masked_layers(
 def as_masked(
     model, # A model or a `Learner`
 )->nn.Module: # The model itself, if it has no compressed layers
-    "Copy a model, with masked layers in the place of compressed ones"
+    """Copy a model, with masked layers in the place of compressed ones
+
+    Args:
+        model: A model or a `Learner`
+    Returns:
+        The model itself, if it has no compressed layers"""
     model = as_module(model)
     if isinstance(model, SparseLayer): return model.to_masked()
     if not any(isinstance(m, SparseLayer) for m in model.modules()): return model

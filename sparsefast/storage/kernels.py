@@ -25,7 +25,13 @@ def index_at(
     flat:torch.Tensor, # Flat positions of the active weights, ascending
     shape, # (rows, columns) of the matrix
 )->tuple: # (row starts, columns), int32
-    "Build the index of a matrix from flat positions; raise a `ValueError` if 32 bits are too few for it"
+    """Build the index of a matrix from flat positions; raise a `ValueError` if 32 bits are too few for it
+
+    Args:
+        flat: Flat positions of the active weights, ascending
+        shape: (rows, columns) of the matrix
+    Returns:
+        (row starts, columns), int32"""
     rows,n_col = shape
     if rows*n_col>=2**31:
         raise ValueError(f"shape must have fewer than 2**31 weights, got {tuple(shape)}")
@@ -37,7 +43,12 @@ def index_at(
 def index_of(
     mask:torch.Tensor, # Boolean matrix, `True` is active
 )->tuple: # (row starts, columns), int32
-    "Build the index of a mask"
+    """Build the index of a mask
+
+    Args:
+        mask: Boolean matrix, `True` is active
+    Returns:
+        (row starts, columns), int32"""
     return index_at(nonzero_flat(mask), mask.shape)
 
 def positions(
@@ -45,7 +56,14 @@ def positions(
     col:torch.Tensor, # Columns
     n_col:int, # Number of columns of the matrix
 )->torch.Tensor: # int64, ascending
-    "Compute the flat positions of the active weights"
+    """Compute the flat positions of the active weights
+
+    Args:
+        crow: Row starts
+        col: Columns
+        n_col: Number of columns of the matrix
+    Returns:
+        int64, ascending"""
     return torch.repeat_interleave(crow.diff().long()).mul_(n_col).add_(col)
 
 # %% ../../nbs/storage/01_kernels.ipynb #a40375be
@@ -54,7 +72,14 @@ def transposed_index(
     col:torch.Tensor, # Columns
     n_col:int, # Number of columns of the matrix
 )->tuple: # (row starts, columns, `perm`) of the transposed matrix, int32; its values are `values[perm]`
-    "Build the index of the transposed matrix"
+    """Build the index of the transposed matrix
+
+    Args:
+        crow: Row starts
+        col: Columns
+        n_col: Number of columns of the matrix
+    Returns:
+        (row starts, columns, `perm`) of the transposed matrix, int32; its values are `values[perm]`"""
     if crow.is_cpu:
         numbers = np.arange(len(col), dtype=np.int32)
         t = csr_matrix((numbers, col.numpy(), crow.numpy()), (len(crow)-1, n_col)).tocsc()
@@ -72,7 +97,13 @@ def check_index(
     nnz:int, # Number of values
     shape, # (rows, columns) of the matrix
 )->None:
-    "Raise a `ValueError` if `crow` and `col` are not the index of a matrix of this shape"
+    """Raise a `ValueError` if `crow` and `col` are not the index of a matrix of this shape
+
+    Args:
+        crow: Row starts
+        col: Columns
+        nnz: Number of values
+        shape: (rows, columns) of the matrix"""
     rows,n_col = shape
     if crow.shape!=(rows+1,) or col.shape!=(nnz,):
         raise ValueError(f"crow and col must hold {rows+1} row starts and {nnz} columns, "
@@ -94,7 +125,12 @@ def check_index(
 def kernel_of(
     values:torch.Tensor, # Active values
 )->str: # 'compiled' or 'torch'
-    "Name what multiplies by these values"
+    """Name what multiplies by these values
+
+    Args:
+        values: Active values
+    Returns:
+        'compiled' or 'torch'"""
     serves = compiled() is not None and values.is_cpu and values.dtype in (torch.float32, torch.float64)
     return 'compiled' if serves else 'torch'
 
@@ -104,7 +140,13 @@ def check_fits(
     like:torch.Tensor, # One of the device and dtype that it must have
     shape, # The shape that it must have
 )->None:
-    "Raise a `ValueError` unless a tensor has this shape, and device and dtype of another"
+    """Raise a `ValueError` unless a tensor has this shape, and device and dtype of another
+
+    Args:
+        name: Name of the tensor
+        t: The tensor, or `None` for one that is left out
+        like: One of the device and dtype that it must have
+        shape: The shape that it must have"""
     if t is None or t.dtype==like.dtype and t.device==like.device and t.shape==shape: return
     raise ValueError(f"{name} must be {like.dtype} of shape {tuple(shape)} on {like.device}, got {t.dtype} of shape {tuple(t.shape)} on {t.device}")
 
@@ -116,7 +158,13 @@ def n_rows(
     crow:torch.Tensor, # Row starts
     at:torch.Tensor, # Columns or offsets
 )->int: # At least 0
-    "Number of rows of an index; raise a `ValueError` if it cannot be one"
+    """Number of rows of an index; raise a `ValueError` if it cannot be one
+
+    Args:
+        crow: Row starts
+        at: Columns or offsets
+    Returns:
+        At least 0"""
     right_type = crow.dtype is at.dtype is torch.int32 and crow.device==at.device
     if right_type and crow.dim()==at.dim()==1 and (n := crow.shape[0]): return n-1     # len() takes longer
     raise ValueError(f"crow and at must be int32 of one dimension on one device, and crow not empty, got {crow.dtype} and {at.dtype}, "
@@ -138,7 +186,23 @@ def run_kernel(
     relu:bool=False, # True to set negative outputs to zero
     images=_no_images, # How images lie in memory; by default there are none
 )->None:
-    "Run the compiled kernel, which checks the numbers of the index; whoever calls has checked shapes, and that images fit"
+    """Run the compiled kernel, which checks the numbers of the index; whoever calls has checked shapes, and that images fit
+
+    Args:
+        crow: Row starts
+        at: Where each value's inputs begin: columns, or offsets into planes of pixels
+        like: A tensor of the dtype of all others
+        sizes: (rows, inputs or channels, examples or images, inputs or offsets in a block)
+        limit: `at` must be less
+        values: Active values
+        bias: A number to add to each row
+        x: Inputs
+        g: Gradients of outputs
+        add: What is added to the product, of the shape of `y`
+        y: Where to put the product
+        grads: Where to put the gradient of the values, instead of a product
+        relu: True to set negative outputs to zero
+        images: How images lie in memory; by default there are none"""
     if kernel_of(like)=='torch' or not crow.is_cpu:
         raise ValueError("the kernel must be there, and serves float32 and float64 on a CPU, "
                          f"got {like.dtype} on {like.device}, and an index on {crow.device}")
@@ -158,7 +222,15 @@ def as_csr(
     values:torch.Tensor, # Active values, which the result shares
     n_col:int, # Number of columns of the matrix
 )->torch.Tensor: # In the layout `torch.sparse_csr`
-    "View the matrix as a tensor of `torch.sparse`"
+    """View the matrix as a tensor of `torch.sparse`
+
+    Args:
+        crow: Row starts
+        col: Columns
+        values: Active values, which the result shares
+        n_col: Number of columns of the matrix
+    Returns:
+        In the layout `torch.sparse_csr`"""
     size,device = (len(crow)-1,n_col),values.device                # without it, the tensor goes to torch's default device
     return torch.sparse_csr_tensor(crow, col, values, size, device=device, check_invariants=False)
 
@@ -171,7 +243,14 @@ def finished(
     add:torch.Tensor=None, # What to add
     relu:bool=False, # True to set negative numbers to zero
 )->torch.Tensor: # `y`, or a new tensor
-    "Add to a product and apply ReLU"
+    """Add to a product and apply ReLU
+
+    Args:
+        y: A product, changed in place where no gradient is to be computed
+        add: What to add
+        relu: True to set negative numbers to zero
+    Returns:
+        `y`, or a new tensor"""
     if y.requires_grad:                                            # it may be a view, which autograd lets nobody change
         y = y if add is None else y+add
         return y.relu() if relu else y
@@ -209,7 +288,18 @@ def spmm(
     add:torch.Tensor=None, # What to add to the result, of its shape
     relu:bool=False, # True to set negative results to zero
 )->torch.Tensor: # (n, rows of the matrix)
-    "Multiply examples by a sparse matrix, without gradients; a `ValueError` if shapes or index do not fit"
+    """Multiply examples by a sparse matrix, without gradients; a `ValueError` if shapes or index do not fit
+
+    Args:
+        crow: Row starts
+        col: Columns
+        values: Active values
+        x: Examples, (n, columns of the matrix), of the values' dtype
+        bias: A number to add to each row of the matrix
+        add: What to add to the result, of its shape
+        relu: True to set negative results to zero
+    Returns:
+        (n, rows of the matrix)"""
     return torch.ops.sparsefast.spmm(crow, col, values, x, bias, add, relu)
 
 # the earlier name of `spmm`
@@ -241,5 +331,13 @@ def sddmm(
     g:torch.Tensor, # (n, rows of the matrix)
     x:torch.Tensor, # (n, columns of the matrix), of the same dtype
 )->torch.Tensor: # A value for each active position
-    "Compute the active entries of `g.T @ x`; a `ValueError` if shapes or index do not fit"
+    """Compute the active entries of `g.T @ x`; a `ValueError` if shapes or index do not fit
+
+    Args:
+        crow: Row starts
+        col: Columns
+        g: (n, rows of the matrix)
+        x: (n, columns of the matrix), of the same dtype
+    Returns:
+        A value for each active position"""
     return torch.ops.sparsefast.sddmm(crow, col, g, x)

@@ -22,7 +22,10 @@ def _is_conv1d(m):
     return f'{kind.__module__}.{kind.__qualname__}'=='transformers.pytorch_utils.Conv1D'
 
 class SparseLinear(SparseLayer):
-    "`nn.Linear`, or `Conv1D` of Hugging Face, that stores and multiplies its active weights only"
+    """`nn.Linear`, or `Conv1D` of Hugging Face, that stores and multiplies its active weights only
+
+    Args:
+        module: A masked `nn.Linear`, or `Conv1D` of Hugging Face; `from_masked` checks that it is"""
     by_rows = True
 
     def __init__(self,
@@ -71,7 +74,14 @@ class SparseLinear(SparseLayer):
         add:torch.Tensor=None, # What to add to the output, of its shape; for inference
         relu:bool=False, # True to set negative outputs to zero; for inference
     )->torch.Tensor: # (*, out_features)
-        "Multiply examples by the active weights"
+        """Multiply examples by the active weights
+
+        Args:
+            x: (*, in_features); a `ValueError` for other shapes
+            add: What to add to the output, of its shape; for inference
+            relu: True to set negative outputs to zero; for inference
+        Returns:
+            (*, out_features)"""
         if x.shape[-1]!=self.in_features:
             raise ValueError(f"x must have {self.in_features} features in its last dimension for {self}, "
                              f"got shape {tuple(x.shape)}")

@@ -28,7 +28,13 @@ _widest = 64                                                       # columns of 
 
 # %% ../../nbs/storage/01c_planes.ipynb #0f8a24f5
 class Window(NamedTuple):
-    "What a convolution sees: pairs are (down, right)"
+    """What a convolution sees: pairs are (down, right)
+
+    Args:
+        kernel: Height and width of the kernel
+        stride: Pixels from one output to the next
+        dilation: Pixels from one place of the kernel to the next
+        padding: (top, bottom, left, right)"""
     kernel:tuple   # Height and width of the kernel
     stride:tuple   # Pixels from one output to the next
     dilation:tuple # Pixels from one place of the kernel to the next
@@ -38,7 +44,13 @@ class Window(NamedTuple):
         high:int, # Height of an image
         wide:int, # Its width
     )->tuple: # (height, width) of the output; less than 1 if the image is smaller than the kernel
-        "Compute the size of the output for an image"
+        """Compute the size of the output for an image
+
+        Args:
+            high: Height of an image
+            wide: Its width
+        Returns:
+            (height, width) of the output; less than 1 if the image is smaller than the kernel"""
         out = []
         axes = zip((high, wide), self.kernel, self.stride, self.dilation, (self.padding[:2], self.padding[2:]))
         for n,k,s,d,around in axes:
@@ -47,7 +59,29 @@ class Window(NamedTuple):
         return tuple(out)
 
 class Images(NamedTuple):
-    "The struct `images` of `_kernels.c`"
+    """The struct `images` of `_kernels.c`
+
+    Args:
+        at_once: Images that lie in the planes at a time
+        room: Numbers in all planes; 0 if an image can be read where it is
+        high: Rows of an image
+        wide: Pixels of a row
+        top: Rows of padding before it
+        left: Pixels of padding before a row
+        down: Each so many-th row is in the same plane
+        right: Each so many-th pixel is in the same plane
+        slot: Rows of an image in a plane
+        pitch: Pixels of a row in a plane
+        plane: Pixels of a plane
+        y0: First row of a plane with outputs
+        y1: The row after the last
+        x0: First pixel of a row with outputs
+        x1: The pixel after the last
+        to_start: Place of the output of row 0, pixel 0 in memory, which there may be none of
+        to_image: Step to the next image
+        to_row: Step to the next row of the matrix, which is a channel
+        to_down: Step to the next row of the image
+        to_right: Step to the next pixel"""
     at_once:int  # Images that lie in the planes at a time
     room:int     # Numbers in all planes; 0 if an image can be read where it is
     high:int     # Rows of an image
@@ -74,7 +108,14 @@ class Images(NamedTuple):
         y, # Row of the padded image
         x, # Pixel of the row
     )->int: # Or an array of them
-        "Compute where in the planes a pixel lies"
+        """Compute where in the planes a pixel lies
+
+        Args:
+            channel: Channel of the inputs; a number or an array, as the others
+            y: Row of the padded image
+            x: Pixel of the row
+        Returns:
+            Or an array of them"""
         phase = (channel*self.down + y%self.down)*self.right + x%self.right
         return phase*self.plane + y//self.down*self.pitch + x//self.right
 
@@ -86,7 +127,16 @@ def slot(
     out:int, # Outputs
     stride:int, # Pixels from one output to the next
 )->int: # In a plane of one phase
-    "Compute how many pixels an image needs, if the next one's padding serves for the rest"
+    """Compute how many pixels an image needs, if the next one's padding serves for the rest
+
+    Args:
+        n: Pixels of an image, along one axis
+        before: Pixels of padding before it
+        seen: Pixels that are read, padding included
+        out: Outputs
+        stride: Pixels from one output to the next
+    Returns:
+        In a plane of one phase"""
     return ceil(max(before+n, seen-before, out*stride)/stride)
 
 def _check(window, size):
@@ -112,7 +162,14 @@ def forward_images(
     size:tuple, # (images, channels, height, width)
     n_out:int, # Channels of the output
 )->Images: # For the kernel
-    "Lay images out for the outputs of a convolution; a `ValueError` if there are none"
+    """Lay images out for the outputs of a convolution; a `ValueError` if there are none
+
+    Args:
+        window: Kernel, stride, dilation and padding
+        size: (images, channels, height, width)
+        n_out: Channels of the output
+    Returns:
+        For the kernel"""
     _check(window, size)
     n,c,*high_wide = size
     out = window.out_size(*high_wide)
@@ -131,7 +188,14 @@ def backward_images(
     size:tuple, # (images, channels, height, width) of the inputs
     n_out:int, # Channels of the output
 )->list: # `Images` for each phase
-    "Lay gradients of outputs out for the gradient of inputs; a `ValueError` if there are none"
+    """Lay gradients of outputs out for the gradient of inputs; a `ValueError` if there are none
+
+    Args:
+        window: Kernel, stride, dilation and padding
+        size: (images, channels, height, width) of the inputs
+        n_out: Channels of the output
+    Returns:
+        `Images` for each phase"""
     _check(window, size)
     (n,c,*high_wide),(s,t),before = size,window.stride,window.padding[::2]
     out = window.out_size(*high_wide)
@@ -157,7 +221,16 @@ def forward_offsets(
     size:tuple, # (images, channels, height, width)
     groups:int, # Groups of channels
 )->torch.Tensor: # int32, one for each active weight
-    "Compute where each active weight begins to read"
+    """Compute where each active weight begins to read
+
+    Args:
+        crow: Row starts: a row for each output channel
+        col: Columns: (channel of the group, place in the kernel) of each active weight
+        window: Kernel, stride, dilation and padding
+        size: (images, channels, height, width)
+        groups: Groups of channels
+    Returns:
+        int32, one for each active weight"""
     n_row,c = len(crow)-1,size[1]
     images = forward_images(window, size, n_row)
     y,x = [d*np.arange(k) for k,d in zip(window.kernel, window.dilation)]
@@ -174,7 +247,16 @@ def backward_index(
     size:tuple, # (images, channels, height, width)
     groups:int, # Groups of channels
 )->tuple: # (row starts, offsets, `perm`), int32: rows are (phase, input channel), and values are `values[perm]`
-    "Build the index of the product that gives the gradient of the inputs"
+    """Build the index of the product that gives the gradient of the inputs
+
+    Args:
+        crow: Row starts
+        col: Columns
+        window: Kernel, stride, dilation and padding
+        size: (images, channels, height, width)
+        groups: Groups of channels
+    Returns:
+        (row starts, offsets, `perm`), int32: rows are (phase, input channel), and values are `values[perm]`"""
     n_row,c = len(crow)-1,size[1]
     (s,t),(high,wide),(down,right) = window.stride,window.kernel,window.dilation
     row,col = np.repeat(np.arange(n_row), np.diff(crow.numpy())),col.numpy()
@@ -257,7 +339,19 @@ def convolve(
     add:torch.Tensor=None, # What to add to the result, of its shape
     relu:bool=False, # True to set negative results to zero
 )->torch.Tensor: # (images, rows of the matrix, height, width)
-    "Convolve images with a sparse matrix, without gradients; a `ValueError` if shapes or offsets do not fit"
+    """Convolve images with a sparse matrix, without gradients; a `ValueError` if shapes or offsets do not fit
+
+    Args:
+        crow: Row starts
+        at: Offsets, from `forward_offsets`
+        values: Active values
+        x: (images, channels, height, width), contiguous
+        window: Kernel, stride, dilation and padding
+        bias: A number to add to each channel
+        add: What to add to the result, of its shape
+        relu: True to set negative results to zero
+    Returns:
+        (images, rows of the matrix, height, width)"""
     return torch.ops.sparsefast.convolve(crow, at, values, x, bias, add, relu, sum(window, ()))
 
 def convolve_back(
@@ -268,7 +362,17 @@ def convolve_back(
     size:tuple, # (images, channels, height, width) of the inputs
     window:Window, # Kernel, stride, dilation and padding
 )->torch.Tensor: # Of shape `size`
-    "Compute the gradient of the inputs"
+    """Compute the gradient of the inputs
+
+    Args:
+        crow: Row starts, from `backward_index`
+        at: Offsets, likewise
+        values: Active values in that order
+        g: Gradients of outputs, contiguous
+        size: (images, channels, height, width) of the inputs
+        window: Kernel, stride, dilation and padding
+    Returns:
+        Of shape `size`"""
     return torch.ops.sparsefast.convolve_back(crow, at, values, g, size, sum(window, ()))
 
 def convolve_values(
@@ -278,5 +382,14 @@ def convolve_values(
     x:torch.Tensor, # Inputs, contiguous
     window:Window, # Kernel, stride, dilation and padding
 )->torch.Tensor: # One for each active weight
-    "Compute the gradient of the values"
+    """Compute the gradient of the values
+
+    Args:
+        crow: Row starts
+        at: Offsets, from `forward_offsets`
+        g: Gradients of outputs, contiguous
+        x: Inputs, contiguous
+        window: Kernel, stride, dilation and padding
+    Returns:
+        One for each active weight"""
     return torch.ops.sparsefast.convolve_values(crow, at, g, x, sum(window, ()))

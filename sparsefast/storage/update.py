@@ -30,7 +30,10 @@ from ..utils import attribute
 def keep_gradient(self:SparseLayer,
     keep:bool=True, # False to release it
 )->None:
-    "Hold what the dense gradient is computed from, from now on"
+    """Hold what the dense gradient is computed from, from now on
+
+    Args:
+        keep: False to release it"""
     self.kept = keep
     self._held.clear()
 
@@ -59,7 +62,12 @@ def _check_held(self:SparseLayer):
 def dense_gradients(self:SparseLayer,
     n:int, # Number of rows of the weight at a time
 )->Iterator: # Yields (slice of rows, the gradient of their weights)
-    "Compute the dense gradient over the backward passes since the last optimizer step, some rows at a time to save memory"
+    """Compute the dense gradient over the backward passes since the last optimizer step, some rows at a time to save memory
+
+    Args:
+        n: Number of rows of the weight at a time
+    Returns:
+        Yields (slice of rows, the gradient of their weights)"""
     self._check_held()
     n_row,whole = self.shape[0],None
     if n>=n_row: whole = self._dense_sum(slice(None))
@@ -72,7 +80,10 @@ def dense_gradients(self:SparseLayer,
 
 @patch
 def dense_gradient(self:SparseLayer)->torch.Tensor: # The weight's shape
-    "Compute the dense gradient of all rows at once"
+    """Compute the dense gradient of all rows at once
+
+    Returns:
+        The weight's shape"""
     return next(self.dense_gradients(self.shape[0]))[1]
 
 # %% ../../nbs/storage/01b_update.ipynb #1f7eec44
@@ -105,7 +116,13 @@ def gradients_at(self:SparseLayer,
     where:torch.Tensor, # Boolean, the weight's shape
     n:int, # Number of rows of the weight at a time
 )->Iterator: # Yields (slice of rows, the gradient of their weights), zero outside `where`
-    "Compute the gradient of some weights, active or not, over the backward passes since the last optimizer step"
+    """Compute the gradient of some weights, active or not, over the backward passes since the last optimizer step
+
+    Args:
+        where: Boolean, the weight's shape
+        n: Number of rows of the weight at a time
+    Returns:
+        Yields (slice of rows, the gradient of their weights), zero outside `where`"""
     self._check_held()
     at = nonzero_flat(where)
     crow,col = index_at(at, self._matrix_shape)
@@ -120,7 +137,14 @@ def gradients_at(self:SparseLayer,
 _at_once = 1<<17                                                   # weights scored at a time, or a 64th of the layer
 
 class CompressedLayer(Layer):
-    "A compressed layer as the engine sees it"
+    """A compressed layer as the engine sees it
+
+    Args:
+        module: Owner
+        name: The parameter's name in it
+        i: Place among the model's sparse weights
+        is_last: True for the last of them
+        group: Processes that train it together, if there are several"""
     form,remedy = 'compressed','call `to_masked_layers(model, opt)`'
 
     def _param(self): return self.module.values
@@ -271,5 +295,10 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, read=()):
 def as_layer(self:SparseLayer,
     **kwargs # Place in the model and group of processes, as for `Layer`
 )->Layer: # A `CompressedLayer`
-    "Get the layer as the engine sees it"
+    """Get the layer as the engine sees it
+
+    Args:
+        **kwargs: Place in the model and group of processes, as for `Layer`
+    Returns:
+        A `CompressedLayer`"""
     return CompressedLayer(self, 'weight', **kwargs)
