@@ -64,7 +64,7 @@ def params(
         if o.returns: at['return'] = o.returns.lineno
         res = _described(at, notes)
     if not (to := _decorator(o, 'delegates')) or not (found := _definition(to.args[0].id)): return res
-    but = ast.literal_eval(next((k.value for k in to.keywords if k.arg=='but'), ast.Constant(())))
+    but = next((ast.literal_eval(k.value) for k in to.keywords if k.arg=='but'), ())
     but = {'return', *res, *([but] if isinstance(but, str) else but)}
     more = {k: v for k,v in params(*found).items() if k not in but}
     return {**{k: v for k,v in res.items() if not k.startswith('**')}, **more}

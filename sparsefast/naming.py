@@ -138,7 +138,7 @@ def in_words(
     share,last,(a,b) = m.initial_drop_grow_pct,m.final_drop_grow_pct,m.sparsity_span
     stop = 'the end' if m.stop_pct==1 else f'{m.stop_pct:.0%}'
     lines = [f"an update every {_interval(m.batches_per_update)}, until {stop} of training"]
-    if m.sparsity_sched_f:
+    if m.sparsity_sched_f is not None:
         start,sched = map(show_value, (m.initial_sparsity, m.sparsity_sched_f))
         lines.append(f'sparsity from {start}, by {sched} between {a:.0%} and {b:.0%} of training')
     if share or last:
