@@ -24,11 +24,10 @@ from .find import find_layers, sparse_layers
 from .layer import mask_gradients_, mask_weights_
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
-from .plan import target_counts
+from .plan import begin, target_counts
 from .rewire import rewire
 from .serialize import load_method, save_method
 from .training_time import Time
-from .utils import tolist
 
 # %% ../nbs/05_methods.ipynb #f39f70e8
 _all_ = ['DSTMethod', 'is_finite', 'load_method', 'save_method']
@@ -119,8 +118,8 @@ def _prepare(self:DSTMethod, layers, opt, t):
 def _check_end(self:DSTMethod, layers, opt, t):
     "Warn if the schedule of sparsity has not been followed to its end"
     if not self.sparsity_sched_f or self.prune_share_f or not t.is_last or not layers: return
-    active = tolist([l.nnz for l in layers])
-    if any(n>g for n,g in zip(active, target_counts(self, layers, active, opt, t))):
+    changes = begin(self, layers, opt, t)
+    if any(c.active>n for c,n in zip(changes, target_counts(self, changes, t))):
         warnings.warn("training ends, and no update has brought the masks to their final sparsity: "
                       "use a shorter batches_per_update", stacklevel=4)
 
