@@ -96,7 +96,7 @@ MAY_IMPORT = {
     'exploration': 'layer masks optim resets topk',
     'exchange': 'masks patterns scores select topk',
     'amounts': 'exchange masks patterns',
-    'plan': 'amounts exchange masks patterns ranks',
+    'plan': 'amounts exchange ranks',
     'rewire': 'find layer masks optim pieces plan',
     'checks': 'findings masks noted optim patterns plan',
     'settings': '',
