@@ -29,7 +29,7 @@ def vision(arch): return lambda path: vision_learner(image_dls(path), arch, pret
 def unet(path):
     dls = SegmentationDataLoaders.from_label_func(path, get_image_files(path), lambda f: PILMask.create((np.array(PILImage.create(f)).mean(2)>100).astype(np.uint8)), codes=['low','high'],
                                                   bs=4, valid_pct=.25, seed=0, num_workers=0)
-    return unet_learner(dls, resnet18, pretrained=False)
+    return unet_learner(dls, resnet18, pretrained=False, cut=6)                              # two of its four stages
 
 words = pd.DataFrame(dict(text=[f"{'good great fine' if i%2 else 'bad poor dull'} film number {i%5} with many words about it" for i in range(60)], label=[str(i%2) for i in range(60)], is_valid=[i%5==0 for i in range(60)]))
 def texts(path, **kw): return TextDataLoaders.from_df(words, path=path, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=12, **kw)
