@@ -22,6 +22,7 @@ from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gr
 from .guard import look_at_copies, vouch
 from .find import find_layers, sparse_layers
 from .layer import mask_gradients_, mask_weights_
+from .memory import keep_memory
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
 from .plan import target_counts
@@ -100,6 +101,7 @@ def enforce(self:DSTMethod,
 )->None:
     "Bring weights and optimizer state in line with the masks, for example after a checkpoint was loaded"
     layers = self._layers(modules, opt, find_layers)
+    keep_memory(self, layers, opt)
     mask_weights_(layers)
     for l in layers:
         l.expect_gradient(True, 'tokens' in self.reads)            # until a step says what the next one needs
@@ -139,6 +141,7 @@ def _before(self:DSTMethod, modules, layers, opt, t):
     "Prepare the gradients, or update in the step's place; True if the optimizer should step"
     found = list(run_checks(Case(modules, layers, opt, self), update_checks if self.due(t) else step_checks))
     if t.step>1: raise_findings(found)                             # at the first step all has been checked
+    keep_memory(self, layers, opt)
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
     if self.due(t) or t.is_last: look_at_copies(modules)

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from .find import find_layers, sparse_layers
 from .layer import Layer
 from .masks import nonzero_flat
+from .memory import memory
 from .optim import opt_state, state_tensors
 from .pieces import piece
 from .plan import plan
@@ -38,7 +39,7 @@ def saved(self:Layer,
     opt, # The optimizer, whose state `write` changes
 )->Callable: # Called without arguments, it puts everything back
     "Remember what `write` changes"
-    dicts = self.module._buffers,opt_state(opt, self.p)
+    dicts = self.module._buffers,memory(self.p),opt_state(opt, self.p)
     tensors = [piece(t) for t in (self.p.data, self.held, *state_tensors(opt, self.p))]
     numbers,old = _copied(tensors, self.held^new),[dict(d) for d in dicts]
     def put_back():
