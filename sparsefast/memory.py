@@ -117,13 +117,15 @@ class SavedMemory:
 
     @torch.no_grad()
     def _save(self, opt, state):
-        names,whole = self.method.remembers,{}
+        names,whole,stateless = self.method.remembers,{},not state['state']
         found = {l.p: {n: l.blank(n) if (t := l.recall(n)) is None else t for n in names} for l in self.layers}
         for i,p in enumerate(opt_params(opt)):
             if p not in found: continue
             if is_cut_up(p): state['state'][i] = {**state['state'].get(i, {}), **{_start+n: t for n,t in found[p].items()}}
             else: whole[str(i)] = found[p]
         if whole: state['param_groups'][0][_key] = whole
+        if stateless and state['state']:                           # torch wants entries of all parameters, or of none
+            for i,_ in enumerate(opt_params(opt)): state['state'].setdefault(i, {})
 
     def _load(self, opt, state):
         groups = state['param_groups']
@@ -131,11 +133,11 @@ class SavedMemory:
         state['param_groups'] = [{k: v for k,v in g.items() if k!=_key} for g in groups]
         state['state'] = dict(state['state'])
         for n,(i,p) in enumerate(zip(ids, opt_params(opt))):
-            entry = dict(state['state'].get(i) or {})
-            found = _take_out(entry)
-            _take(p, whole.get(str(n), {}) | found)
-            if found: state['state'][i] = entry
-            if found and not entry: del state['state'][i]
+            _take(p, whole.get(str(n), {}))
+            if not isinstance(state['state'].get(i), dict): continue
+            state['state'][i] = entry = dict(state['state'][i])
+            _take(p, _take_out(entry))
+            if not entry: del state['state'][i]
 
 def _hooks_of(opt):
     "Get the hooks that an optimizer has already, or `None`"
