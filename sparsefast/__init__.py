@@ -40,6 +40,7 @@ Modules:
 - `sparsefast.loops.hf`: A callback for the `Trainer` of transformers, and `from_pretrained` with masks
 - `sparsefast.loops.lightning`: A callback for Lightning's `Trainer`
 - `sparsefast.masks`: Which weights of a layer are active: boolean masks next to the parameters they belong to
+- `sparsefast.memory`: What a method remembers between steps, and how it is saved with the optimizer
 - `sparsefast.method`: What a method of dynamic sparse training is: a handful of functions and numbers, and what follows from them about time
 - `sparsefast.methods`: Dynamic sparse training in any PyTorch loop: when a method acts, and what it does around the optimizer's step
 - `sparsefast.naming`: A function for each preset, and a name for each method

@@ -208,7 +208,7 @@ def check_store(
         Yields `Finding`"""
     if case.method is None or not case.method.explore_pct: return
     for l in case.layers:
-        if l.recall('store') is None and not l.refusal(case.method, case.opt):
+        if l.store is None and not l.refusal(case.method, case.opt):
             what = 'this method trains weights outside the masks, and they have been zeroed'
             yield Finding('fault', 'store', case.name(l), what, 'call `sparsify_model(..., keep_dense=True)`')
 

@@ -15,8 +15,10 @@ __all__ = ['Layer', 'check_scores', 'rewrite_', 'mask_gradients_', 'mask_weights
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .masks import memory_name, nnz, zero_masked_, zero_masked_all_
+from .masks import nnz, zero_masked_, zero_masked_all_
+from .memory import clear_memory, memory, memory_name, remembered
 from .optim import StateView
+from .pieces import is_cut_up
 from .resets import call_reset
 from .scores import reads
 from .tokens import TokenHook, shows_tokens
@@ -49,6 +51,7 @@ class Layer:
     def __repr__(self): return f'{type(self).__name__}({self.name} of {self.module}, {tuple(self.shape)})'
 
     mask   = property(lambda self: self.module._buffers[f'{self.name}_mask'], doc="Boolean: the active weights")
+    store  = property(lambda self: self.module._buffers.get(memory_name(self.name, 'store')), doc="The values outside the mask, or `None`")
     held   = property(lambda self: self.hold(self.mask), doc="The mask, in the form in which this layer holds masks")
     index  = property(lambda self: self.mask, doc="The stored tensor whose version tells when the mask changes")
     shape  = property(lambda self: self.p.shape, doc="Shape of the weight")
@@ -67,15 +70,15 @@ class Layer:
 def remember(self:Layer,
     what:str, # Its name
     t:torch.Tensor, # What to remember
-    saved:bool=True, # False to leave it out of the model's state
+    saved:bool=True, # False to leave it out of the optimizer's state
 )->None:
-    """Save something next to the parameter
+    """Keep something beside the parameter
 
     Args:
         what: Its name
         t: What to remember
-        saved: False to leave it out of the model's state"""
-    self.module.register_buffer(memory_name(self.name, what), t, persistent=saved)
+        saved: False to leave it out of the optimizer's state"""
+    memory(self.p, saved)[what] = t
 
 @patch
 def recall(self:Layer,
@@ -87,7 +90,7 @@ def recall(self:Layer,
         what: Its name
     Returns:
         `None` if there is none"""
-    return self.module._buffers.get(memory_name(self.name, what))
+    return remembered(self.p).get(what)
 
 @patch
 def forget(self:Layer,
@@ -97,7 +100,22 @@ def forget(self:Layer,
 
     Args:
         what: Its name"""
-    self.module._buffers.pop(memory_name(self.name, what), None)
+    clear_memory(self.p, what)
+
+@patch
+def blank(self:Layer,
+    what:str, # Its name
+)->torch.Tensor: # Zeros for a sum of gradients, NaN for a number
+    """Make what stands for nothing in a saved state, whose entries are the same at every step
+
+    Args:
+        what: Its name
+    Returns:
+        Zeros for a sum of gradients, NaN for a number"""
+    if what=='shared': return torch.full((), torch.nan, device=self.p.device)
+    dtype = torch.promote_types(self.p.dtype, torch.float32)
+    if is_cut_up(self.p): return torch.zeros_like(self.p, dtype=dtype)
+    return torch.zeros(self.shape, dtype=dtype, device=self.p.device)
 
 # %% ../nbs/03e_layer.ipynb #f7e16874
 @patch

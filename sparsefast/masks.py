@@ -11,11 +11,11 @@ Functions that make masks take scores or a shape and the number of weights to ke
 # %% auto #0
 __all__ = ['n_ones', 'places', 'sparseable_types', 'n_active', 'stored_sparsity', 'sparse_mask', 'sparse_mask_like', 'nnz',
            'nonzero_flat', 'check_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'zero_masked_all_',
-           'apply_masks', 'memory_name', 'memory_names', 'adopt_memory', 'Compressed', 'is_sparseable_module',
-           'sparseable_modules']
+           'apply_masks', 'Compressed', 'is_sparseable_module', 'sparseable_modules']
 
 # %% ../nbs/01_masks.ipynb #be151ca5
 from collections.abc import Iterator
+from importlib import import_module
 import numpy as np
 import torch
 from torch import nn
@@ -259,53 +259,6 @@ def apply_masks(
         if inplace: zero_masked_(p.data, mask)
         else:       p.data = zero_masked_(p.data.clone(), mask)
 
-# %% ../nbs/01_masks.ipynb #8a2cc4e7
-def memory_name(
-    name:str, # Name of a parameter in its module
-    what:str, # What is remembered
-)->str: # Name of the buffer, without the module's
-    """Name the buffer in which a method remembers something of a parameter
-
-    Args:
-        name: Name of a parameter in its module
-        what: What is remembered
-    Returns:
-        Name of the buffer, without the module's"""
-    return f'{name}_dst_{what}'
-
-def memory_names(
-    module:nn.Module, # A module that may have masks
-    names, # Names of buffers
-)->list: # Those that belong to a masked parameter of `module`
-    """List the buffers of methods among `names`
-
-    Args:
-        module: A module that may have masks
-        names: Names of buffers
-    Returns:
-        Those that belong to a masked parameter of `module`"""
-    starts = tuple(memory_name(n, '') for n in module._parameters if f'{n}_mask' in module._buffers)
-    return [n for n in names if starts and n.startswith(starts)]
-
-def adopt_memory(
-    module, # The layer that loads
-    state_dict, # State of the whole model
-    prefix, # Prefix of the layer's names in it
-    *args # What a load hook is passed besides; not used
-):
-    """Make room in `module` for the methods' buffers in a state dict that is about to be loaded
-
-    Args:
-        module: The layer that loads
-        state_dict: State of the whole model
-        prefix: Prefix of the layer's names in it
-        *args: What a load hook is passed besides; not used"""
-    given = memory_names(module, [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)])
-    for n in set(memory_names(module, list(module._buffers)))-set(given): del module._buffers[n]
-    for n in given:
-        device = module._buffers[n.split('_dst_')[0]+'_mask'].device
-        module.register_buffer(n, torch.empty_like(state_dict[prefix+n], device=device))
-
 # %% ../nbs/01_masks.ipynb #484b415c
 class Compressed(nn.Module):
     """Base class of layers that store their active weights only
@@ -346,7 +299,7 @@ def sparseable_modules(
 
 # %% ../nbs/01_masks.ipynb #d6ae4ebd
 def __getattr__(name):
-    "Find `top_k_mask` where it was before it had a room of its own"
-    if name!='top_k_mask': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sparsefast.topk import top_k_mask
-    return top_k_mask
+    "Find what was here before it had a room of its own"
+    room = dict(top_k_mask='topk', memory_name='memory', memory_names='memory', adopt_memory='memory').get(name)
+    if room is None: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f'sparsefast.{room}'), name)

@@ -115,6 +115,15 @@ def in_steps(self:DSTMethod,
     return self if n is None or n==self.batches_per_update else replace(self, batches_per_update=max(1, n))
 
 @patch(as_prop=True)
+def remembers(self:DSTMethod)->tuple: # Names
+    """List what layers remember from step to step, besides a store
+
+    Returns:
+        Names"""
+    names = dict(grad=self.grad_steps!=1, trains=self.explore_pct, shared=self.drop_share_f)
+    return tuple(n for n,used in names.items() if used)
+
+@patch(as_prop=True)
 def interval(self:DSTMethod)->int: # 1 or more; a `ValueError` if it is not a number of steps
     """Optimizer steps between updates
 

@@ -22,13 +22,13 @@ from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gr
 from .guard import look_at_copies, vouch
 from .find import find_layers, sparse_layers
 from .layer import mask_gradients_, mask_weights_
+from .memory import keep_memory
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
-from .plan import target_counts
+from .plan import begin, target_counts
 from .rewire import rewire
 from .serialize import load_method, save_method
 from .training_time import Time
-from .utils import tolist
 
 # %% ../nbs/05_methods.ipynb #f39f70e8
 _all_ = ['DSTMethod', 'is_finite', 'load_method', 'save_method']
@@ -118,6 +118,7 @@ def enforce(self:DSTMethod,
         modules: A model, a `Learner`, or a list of modules
         opt: Its optimizer, if there is one yet"""
     layers = self._layers(modules, opt, find_layers)
+    keep_memory(self, layers, opt)
     mask_weights_(layers)
     tokens = 'tokens' in self.reads
     for l in layers:
@@ -138,8 +139,8 @@ def _prepare(self:DSTMethod, layers, opt, t):
 def _check_end(self:DSTMethod, layers, opt, t):
     "Warn if the schedule of sparsity has not been followed to its end"
     if not self.sparsity_sched_f or self.prune_share_f or not t.is_last or not layers: return
-    active = tolist([l.nnz for l in layers])
-    if any(n>g for n,g in zip(active, target_counts(self, layers, active, opt, t))):
+    changes = begin(self, layers, opt, t)
+    if any(c.active>n for c,n in zip(changes, target_counts(self, changes, t))):
         warnings.warn("training ends, and no update has brought the masks to their final sparsity: "
                       "use a shorter batches_per_update", stacklevel=4)
 
@@ -158,6 +159,7 @@ def _before(self:DSTMethod, modules, layers, opt, t):
     "Prepare the gradients, or update in the step's place; True if the optimizer should step"
     found = list(run_checks(Case(modules, layers, opt, self), update_checks if self.due(t) else step_checks))
     if t.step>1: raise_findings(found)                             # at the first step all has been checked
+    keep_memory(self, layers, opt)
     for l in layers:
         if not l.p.requires_grad: l.p.grad = None                  # fastai decays a frozen weight with a stale gradient
     if self.due(t) or t.is_last: look_at_copies(modules)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
-from .masks import masked_params, memory_name, memory_names
+from .masks import masked_params
+from .memory import memory_name, memory_names
 from .pieces import cut_like, is_cut_up, odd_placement, whole
 from .utils import as_module
 
@@ -181,7 +182,7 @@ def cut_mask(
 def cut_masks(
     modules, # Modules, whose children are not visited
 )->bool: # True if there was something to do
-    """Cut masks, and what methods remember of them, like the parameters that `fully_shard` has cut up
+    """Cut masks, and what belongs to them, like the parameters that `fully_shard` has cut up
 
     Args:
         modules: Modules, whose children are not visited

@@ -1,6 +1,6 @@
 """One update of the masks: plan it, then write masks, weights and optimizer state
 
-A [method](05_methods.ipynb) says which scores to use and how much to change. [`plan`](03h_plan.ipynb) computes every new mask, and `rewire` writes them.
+A [method](05_methods.ipynb) says which scores to use and how much to change. [`plan`](03h_plan.ipynb) computes every new mask, in one [`Change`](03h_exchange.ipynb) for each layer, and `rewire` writes them.
 
 An update is written completely or not at all. Nothing is written until everything is computed; Ctrl-C waits while masks, weights and state are written; and if something fails there, for example a reset rule of your own, everything is undone."""
 
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from .find import find_layers, sparse_layers
 from .layer import Layer
 from .masks import nonzero_flat
+from .memory import memory
 from .optim import opt_state, state_tensors
 from .pieces import piece
 from .plan import plan
@@ -44,7 +45,7 @@ def saved(self:Layer,
         opt: The optimizer, whose state `write` changes
     Returns:
         Called without arguments, it puts everything back"""
-    dicts = self.module._buffers,opt_state(opt, self.p)
+    dicts = self.module._buffers,memory(self.p),opt_state(opt, self.p)
     tensors = [piece(t) for t in (self.p.data, self.held, *state_tensors(opt, self.p))]
     numbers,old = _copied(tensors, self.held^new),[dict(d) for d in dicts]
     def put_back():
@@ -64,13 +65,14 @@ def _uninterrupted():
         if waits: signal.signal(signal.SIGINT, handler)
         if came: handler(*came[0])
 
-def _write(m, l, change, opt):
+def _write(c):
     "Write what an update changes in a layer"
-    l.write(change.mask, opt, m.reset_state_f, change.values, m.reads)
-    if change.target is not None:
+    l = c.layer
+    l.write(c.held, c.opt, c.m.reset_state_f, c.values, c.m.reads)
+    if c.target is not None:
         name = f'{l.name}_sparsity'
-        l.module._buffers[name] = torch.full_like(l.module._buffers[name], change.target)
-    if change.memory is not None: l.remember('shared', torch.full((), float(change.memory), device=l.p.device))
+        l.module._buffers[name] = torch.full_like(l.module._buffers[name], c.target)
+    if c.memory is not None: l.remember('shared', torch.full((), float(c.memory), device=l.p.device))
 
 @torch.no_grad()
 def rewire(
@@ -88,9 +90,9 @@ def rewire(
         t: `Time`"""
     changes = plan(m, layers, opt, t)
     with _uninterrupted():
-        undo = [l.saved(change.mask, opt) for l,change in zip(layers, changes)]
+        undo = [c.layer.saved(c.held, opt) for c in changes]
         try:
-            for l,change in zip(layers, changes): _write(m, l, change, opt)
+            for c in changes: _write(c)
         except BaseException:
             for put_back in undo: put_back()
             raise

@@ -17,8 +17,9 @@ from torch import nn
 from .cautions import warn_empty, warn_formula, warn_stacks, warn_trained
 from .distributions import global_sparsity, uniform_sparsity
 from .guard import enforce_masks, remove_guards, unloaded
-from .masks import (Compressed, adopt_memory, apply_masks, check_mask, masked_params, memory_name,
-                              memory_names, n_active, nnz, sparse_mask_like, stored_sparsity, zero_masked_)
+from .masks import (Compressed, apply_masks, check_mask, masked_params, n_active, nnz,
+                              sparse_mask_like, stored_sparsity, zero_masked_)
+from .memory import adopt_memory, clear_memory, memory_name, memory_names
 from .noted import note_masks
 from .patterns import capacity, drop_grow, pattern_mask, transposed_pattern
 from .pieces import is_cut_up, piece, piece_of, whole
@@ -34,7 +35,7 @@ _all_ = ['mask_sparsity', 'named_distributions']
 
 # %% ../nbs/04_sparsify.ipynb #5da911a6
 def _load_hooks(module):
-    "List the load hooks that make room for methods' buffers"
+    "List the load hooks that prepare for methods' buffers"
     hooks = module._load_state_dict_pre_hooks
     return [k for k,h in hooks.items() if getattr(h, 'hook', h) is adopt_memory]
 
@@ -263,6 +264,18 @@ def sparse_kaiming_normal_(
     return zero_masked_(p, mask)
 
 # %% ../nbs/04_sparsify.ipynb #f790e67f
+def _remove_masks(model):
+    "Remove masks; what methods remember stays"
+    if not unloaded(model):
+        cut_masks(model.modules())
+        apply_masks(model)
+    remove_guards(model)
+    for m in model.modules(): m.__dict__.pop('_noted_masks', None)
+    for m,n,*_ in list(masked_params(model)):
+        ours = [*memory_names(m, list(m._buffers)), f'{n}_mask', f'{n}_sparsity']
+        for b in ours: m._buffers.pop(b, None)
+        for k in _load_hooks(m): del m._load_state_dict_pre_hooks[k]
+
 def unsparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
 )->nn.Module: # The same model, with plain dense layers; masked weights are zeros
@@ -273,15 +286,9 @@ def unsparsify_model(
     Returns:
         The same model, with plain dense layers; masked weights are zeros"""
     model = as_module(model)
-    if not unloaded(model):
-        cut_masks(model.modules())
-        apply_masks(model)
-    remove_guards(model)
-    for m in model.modules(): m.__dict__.pop('_noted_masks', None)
-    for m,n,*_ in list(masked_params(model)):
-        ours = [*memory_names(m, list(m._buffers)), f'{n}_mask', f'{n}_sparsity']
-        for b in ours: m._buffers.pop(b, None)
-        for k in _load_hooks(m): del m._load_state_dict_pre_hooks[k]
+    sparse = [p for *_,p,_ in masked_params(model)]
+    _remove_masks(model)
+    for p in sparse: clear_memory(p)
     return model
 
 # %% ../nbs/04_sparsify.ipynb #14f6e5ac
@@ -357,7 +364,7 @@ def set_sparse_state(
     if problem: raise ValueError(f"this state does not fit {type(model).__name__}: {problem}")
     masks = {k: state_dict[f'{k}_mask'] for k in masked}
     for k,mask in masks.items(): check_mask(mask, state_dict[k], f'the mask of {k!r}')
-    unsparsify_model(model)
+    _remove_masks(model)
     for k,mask in masks.items():
         path,_,name = k.rpartition('.')
         module = model.get_submodule(path)

@@ -34,6 +34,7 @@ RUNS = dict(
     adam      = dict(method=lambda: RigL(update_every=7), opt_f=adam),
     random    = dict(method=lambda: SET(update_every=7)),
     averaged  = dict(method=lambda: RigL_avg(update_every=8)),
+    averaged_sgd = dict(method=lambda: RigL_avg(update_every=8), opt_f=partial(torch.optim.SGD, lr=.05)),
     sampled   = dict(method=lambda: RigL(update_every=7, keep_score_f=sampled(magnitude_no_empty_rows), grow_score_f=not_returning(sampled(gradient_magnitude))), opt_f=adam),
     global_   = dict(method=lambda: GMP(update_every=5, prune_share_f=global_share), start=0.),
     SNFS      = dict(method=lambda: SNFS(update_every=7), opt_f=partial(adam, amsgrad=True)),
@@ -44,6 +45,7 @@ RUNS = dict(
     values    = dict(method=lambda: SET(update_every=7, grow_value_f=random_value), opt_f=adam),
 )
 def method_of(name): return RUNS[name]['method']()
+SAVED = ('adam','averaged','averaged_sgd','DSR')
 
 def net(name):
     run = RUNS[name]
@@ -119,8 +121,8 @@ def equal(name, total=40, attached=False, **kw):
     return dict(state=state_of(model, opt), log=log, masked=all(ok), own=[tuple(piece(p).shape) for p in model.parameters()])
 
 # ------------------------------------------------------------ checkpoints
-def save(name, folder, until=96, total=136):
-    "The first steps, and a checkpoint in pieces"
+def save(name, folder, until=93, total=136):
+    "The first steps, and a checkpoint in pieces, between two updates"
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
     model,opt = made(name)
@@ -129,7 +131,7 @@ def save(name, folder, until=96, total=136):
     dcp.save(dict(model=weights, opt=state), checkpoint_id=f'{folder}/checkpoint_{name}')
     return dict(state=state_of(model, opt))
 
-def resume(name, folder, since=97, total=136):
+def resume(name, folder, since=94, total=136):
     "The rest, on another number of processes, from a model with other masks"
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -138,6 +140,7 @@ def resume(name, folder, since=97, total=136):
     sparsify_model(model, .5)
     model = shard(model)
     opt = opt_of(name, model)
+    method_of(name).enforce(model, opt)
     weights,state = get_state_dict(model, opt)
     state = dict(model=weights, opt=state)
     dcp.load(state, checkpoint_id=f'{folder}/checkpoint_{name}')
@@ -328,8 +331,8 @@ def orders():
     out['nan'] = any('not finite' in str(i.message) for i in w) and all(map(torch.equal, start, masks_of(model)))
     return out
 
-THREE = {name: partial(equal, name, total=200, each=False) for name in THREE_LONG} | {f'save_{n}': partial(save, n) for n in ('adam','averaged')} | dict(counted=counted)
-TWO = {name: partial(equal, name, **(dict(total=200, each=False) if name in LONG else {})) for name in RUNS if name not in (*THREE_LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in ('adam','averaged')}
+THREE = {name: partial(equal, name, total=200, each=False) for name in THREE_LONG} | {f'save_{n}': partial(save, n) for n in SAVED} | dict(counted=counted)
+TWO = {name: partial(equal, name, **(dict(total=200, each=False) if name in LONG else {})) for name in RUNS if name not in (*THREE_LONG, 'adam')} | {f'resume_{n}': partial(resume, n) for n in SAVED}
 TWO |= dict(attached=partial(equal, 'adam', attached=True), late=late, meta=meta, placements=placements, orders=orders, gathered=lambda: {n: gathered(n) for n in ('adam', 'random', 'GMP', 'sampled', 'SNFS', 'nm')})
 
 if __name__=='__main__':

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from sparsefast.all import *
 from sparsefast.core import __all__ as names
+from sparsefast.memory import remembered
 from sparsefast.see.flops import LayerFlops, record_flops, uncompiled
 from sparsefast.storage import to_sparse_layers
 from helpers import *
@@ -426,7 +427,7 @@ def test_training_of_every_preset(name):
     history,cost,last = [],0,None
     for step in range(1, total+1):
         pct = (step-1)/total
-        trains = {p: b for m in model.modules() for n,p in m._parameters.items() if p is not None and (b := m._buffers.get(f'{n}_dst_trains')) is not None}
+        trains = {p: b for p in model.parameters() if (b := remembered(p).get('trains')) is not None}
         now = {names_[p]: (mask.float().mean().item(), trains.get(p, mask).float().mean().item()) for p,mask,_ in sparse_params(model)}
         if now!=last: history.append((step, last := now))
         x,y = torch.randn(16, 8), torch.randint(3, (16,))
@@ -458,7 +459,7 @@ def test_looks_where_the_engine_needs_it(name):
             F.cross_entropy(model(torch.randn(16, 8)), torch.randint(3, (16,))).backward()
             for m in model.modules():
                 if hide and hasattr(m, 'weight_mask') and not method.looks(step, pct):
-                    trains = m._buffers.get('weight_dst_trains')
+                    trains = remembered(m.weight).get('trains')
                     m.weight.grad.mul_(m.weight_mask if trains is None else trains)
             method.step(model, opt, step, pct)
             opt.zero_grad()

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import sparsefast.see.recorder
 from sparsefast import presets
 from sparsefast.all import *
+from sparsefast.memory import remembered
 from sparsefast.see.analysis import live_units
 from sparsefast.storage import SparseLinear, to_sparse_layers
 from sparsefast.see.recorder import SparseRecorderCallback, mask_change
@@ -111,7 +112,7 @@ class Cost(Callback):
     def before_batch(self): self.used = [int(m.weight_mask.sum()) if hasattr(m, 'weight_mask') else m.weight.numel() for m in self.weights()]
     def before_step(self):
         bs = len(self.learn.xb[0])
-        self.cost += 2*bs*sum(2*u+int(m._buffers.get('weight_dst_dense', m.weight.grad).count_nonzero()) for u,m in zip(self.used, self.weights()))
+        self.cost += 2*bs*sum(2*u+int(remembered(m.weight).get('dense', m.weight.grad).count_nonzero()) for u,m in zip(self.used, self.weights()))
         self.dense += 6*bs*sum(m.weight.numel() for m in self.weights())
 
 @pytest.mark.parametrize('name', CATALOGUE)

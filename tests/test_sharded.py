@@ -59,8 +59,9 @@ def test_two_processes_are_one(name, two):
 
 def test_attached(two): check(two('attached'), 'adam', 40)
 
-@pytest.mark.parametrize('name', ['adam', 'averaged'])
+@pytest.mark.parametrize('name', worker.SAVED)
 def test_saved_on_three_resumed_on_two(name, three, two):
+    "Between two updates, with gradients summed up"
     ref = worker.reference(name, 136)['state']
     assert changed(three(f'save_{name}')[0]['state'], ref)
     for r in two(f'resume_{name}'): assert r['masked'] and not changed(r['state'], ref)

@@ -22,7 +22,8 @@ from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from ..storage import SparseLayer
-from ..masks import memory_name, stored_sparsity
+from ..masks import stored_sparsity
+from ..memory import memory_name
 from ..pieces import check_uncut
 from .codes import *
 from .optim_state import check_opt, compressed_layers, encode_opt, from_tree, load_opt, to_tree, tree_tensors

@@ -146,7 +146,7 @@ def encode_opt(
 
 # %% ../../nbs/ship/00a_optim_state.ipynb #ac3dc944
 _moments = set('momentum_buffer exp_avg exp_avg_sq exp_inf max_exp_avg_sq square_avg sum prev grad_avg sqr_avg'.split())
-_attached = 'sparsefast_step'                                      # what `attach` adds to the first group
+_attached,_memory = 'sparsefast_step','sparsefast_memory'            # what `attach` and methods add to the first group
 
 class _Tensor(str):
     "Name of a tensor, in a state that is not decoded"
@@ -161,7 +161,7 @@ def _groups(sd): return sd['hypers' if 'hypers' in sd else 'param_groups']
 def _check_groups(sd, mine, kind):
     "Check that the groups have the settings and parameter numbers of this optimizer"
     saved,own = _groups(sd),_groups(mine)
-    if [set(g)-{_attached} for g in saved]!=[set(g)-{_attached} for g in own]:
+    if [set(g)-{_attached, _memory} for g in saved]!=[set(g)-{_attached, _memory} for g in own]:
         raise ValueError(f"the optimizer state is of another kind than {kind}: its settings are {sorted(saved[0])}")
     if [g.get('params') for g in saved]!=[g.get('params') for g in own]:
         raise ValueError("the optimizer state numbers its parameters in another order")
@@ -192,6 +192,19 @@ def _check_entry(i, state, params, shapes):
         shape = shapes[state[k]][0] if isinstance(state[k], _Tensor) else params[i]
         if shape!=params[i]:
             raise ValueError(f"{k!r} in the optimizer state has shape {shape}, and its parameter {params[i]}")
+
+def _check_memory(sd, params, shapes):
+    "Check what methods remember of each weight"
+    first = next(iter(_groups(sd)), {})
+    found = list(first.get(_memory, {}).items())
+    found += [(i, state['sparsefast']) for i,state in _entries(sd) if 'sparsefast' in state]
+    for i,known in found:
+        for n,t in known.items():
+            weight,(shape,dtype) = params[int(i)],shapes[t]
+            fits = dict(grad=weight, trains=weight, shared=()).get(n)==shape
+            if not fits or not (dtype==torch.bool if n=='trains' else dtype.is_floating_point):
+                raise ValueError(f"{n!r} in the optimizer state is nothing that a method remembers of a weight of shape "
+                                 f"{weight}: it is {dtype} of shape {shape}")
 
 def check_opt(
     model:nn.Module, # Any model
@@ -224,6 +237,7 @@ def check_opt(
         raise ValueError(f"the optimizer state is for {len(entries)} parameters, and there are {len(params)}")
     for i,state in entries:
         _check_entry(i, state, params, shapes)
+    _check_memory(sd, params, shapes)
     if read is not None: _try_steps(opt, sd, mine, own, read)
 
 # %% ../../nbs/ship/00a_optim_state.ipynb #7be1c1a2

@@ -16,7 +16,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from ..masks import memory_names, stored_sparsity
+from ..masks import stored_sparsity
+from ..memory import memory_names
 from ..optim import replace_param
 from ..pieces import check_uncut
 from .chains import Chain, chain_from, chains, graphs, through

@@ -25,7 +25,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from fastcore.basics import patch
 from ..guard import MaskGuard
-from ..masks import Compressed, adopt_memory, check_mask, memory_name
+from ..masks import Compressed, check_mask
+from ..memory import adopt_memory, memory_name, move_memory, take_buffers
 from ..tokens import TokenHook
 from .kernels import check_index, finished, index_of, positions
 
@@ -85,10 +86,6 @@ def _is_ours(hook):
 _hook_dicts = ['_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks']
 
-def _remembered(module):
-    "Names of the buffers that a method has left with the weight"
-    return [n for n in module._buffers if n.startswith(memory_name('weight', ''))]
-
 def _take_over(old, new):
     "Give `new` the user's own hooks, what a method remembers, and the training mode of `old`"
     for k in _hook_dicts:
@@ -96,7 +93,7 @@ def _take_over(old, new):
             if _is_ours(h): continue
             getattr(new, k)[i] = h
     new._is_full_backward_hook = old._is_full_backward_hook
-    for n in _remembered(old): new.register_buffer(n, old._buffers[n])
+    move_memory(*(m._parameters.get('values', m._parameters.get('weight')) for m in (old, new)))
     new.train(old.training)
 
 # %% ../../nbs/storage/01a_base.ipynb #474ce95e
@@ -275,18 +272,8 @@ def _load_from_state_dict(self:SparseLayer, state_dict, prefix, metadata, strict
         crow = new['crow'].to(device, copy=True)
         col = new['col'].to(device, copy=True)
         self._resize(crow, col, self.values.new_zeros(len(col)))
-    self._adopt(state_dict, prefix)
+    take_buffers(self, self.values, 'weight', state_dict, prefix)
     super(SparseLayer, self)._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-
-@patch
-def _adopt(self:SparseLayer, state_dict, prefix):
-    "Make room for what a method remembers in a state, and for nothing else of the kind"
-    for n in _remembered(self): del self._buffers[n]
-    begin = prefix+memory_name('weight', '')
-    for k,t in state_dict.items():
-        if not k.startswith(begin): continue
-        room = torch.empty_like(t, device=self.values.device)
-        self.register_buffer(k.removeprefix(prefix), room)
 
 # %% ../../nbs/storage/01a_base.ipynb #6016d12d
 @patch

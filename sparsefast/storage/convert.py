@@ -14,7 +14,7 @@ from collections import Counter
 from copy import deepcopy
 from torch import nn
 import torch
-from ..masks import memory_name
+from ..memory import memory_name
 from ..pieces import check_uncut
 from ..guard import add_guards, guards
 from ..optim import opt_state, replace_param

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..layer import Layer
 from ..draws import draw_subset
 from ..masks import nonzero_flat
+from ..memory import memory
 from ..optim import StateView, opt_state
 from ..resets import call_reset, takes
 from ..scores import reads
@@ -255,11 +256,12 @@ def _entries(state, n):
 @patch
 def saved(self:CompressedLayer, new, opt):
     m,state = self.module,opt_state(opt, self.p)
-    data,grad,held,buffers,had = self.p.data,self.p.grad,list(m._held),dict(m._buffers),dict(state)
+    data,grad,held = self.p.data,self.p.grad,list(m._held)
+    before = [(now, dict(now)) for now in (m._buffers, memory(self.p), state)]
     def put_back():
         m._set_values(data, grad)
         m._held[:] = held
-        for now,before in ((m._buffers, buffers), (state, had)): now.clear(), now.update(before)
+        for now,had in before: now.clear(), now.update(had)
     return put_back
 
 @patch
