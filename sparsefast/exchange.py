@@ -48,13 +48,13 @@ class Change:
     t:object                                   # The `Time`
     held:torch.Tensor                          # The mask so far, in the form in which the layer holds masks
     active:int                                 # Number of its active weights
-    goal:int=None                              # Number that the schedule of sparsity asks for, if there is one
+    goal:int|None=None                         # Number that the schedule of sparsity asks for, if there is one
     n_drop:int=0                               # Number of weights to drop
     n_grow:int=0                               # Number of weights to grow
-    kept:torch.Tensor=None                     # What the drop leaves, held, where that is known before
-    values:torch.Tensor=None                   # What new weights start from, 1-d; `None` for zero
-    target:float=None                          # The new target sparsity; `None` if it stays
-    memory:float=None                          # What `drop_share_f` remembers
+    kept:torch.Tensor|None=None                # What the drop leaves, held, where that is known before
+    values:torch.Tensor|None=None              # What new weights start from, 1-d; `None` for zero
+    target:float|None=None                     # The new target sparsity; `None` if it stays
+    memory:float|None=None                     # What `drop_share_f` remembers
 
     mask = property(lambda self: self.layer.unhold(self.held), doc="Boolean: the mask so far")
 
