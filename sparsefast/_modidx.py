@@ -1052,6 +1052,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sparsefast.see.plots.show_start_end': ('see/plots.html#show_start_end', 'sparsefast/see/plots.py')},
             'sparsefast.see.recorder': { 'sparsefast.see.recorder.Learner.sparse_summary': ( 'see/recorder.html#learner.sparse_summary',
                                                                                              'sparsefast/see/recorder.py'),
+                                         'sparsefast.see.recorder.Learner.summary': ( 'see/recorder.html#learner.summary',
+                                                                                      'sparsefast/see/recorder.py'),
                                          'sparsefast.see.recorder.SparseRecorderCallback': ( 'see/recorder.html#sparserecordercallback',
                                                                                              'sparsefast/see/recorder.py'),
                                          'sparsefast.see.recorder.SparseRecorderCallback.__getstate__': ( 'see/recorder.html#sparserecordercallback.__getstate__',

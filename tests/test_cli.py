@@ -216,7 +216,7 @@ def test_seeds(command, load, here):
     same = lambda run: (run['name'], run['seed'], run['accuracy'], run['file'])
     assert code==0 and [*map(same, results['runs'])]==[*map(same, single[1]+single[5])] and results['seeds']==[1, 5]
     assert '; seeds 1, 5\n' in out and out.count('\nSeed 5\n')==1 and out.count('Seed')==1
-    for name in ('dense', 'sparse (rigl)'):
+    for name in ('dense', 'sparse (rigl_avg)'):
         acc = [100*r['accuracy'] for r in results['runs'] if r['name']==name]
         row = next(l for l in out[out.index('total'):].splitlines() if l.startswith(name))
         assert f'{np.mean(acc):.2f}% ± {np.std(acc, ddof=1):.2f}' in row
