@@ -88,8 +88,8 @@ def test_a_shell_and_a_fresh_process(here):
     rows = table(p.stdout)
     assert [r[0] for r in rows.values()]==['1024x64', '1024x1024', '10x1024', '']
     total = rows.pop('total')
-    assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==0.95
-    assert all(abs(r[3]-r[4])<1e-3 and abs(r[3]-(1-r[2]/r[1]))<1e-4 for r in rows.values())
+    assert total[1]==sum(r[1] for r in rows.values()) and total[2]==sum(r[2] for r in rows.values()) and total[3]==total[4]==0.95
+    assert all(abs(r[3]-(1-r[2]/r[1]))<1e-4 for r in rows.values())                          # (density has moved between layers)
     sparse,dense = accuracies(p.stdout)
     assert sparse>70 and dense>70
     check_outcome(p.stdout, here/'r.json', here/'sparsefast_digits.safetensors')
@@ -195,7 +195,7 @@ def test_same_seed_same_result(command, load):
     assert not same('a', 'c')
 
 def test_an_interval_too_short_is_a_line_of_warning(command):
-    code,out,err = command('--arch mlp --epochs 1 --every 3')
+    code,out,err = command('--method rigl --arch mlp --epochs 1 --every 3')
     assert code==0 and 'masks change every 3 steps' in out
     assert len(err.splitlines())==1 and err.startswith('warning: updates take the place of 25%')
 
@@ -216,7 +216,7 @@ def test_seeds(command, load, here):
     same = lambda run: (run['name'], run['seed'], run['accuracy'], run['file'])
     assert code==0 and [*map(same, results['runs'])]==[*map(same, single[1]+single[5])] and results['seeds']==[1, 5]
     assert '; seeds 1, 5\n' in out and out.count('\nSeed 5\n')==1 and out.count('Seed')==1
-    for name in ('dense', 'sparse (rigl)'):
+    for name in ('dense', 'sparse (rigl_avg)'):
         acc = [100*r['accuracy'] for r in results['runs'] if r['name']==name]
         row = next(l for l in out[out.index('total'):].splitlines() if l.startswith(name))
         assert f'{np.mean(acc):.2f}% ± {np.std(acc, ddof=1):.2f}' in row

@@ -534,3 +534,13 @@ def test_mean_active_share_of_training(name):
 
 def test_mean_active_of_nothing():
     assert all(x!=x for x in mean_active([], nn.Linear(2, 2)))
+
+def test_summary_of_a_learner_says_what_is_sparse():
+    "A dense model's is fastai's own"
+    dls = DataLoaders.from_dsets([(torch.randn(8), torch.tensor(1)) for _ in range(8)], [(torch.randn(8), torch.tensor(1)) for _ in range(8)], bs=4, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), loss_func=nn.CrossEntropyLoss(), cbs=[])
+    with learn.no_bar(): dense = learn.summary()
+    assert 'Total params: 178' in dense and 'parse' not in dense
+    learn.sparsify(.75)
+    with learn.no_bar(): sparse = learn.summary()
+    assert sparse.startswith(dense) and str(sparse_summary(learn)) in sparse and '0.7500' in sparse

@@ -15,7 +15,8 @@ from copy import deepcopy
 from functools import partial
 import numpy as np
 import torch
-from fastcore.basics import patch
+from fastcore.basics import PrettyString, patch
+from fastai.callback import hook                                  # it gives a `Learner` its `summary`
 from fastai.callback.core import Callback
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import apply, find_bs, get_model, get_random_states, num_distrib, set_random_states, to_device
@@ -373,3 +374,18 @@ def sparse_summary(self:Learner,
     Returns:
         The table; a `ValueError` if no layer could be sparse"""
     return _summary(get_model(self.model), *(_sample(self) if flops else ()))
+
+# %% ../../nbs/see/03_recorder.ipynb #62c0f1d1
+_fastai_summary = getattr(Learner.summary, 'before', Learner.summary)       # not our own, if this runs twice
+
+@patch
+def summary(self:Learner)->PrettyString: # fastai's text, with a table of the sparse layers at its end
+    """Summarize the model, the optimizer and the loss function as fastai does, and show how sparse the layers are
+
+    Returns:
+        fastai's text, with a table of the sparse layers at its end"""
+    text = _fastai_summary(self)
+    if not find_layers(get_model(self.model)): return text
+    return PrettyString(f'{text}\n\nSparse layers:\n{_summary(self)}')
+
+Learner.summary.before = _fastai_summary
