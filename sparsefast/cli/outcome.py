@@ -43,9 +43,9 @@ class Run(NamedTuple):
     accuracy:float          # On the validation set, in [0,1]
     training:float          # Seconds of training, validation included
     file:int=0              # Bytes of its weights in a compact file
-    ms:dict=None            # Images in a batch -> milliseconds of inference; `None` if not measured
-    gain:dict=None          # Images in a batch -> how many times as fast as its dense twin; `None` for the twin
-    seed:int=None           # Seed of weights, masks and batches
+    ms:dict|None=None       # Images in a batch -> milliseconds of inference; `None` if not measured
+    gain:dict|None=None     # Images in a batch -> how many times as fast as its dense twin; `None` for the twin
+    seed:int|None=None      # Seed of weights, masks and batches
 
 # %% ../../nbs/cli/03a_outcome.ipynb #e8c168c8
 def file_size(

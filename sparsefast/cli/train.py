@@ -85,7 +85,7 @@ def make_sparse(
         Callbacks that training needs; empty if nothing is masked"""
     model = as_module(model)
     cb = DynamicSparseTrainingCallback(**{**methods[method], **kwargs})
-    kw = dict(score_f=weight_magnitude) if pretrained else {}
+    kw:dict = dict(score_f=weight_magnitude) if pretrained else {}
     sparsify_model(model, sparsity, dists[dist], **kw, **cb.method.start(sparsity))
     return [cb] if sparse_params(model) else []
 

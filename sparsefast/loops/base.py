@@ -124,6 +124,7 @@ def described(
         What `to_dict` gives; `None` where it cannot"""
     try: return method.to_dict()
     except ValueError as e: warnings.warn(f"checkpoints will not say by which method they were trained: {e}", stacklevel=3)
+    return None
 
 def warn_other_method(
     saved, # Description of the method in a checkpoint, from `described`
