@@ -24,7 +24,7 @@ from .find import find_layers, sparse_layers
 from .layer import mask_gradients_, mask_weights_
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
-from .plan import begin, target_counts
+from .plan import begin_update, target_counts
 from .rewire import rewire
 from .serialize import load_method, save_method
 from .training_time import Time
@@ -118,7 +118,7 @@ def _prepare(self:DSTMethod, layers, opt, t):
 def _check_end(self:DSTMethod, layers, opt, t):
     "Warn if the schedule of sparsity has not been followed to its end"
     if not self.sparsity_sched_f or self.prune_share_f or not t.is_last or not layers: return
-    changes = begin(self, layers, opt, t)
+    changes = begin_update(self, layers, opt, t)
     if any(c.active>n for c,n in zip(changes, target_counts(self, changes, t))):
         warnings.warn("training ends, and no update has brought the masks to their final sparsity: "
                       "use a shorter batches_per_update", stacklevel=4)

@@ -2,7 +2,7 @@
 
 `plan` is the whole of an update but for the writing, in the order in which it happens:
 
-1. `begin` makes a [`Change`](03h_exchange.ipynb) for each layer, with the layer's mask.
+1. `begin_update` makes a [`Change`](03h_exchange.ipynb) for each layer, with the layer's mask.
 2. **Sparsity over time.** Where a method has a schedule of sparsity, `resize` takes the weakest weights from masks, or gives some back.
 3. `count_drops` and `count_growth` say how many weights each layer is to drop and to grow ([amounts](03h_amounts.ipynb)).
 4. **Exchange.** Each layer drops and grows as many, by its scores ([exchange](03h_exchange.ipynb)).
@@ -17,8 +17,8 @@ Every step reads and writes the changes. The model is not written, so a step tha
 __all__ = ['plan']
 
 # %% ../nbs/03h_plan.ipynb #6ab3bb9b
-from .amounts import count_drops, count_growth, max_active, resize, target_counts, warn_empty
-from .exchange import Change, begin, exchange, new_values, pattern_of, scores
+from .amounts import count_drops, count_growth, max_active, resize, target_counts, warn_emptied
+from .exchange import Change, begin_update, exchange, new_values, pattern_of, scores
 from .ranks import agree
 
 # %% ../nbs/03h_plan.ipynb #b3dc661d
@@ -29,11 +29,11 @@ def plan(
     t, # `Time`
 )->list: # `Change` each
     "Compute what an update changes in every layer; nothing is written"
-    changes = begin(m, layers, opt, t)
+    changes = begin_update(m, layers, opt, t)
     if m.sparsity_sched_f: resize(m, changes, t)
     count_drops(m, changes, t)
     count_growth(m, changes, t)
-    warn_empty(changes)
+    warn_emptied(changes)
     for c in changes: c.held,c.kept = exchange(c, c.n_drop, c.n_grow),None
     several = [c for c in changes if c.layer.group]                # layers that several processes train
     for c in several: c.held = c.held.clone()

@@ -16,7 +16,7 @@ from sparsefast.storage import to_sparse_layers
 from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.methods import *
 from sparsefast.layer import sparse_layers
-from sparsefast.plan import begin, target_counts
+from sparsefast.plan import begin_update, target_counts
 from sparsefast.training_time import Time
 from sparsefast.presets import *
 from sparsefast.optim import *
@@ -835,7 +835,7 @@ def test_counts_of_a_schedule_shared_among_layers(over):
     else: flat[flat.nonzero()[:-over]] = False
     active = nnz(model)
     t = Time.of(8, total=100)
-    counts = target_counts(m, begin(m, layers, None, t), t)
+    counts = target_counts(m, begin_update(m, layers, None, t), t)
     assert asked==([over] if over>0 else []) and counts==[a-(over if i==1 and over>0 else 0) for i,a in enumerate(active)]
 
 @pytest.mark.parametrize('rises', [False, True])
@@ -848,7 +848,7 @@ def test_a_schedule_adds_weights_only_where_it_rises(rises):
     t = Time.of(8, total=100)
     for share in (None, lowest_share):
         m = DSTMethod(sparsity_sched_f=sched, prune_share_f=share, batches_per_update=8, initial_sparsity=.1)
-        assert target_counts(m, begin(m, layers, None, t), t)==(want if rises else nnz(model))
+        assert target_counts(m, begin_update(m, layers, None, t), t)==(want if rises else nnz(model))
 
 # ------------------------------------------------------------ what selection costs
 def test_a_sample_guesses_a_few_more_than_asked():
