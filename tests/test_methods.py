@@ -17,8 +17,7 @@ from sparsefast.masks import masked_params, sparse_params, top_k_mask
 from sparsefast.memory import memory, remembered
 from sparsefast.methods import *
 from sparsefast.layer import sparse_layers
-from sparsefast.exchange import begin_update
-from sparsefast.plan import target_counts
+from sparsefast.plan import begin_update, target_counts
 from sparsefast.training_time import Time
 from sparsefast.presets import *
 from sparsefast.optim import *
