@@ -16,16 +16,15 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from .masks import nnz, zero_masked_, zero_masked_all_
-from .memory import clear_memory, memory, memory_name, remembered
+from .memory import Remembers, memory_name
 from .optim import StateView
-from .pieces import is_cut_up
 from .resets import call_reset
 from .scores import reads
 from .tokens import TokenHook, shows_tokens
 from .utils import maybe_float, show_value
 
 # %% ../nbs/03e_layer.ipynb #898c8167
-class Layer:
+class Layer(Remembers):
     """A masked weight: what a method may ask of it and do to it
 
     Args:
@@ -64,58 +63,6 @@ class Layer:
         "Target sparsity: the buffer's, else the mask's own"
         s = maybe_float(self.module._buffers.get(f'{self.name}_sparsity'))
         return 1-self.nnz.item()/max(self.numel, 1) if s is None else s
-
-# %% ../nbs/03e_layer.ipynb #0ac456b0
-@patch
-def remember(self:Layer,
-    what:str, # Its name
-    t:torch.Tensor, # What to remember
-    saved:bool=True, # False to leave it out of the optimizer's state
-)->None:
-    """Keep something beside the parameter
-
-    Args:
-        what: Its name
-        t: What to remember
-        saved: False to leave it out of the optimizer's state"""
-    memory(self.p, saved)[what] = t
-
-@patch
-def recall(self:Layer,
-    what:str, # Its name
-)->torch.Tensor|None: # `None` if there is none
-    """Get what a method has remembered
-
-    Args:
-        what: Its name
-    Returns:
-        `None` if there is none"""
-    return remembered(self.p).get(what)
-
-@patch
-def forget(self:Layer,
-    what:str, # Its name
-)->None:
-    """Delete what a method has remembered
-
-    Args:
-        what: Its name"""
-    clear_memory(self.p, what)
-
-@patch
-def blank(self:Layer,
-    what:str, # Its name
-)->torch.Tensor: # Zeros for a sum of gradients, NaN for a number
-    """Make what stands for nothing in a saved state, whose entries are the same at every step
-
-    Args:
-        what: Its name
-    Returns:
-        Zeros for a sum of gradients, NaN for a number"""
-    if what=='shared': return torch.full((), torch.nan, device=self.p.device)
-    dtype = torch.promote_types(self.p.dtype, torch.float32)
-    if is_cut_up(self.p): return torch.zeros_like(self.p, dtype=dtype)
-    return torch.zeros(self.shape, dtype=dtype, device=self.p.device)
 
 # %% ../nbs/03e_layer.ipynb #f7e16874
 @patch

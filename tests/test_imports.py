@@ -109,7 +109,7 @@ MAY_IMPORT = {
     'allocation': 'topk',
     'ranks': 'masks memory pieces',
     'training_time': '',
-    'layer': 'masks memory optim pieces resets scores tokens',
+    'layer': 'masks memory optim resets scores tokens',
     'sharded': 'layer optim pieces scores',
     'find': 'guard layer masks pieces ranks sharded',
     'copies': 'masks',
