@@ -28,9 +28,10 @@ def sum_gradients(
         layers: `Layer` each
         t: `Time`"""
     if m.grad_steps==1 or m.due(t): return
+    leads_up = m._leads_up(t)
     for l in layers:
         total,wide = l.recall('grad'),torch.promote_types(l.p.dtype, torch.float32)
-        if not m._leads_up(t): l.forget('grad')
+        if not leads_up: l.forget('grad')
         elif total is None: l.remember('grad', l.dense_gradient().to(wide, copy=True))
         else: total.add_(l.dense_gradient())
 

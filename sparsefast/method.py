@@ -120,7 +120,7 @@ def remembers(self:DSTMethod)->tuple: # Names
 
     Returns:
         Names"""
-    names = dict(grad=self.grad_steps!=1, trains=self.explore_pct, shared=self.drop_share_f)
+    names = dict(grad=self.grad_steps!=1 and 'gradient' in self.reads, trains=self.explore_pct, shared=self.drop_share_f)
     return tuple(n for n,used in names.items() if used)
 
 @patch(as_prop=True)
@@ -262,7 +262,9 @@ DSTMethod.start = DSTMethod.sparsify_kwargs                        # its earlier
 def grows(self:DSTMethod)->bool:
     "True if updates choose weights to grow"
     rises = attribute(self.sparsity_sched_f, 'rises', False) and bool(self.initial_sparsity)
-    return self.initial_drop_grow_pct>0 or self.final_drop_grow_pct>0 or rises or self.extra_density_f is not None
+    share = self.initial_drop_grow_pct or self.final_drop_grow_pct
+    others = self.extra_density_f,self.redistribute_f,self.grow_share_f
+    return bool(share or rises or any(others) or self.pattern_f is not drop_grow)
 
 @patch(as_prop=True)
 def reads(self:DSTMethod)->set:
@@ -278,7 +280,7 @@ def reads_momentum(self:DSTMethod)->bool:
 @patch
 def _leads_up(self:DSTMethod, t):
     "True if this is one of the last steps before an update, whose gradients it averages with its own"
-    if self.grad_steps==1: return False
+    if self.grad_steps==1 or 'gradient' not in self.reads: return False
     every = self.interval_at(t)
     ahead = -t.step%every
     return 0<ahead<(self.grad_steps or every) and self.due(t.at(t.step+ahead))

@@ -454,6 +454,11 @@ def test_same_training_by_every_method(preset):
     a,b,moved = same_training(DSTMethod(**settings), 'adamw', 120, .75)
     assert (moved>0)==(preset!='Static')
 
+@pytest.mark.parametrize('preset,kw', [('SET', dict(grad_steps=None)), ('GMP', dict(grad_steps=None)), ('GMP', dict(redistribute_f=importance_redistribution))])
+def test_gradients_are_taken_where_scores_read_them(preset, kw):
+    "Averages of gradients that no score reads need none; growth that a method shares out needs them though it drops nothing"
+    same_training(DSTMethod(**{**SUPPORTED[preset], **EVERY, **kw}), 'momentum', 60)
+
 @of_cpus
 @pytest.mark.parametrize('preset', [p for p in SUPPORTED if p!='Static'])
 def test_same_training_some_rows_at_a_time(preset, monkeypatch):
