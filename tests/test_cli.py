@@ -136,7 +136,7 @@ def test_nothing_is_pickled_by_value(command, here):
     import zipfile
     assert command('--epochs 1 --arch mlp --bs 256')[0]==0
     with zipfile.ZipFile('sparsefast_digits.pkl') as z: pickled = z.read(next(n for n in z.namelist() if n.endswith('data.pkl')))
-    assert b'sparsefast.masks' in pickled and b'_make_function' not in pickled
+    assert b'sparsefast.memory' in pickled and b'_make_function' not in pickled
 
 @pytest.mark.parametrize('method', ['static', 'set', 'snfs', 'rigl', 'rigl_avg', 'gmp', 'granet', 'topkast', 'srigl', 'dsr'])
 def test_methods(command, load, method):

@@ -41,7 +41,8 @@ def check(results, name, total):
     "Weights, masks, targets and optimizer state at the end, and masks after every tenth step"
     ref = worker.reference(name, total)
     for r in results:
-        assert r['masked'] and not changed(ref['state'], r['state']) and any(k.startswith('opt.') for k in r['state'])
+        assert r['masked'] and not changed(ref['state'], r['state'])
+        assert any(k.startswith('opt.') for k in r['state'])!=(name=='averaged_sgd')         # SGD without momentum has no state
         assert len(r['log'])==total//10 and all(same_masks(a, b) for a,b in zip(ref['log'], r['log']))
         if name in worker.LONG: assert (name=='static')==same_masks(r['log'][0], r['log'][-1])
 
