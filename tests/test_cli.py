@@ -303,7 +303,7 @@ def test_split_depends_on_the_seed(here):
 
 def test_resnet18_on_a_folder(command, load, here):
     folder(here/'pets', n=6)
-    code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl')
+    code,out,err = command('--data pets --arch resnet18 --epochs 1 --size 32 --out r.pkl --method rigl')
     assert (code,err)==(0, too_short(1)) and len(table(out))==22 and table(out)['total'][3]==0.95
     masked = list(masked_params(as_masked(load('r.pkl').model)))
     assert len(masked)>15 and all((p[~mask]==0).all() for *_,p,mask in masked)
