@@ -478,7 +478,7 @@ def test_events_that_a_subclass_or_a_user_adds_are_called():
         assert cb.run                                                                      # fastai switches it on again after a fit
 
 # ------------------------------------------------------------ a method in the first place
-@pytest.mark.parametrize('first', ['rigl', 'RigL_presets', presets.RigL_presets, presets.RigL()], ids=str)
+@pytest.mark.parametrize('first', ['rigl', 'RigL_presets', presets.RigL_presets, presets.RigL()], ids=['name', 'name of a dict', 'dict', 'method'])
 def test_a_method_in_the_first_place(first):
     cb = DynamicSparseTrainingCallback(first)
     assert cb.method==presets.RigL() and cb.sparse_modules is None and repr(cb)=='DynamicSparseTrainingCallback(RigL())'

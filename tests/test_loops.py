@@ -77,7 +77,8 @@ class Scores:
     def __call__(self, p, **kw): return p.abs()
     def bound(self, p, **kw): return p.abs()
 def _hidden(p, **kw): return p.abs()
-@pytest.mark.parametrize('f', [lambda p, **kw: p.abs(), Scores(), Scores().bound, torch.abs, Scores, _hidden, partial(lambda p, **kw: p), (lambda: (lambda p, **kw: p))()], ids=str)
+@pytest.mark.parametrize('f', [lambda p, **kw: p.abs(), Scores(), Scores().bound, torch.abs, Scores, _hidden, partial(lambda p, **kw: p), (lambda: (lambda p, **kw: p))()],
+                         ids=['lambda', 'object', 'bound', 'builtin', 'class', 'hidden', 'partial', 'inner'])
 def test_what_has_no_name_is_not_written(f):
     with pytest.raises(ValueError, match='keep_score_f must be a public function of a module to be written'): RigL(keep_score_f=f).to_dict()
 

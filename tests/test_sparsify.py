@@ -606,7 +606,7 @@ def test_keep_magnitude_is_global_magnitude():
     loud,weak = torch.cat([m.weight[m.weight_mask] for m in (a[0], a[2])]).abs(),sum(nnz(a))
     assert weak==32 and len(loud)==32
 
-@pytest.mark.parametrize('kwargs', [dict(sparse_f='uniform'), dict(sparse_f='erk'), dict(pattern_f=nm_pattern)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(sparse_f='uniform'), dict(sparse_f='erk'), dict(pattern_f=nm_pattern)], ids=['uniform', 'erk', 'pattern'])
 def test_keep_beside_a_distribution_or_a_pattern(kwargs):
     a,b = mlp(8,8,8),mlp(8,8,8)
     b.load_state_dict(a.state_dict())
