@@ -23,8 +23,8 @@ def _is_whole(v):
 
 def _check_functions(m):
     for f in fields(m):
-        v,optional = getattr(m, f.name),f.default is None
-        if f.type is Callable and not callable(v) and not (v is None and optional):
+        v,optional = getattr(m, f.name),f.type==Callable|None
+        if (f.type is Callable or optional) and not callable(v) and not (v is None and optional):
             raise TypeError(f"{f.name} must be a function{' or None' if optional else ''}, got {v!r}")
 
 def _check_numbers(m):

@@ -1,4 +1,5 @@
 "Bad input is refused before anything changes, with the value and the way out in the message"
+import dataclasses
 import math, re, warnings
 from functools import partial
 import pytest, torch
@@ -169,8 +170,9 @@ def test_functions(key, bad):
         refused(lambda: make(**{key: bad}), error=(TypeError, ValueError), match=f'{key} must be a function, got {named(bad)}')
 
 @pytest.mark.parametrize('bad', ['importance', 3, True], ids=repr)
-def test_redistribution_must_be_a_function(bad):
-    refused(lambda: DSTMethod(redistribute_f=bad), error=(TypeError, ValueError), match=f'redistribute_f.*{named(bad)}')
+@pytest.mark.parametrize('key', [f.name for f in dataclasses.fields(DSTMethod) if f.name.endswith('_f')])
+def test_each_setting_that_is_a_function_must_be_one(key, bad):
+    refused(lambda: DSTMethod(**{key: bad}), error=TypeError, match=f'{key} must be a function.*{named(bad)}')
 
 @pytest.mark.parametrize('make', [DSTMethod, DynamicSparseTrainingCallback])
 @pytest.mark.parametrize('key,meant', [('batch_per_update','batches_per_update'), ('initial_drop_grow','initial_drop_grow_pct'),

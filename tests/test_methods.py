@@ -21,6 +21,7 @@ from sparsefast.plan import begin_update, target_counts
 from sparsefast.training_time import Time
 from sparsefast.presets import *
 from sparsefast.optim import *
+from sparsefast.resets import fill_state, zero_state
 from sparsefast.rewire import *
 from sparsefast.patterns import *
 from sparsefast.schedules import *
@@ -71,18 +72,20 @@ def test_rigl_vector_pure(frac, new, grown):
     assert mask.long().tolist()==new and drop_grow(M, (W*M).abs(), G.abs(), int(frac*7)).equal(mask)
 
 SECOND = {'exp_avg_sq', 'max_exp_avg_sq', 'square_avg', 'sqr_avg', 'sum'}                    # names of second moments
-def after_update(k, v, old, new, grad=None):
+STATE_RULES = [zero_state, fill_state]
+def after_update(k, v, old, new, rule, grad=None):
     "The optimizer's state `k` after an update, as the reference has it"
     stays,born = old & new,new & ~old
-    if k not in SECOND: return torch.where(stays, v, 0.)
+    if k not in SECOND or rule is zero_state: return torch.where(stays, v, 0.)
     flat = lambda t: None if t is None else t.flatten().tolist()
     return v.new_tensor(reference.second_moment(flat(v), flat(stays), flat(born), flat(grad))).view(v.shape)
 
 FIVE_OPTS = {'torch SGD': TORCH_OPTS['momentum'], 'torch Adam': TORCH_OPTS['adam'], 'fastai SGD': partial(fo.SGD, lr=.1, mom=.9),
              'fastai Adam': partial(fo.Adam, lr=.1), 'wrapped AdamW': wrapped(TORCH_OPTS['adamw'])}
+@pytest.mark.parametrize('rule', STATE_RULES)
 @pytest.mark.parametrize('opt_f', FIVE_OPTS.values(), ids=FIVE_OPTS)
 @pytest.mark.parametrize('frac,new,grown', VECTOR, ids=['.3','.5'])
-def test_rigl_vector(frac, new, grown, opt_f):
+def test_rigl_vector(frac, new, grown, opt_f, rule):
     w,mask,g = (t.to(torch.get_default_device()) for t in (W, M, G))
     m = nn.Linear(5, 2, bias=False, dtype=torch.float64)
     add_mask(m, 'weight', mask.clone())
@@ -92,10 +95,10 @@ def test_rigl_vector(frac, new, grown, opt_f):
     state = {k: v.fill_(7.).clone() for k,v in opt_tensors(opt, m.weight).items()}
     m.weight.data.copy_(w)                                                               # raw values at inactive positions are to be ignored
     m.weight.grad = g.clone()
-    assert method(initial_drop_grow_pct=frac).update(m, opt, 8, 0.) is False         # the step is taken
+    assert method(initial_drop_grow_pct=frac, reset_state_f=rule).update(m, opt, 8, 0.) is False         # the step is taken
     new = torch.tensor(new).bool()
     assert m.weight_mask.equal(new) and m.weight.detach().equal(torch.where(new & mask, w, 0.)) and m.weight[1,1]==.05
-    assert state and all(torch.allclose(v, after_update(k, state[k], mask, new, g), rtol=1e-12, atol=0) for k,v in opt_tensors(opt, m.weight).items())
+    assert state and all(torch.allclose(v, after_update(k, state[k], mask, new, rule, g), rtol=1e-12, atol=0) for k,v in opt_tensors(opt, m.weight).items())
     assert all(m.weight[i]==0 for i in grown) and m.weight.grad.equal(g)
 
 @given(st.data(), st.integers(1, 30))
@@ -247,9 +250,10 @@ def hooks_off(model):
 OPTS = {**TORCH_OPTS, 'fastai_sgd': partial(fo.SGD, lr=.1, mom=.9, wd=.01), 'fastai_adam': partial(fo.Adam, lr=.01, wd=.01),
         'wrapped_adamw': wrapped(TORCH_OPTS['adamw'])}
 ALL_COMBOS = [pytest.param(m, o, id=f'{m}-{o}') for m in METHODS for o in OPTS if o not in ('sgd','adagrad') or m not in NEEDS_MOMENTUM]
+@pytest.mark.parametrize('rule', STATE_RULES)
 @pytest.mark.parametrize('name,opt', ALL_COMBOS)
-def test_update_touches_only_what_is_new_or_gone(name, opt):
-    m,model = METHODS[name],sparse_mlp(.6)
+def test_update_touches_only_what_is_new_or_gone(name, opt, rule):
+    m,model = replace(METHODS[name], reset_state_f=rule),sparse_mlp(.6)
     optim = OPTS[opt](list(model.parameters()))
     hooks_off(model)
     plain_loop(model, optim, m, total=20)
@@ -274,7 +278,7 @@ def test_update_touches_only_what_is_new_or_gone(name, opt):
             assert torch.equal(after[k][new], before[k][new] if k.rpartition('.')[2] in SECOND else torch.zeros_like(after[k][new]))
         else:
             grad = grads[by_name[n]] if 'gradient' in m.reads else None
-            assert torch.allclose(after[k], after_update(k.rpartition('.')[2], before[k], was, now, grad), rtol=1e-5, atol=0)
+            assert torch.allclose(after[k], after_update(k.rpartition('.')[2], before[k], was, now, rule, grad), rtol=1e-5, atol=0)
     assert stats=={'kept','new','gone'} and (opt=='sgd' or any(k.startswith('opt.') for k in before))
 
 def test_lookahead_forgets_too():

@@ -568,9 +568,10 @@ def test_nonfinite_gradients_change_nothing(where):
     with pytest.warns(UserWarning, match='not finite'): method.step(b, opt, 10, .1)
     assert not changed(before, snapshot(b, opt))
 
-def test_fresh_state_for_grown_weights():
+@pytest.mark.parametrize('rule', [zero_state, fill_state])
+def test_fresh_state_for_grown_weights(rule):
     _,b = pair()
-    opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10})
+    opt,method = TORCH_OPTS['adam'](b.parameters()),DSTMethod(**{**RigL_presets, 'batches_per_update': 10, 'reset_state_f': rule})
     for step,(x,y) in enumerate(batches(10, dtype=torch.float64), 1):
         backward(b, x, y)
         before = [(mask, w.clone(), {k: v.clone() for k,v in opt_tensors(opt, p).items()}) for m,(w,mask,p) in zip(sparse_modules(b), stored(b))]
@@ -582,7 +583,9 @@ def test_fresh_state_for_grown_weights():
         for k,v in opt_tensors(opt, m.values).items():
             assert len(v)==len(m.values) and torch.equal(v[stays[new]], state[k][stays[mask]])
             mean = state[k][stays[mask]].mean()
-            assert (v[grown[new]]==0).all() if k=='exp_avg' else (v[grown[new]]>=mean*(1-1e-12)).all() and mean>0
+            starts_at_zero = k=='exp_avg' or rule is zero_state
+            assert mean>0 or k=='exp_avg'
+            assert (v[grown[new]]==0).all() if starts_at_zero else (v[grown[new]]>=mean*(1-1e-12)).all()
 
 REFUSALS = dict(SNFS=('momentum of weights', SNFS_presets), TopKAST=('outside the masks', presets.TopKAST_presets), SR_STE=('outside the masks', presets.SR_STE_presets))
 @pytest.mark.parametrize('preset', REFUSALS)
