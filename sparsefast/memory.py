@@ -18,6 +18,8 @@ from .optim import inner_opt, opt_params
 from .pieces import is_cut_up
 
 # %% ../nbs/01i_memory.ipynb #626018fb
+_where = '_dst_memory','_dst_aside'                                # attributes of a parameter; the second is never saved
+
 def memory(
     p:torch.Tensor, # A parameter
     saved:bool=True, # False for what is never saved
@@ -29,7 +31,7 @@ def memory(
         saved: False for what is never saved
     Returns:
         Name -> tensor, to read and to write"""
-    return vars(p).setdefault('_dst_memory' if saved else '_dst_aside', {})
+    return vars(p).setdefault(_where[0 if saved else 1], {})
 
 def remembered(
     p:torch.Tensor, # A parameter
@@ -62,7 +64,7 @@ def clear_memory(
     Args:
         p: A parameter
         *what: Names; by default all"""
-    for known in (vars(p).get(k, {}) for k in ('_dst_memory', '_dst_aside')):
+    for known in (vars(p).get(k, {}) for k in _where):
         for n in what or list(known): known.pop(n, None)
 
 # %% ../nbs/01i_memory.ipynb #5e11a002
@@ -84,13 +86,17 @@ class Remembers:
     def recall(self,
         what:str, # Its name
     )->torch.Tensor|None: # `None` if there is none
-        """Get what a method has remembered
+        """Get what a method has remembered, on the parameter's device
 
         Args:
             what: Its name
         Returns:
             `None` if there is none"""
-        return remembered(self.p).get(what)
+        for known in (vars(self.p).get(k, {}) for k in _where):
+            if what not in known: continue
+            if not self.p.is_meta: known[what] = known[what].to(self.p.device)       # the model may have moved since
+            return known[what]
+        return None
 
     def forget(self,
         what:str, # Its name

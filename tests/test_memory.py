@@ -1,6 +1,7 @@
 "What methods remember between steps: beside the parameter, saved with the optimizer, and no part of the model"
 import copy, io
 from functools import partial
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -10,7 +11,7 @@ import sparsefast.presets as presets
 from helpers import *
 from sparsefast.attach import attach
 from sparsefast.average import follow_masks
-from sparsefast.memory import clear_memory, memory, memory_name, remembered
+from sparsefast.memory import Remembers, clear_memory, memory, memory_name, remembered
 from sparsefast.methods import DSTMethod
 from sparsefast.ship.files import load_sparse, save_sparse
 from sparsefast.sparsify import load_sparse_state, unsparsify_model
@@ -285,3 +286,13 @@ def test_converted_layers_remember_and_copies_do_not():
     assert all(torch.equal(memory(model.get_submodule(n.rpartition('.')[0]).weight)['grad'], t) for n,t in known.items())
     unsparsify_model(model)
     assert not all_remembered(model)
+
+def test_what_is_remembered_moves_with_the_parameter():
+    "A device of its own stands for a GPU; a parameter that is offloaded takes nothing with it"
+    one = Remembers()
+    one.p = SimpleNamespace(device=torch.device('meta'), is_meta=True)
+    one.remember('grad', torch.ones(2))
+    one.remember('dense', torch.ones(2), saved=False)
+    assert one.recall('grad').device.type=='cpu'
+    one.p.is_meta = False
+    assert one.recall('grad').is_meta and one.recall('dense').is_meta and one.recall('grad') is one.recall('grad') and one.recall('nothing') is None
