@@ -36,6 +36,7 @@ Modules:
 - `sparsefast.importance`: Which weights of a trained model matter, judged by their size and by the size of their inputs: Wanda, RIA and OWL
 - `sparsefast.layer`: One sparse weight, and everything that a method may read from it or do to it
 - `sparsefast.learning_rates`: Learning rates for sparse training: a warm-up after each update, and rates by density
+- `sparsefast.loading`: Checks of what a sparse model gets its masks from: a state that is loaded
 - `sparsefast.loops.base`: Masks before training, one method at a time, and the figures for a trainer's log
 - `sparsefast.loops.hf`: A callback for the `Trainer` of transformers, and `from_pretrained` with masks
 - `sparsefast.loops.lightning`: A callback for Lightning's `Trainer`
@@ -65,6 +66,7 @@ Modules:
 - `sparsefast.see.mask_checks`: Masks that are broken, lost or different from what they should be: the half of the doctor that looks at masks
 - `sparsefast.see.plots`: Figures of sparse models and of their training
 - `sparsefast.see.recorder`: What happens to the masks while a model trains, step by step, and what it costs
+- `sparsefast.see.summaries`: `learn.sparse_summary()` and `learn.summary()`: how sparse the layers of a learner are
 - `sparsefast.select`: Which weights can be sparse, and how to name them: by name, type, position, or the module itself
 - `sparsefast.serialize`: A method as plain lists, dicts, names and numbers, and back
 - `sparsefast.settings`: Checks of a method's settings, before anything runs

@@ -31,6 +31,7 @@ from .see.analysis import sparse_summary
 from .see.doctor import sparse_doctor
 from .see.flops import count_flops
 from .see.recorder import SparseRecorderCallback
+from .see import summaries as _summaries               # `learn.sparse_summary()` and `learn.summary()`
 from .select import weight_names
 from .ship.deploy import to_fastest
 from .ship.export import to_onnx

@@ -12,7 +12,7 @@ Every function takes a model, a `Learner`, or a list of modules."""
 __all__ = ['layer_type', 'find_layers', 'sparse_layers']
 
 # %% ../nbs/03f_find.ipynb #8557c975
-from .guard import check_loaded
+from .loading import check_loaded
 from .layer import Layer
 from .masks import Compressed, masked_params
 from .pieces import is_cut_up
@@ -35,7 +35,7 @@ def layer_type(
 def _reshard(modules):
     "Have `fully_shard` put back the pieces of weights that a forward pass has gathered"
     for m in modules:
-        if hasattr(m, 'reshard'): m.reshard()
+        if hasattr(type(m), 'reshard'): m.reshard()            # which `fully_shard` puts into the class
 
 def _check_values(m):
     "Refuse a compressed layer whose stored weights are cut up"

@@ -13,7 +13,7 @@ __all__ = ['DSTMethod']
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import cached_property, wraps
 from fastcore.basics import patch
 from .resets import zero_state
 from .patterns import drop_grow
@@ -83,6 +83,13 @@ class DSTMethod:
     def __repr__(self):
         changed = [f.name for f in fields(self) if getattr(self, f.name)!=f.default]
         return f"{type(self).__name__}({', '.join(f'{n}={show_value(getattr(self, n))}' for n in changed)})"
+
+    @cached_property
+    def reads(self)->frozenset:
+        "What an update reads: some of 'weight', 'gradient' and 'momentum'"
+        fs = [self.keep_score_f, self.prune_score_f, *([self.grow_score_f, self.grow_value_f] if self.grows else [])]
+        found = {what for f in fs for what in reads(f)}
+        return frozenset(found.union(attribute(self.reset_state_f, 'reads', ())))
 
 # %% ../nbs/04d_method.ipynb #08878f37
 def _named(init):
@@ -265,12 +272,6 @@ def grows(self:DSTMethod)->bool:
     share = self.initial_drop_grow_pct or self.final_drop_grow_pct
     others = self.extra_density_f,self.redistribute_f,self.grow_share_f
     return bool(share or rises or any(others) or self.pattern_f is not drop_grow)
-
-@patch(as_prop=True)
-def reads(self:DSTMethod)->set:
-    "What an update reads: some of 'weight', 'gradient' and 'momentum'"
-    fs = [self.keep_score_f, self.prune_score_f, *([self.grow_score_f, self.grow_value_f] if self.grows else [])]
-    return {what for f in fs for what in reads(f)} | set(attribute(self.reset_state_f, 'reads', ()))
 
 @patch(as_prop=True)
 def reads_momentum(self:DSTMethod)->bool:

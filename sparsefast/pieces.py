@@ -19,6 +19,8 @@ from functools import partial
 import torch
 
 # %% ../nbs/03d_pieces.ipynb #c3e301e4
+_plain = (torch.Tensor, torch.nn.Parameter)                        # asked of every weight, several times a step
+
 def is_cut_up(
     t, # A tensor
 )->bool: # True for a `DTensor`
@@ -28,7 +30,7 @@ def is_cut_up(
         t: A tensor
     Returns:
         True for a `DTensor`"""
-    return hasattr(type(t), 'device_mesh')
+    return type(t) not in _plain and hasattr(type(t), 'device_mesh')
 
 @torch.no_grad()
 def _local(t): return t.to_local()

@@ -14,10 +14,11 @@ __all__ = ['named_scores', 'add_mask', 'no_hooks', 'sparsify_model', 'sparse_kai
 import inspect, math
 import torch
 from torch import nn
-from .cautions import warn_empty, warn_formula, warn_stacks, warn_trained
+from .cautions import warn_masks
 from .distributions import global_sparsity, uniform_sparsity
-from .guard import enforce_masks, remove_guards, unloaded
-from .masks import (Compressed, apply_masks, check_mask, masked_params, n_active, nnz,
+from .guard import enforce_masks, remove_guards
+from .loading import unloaded
+from .masks import (Compressed, apply_masks, check_mask, masked_params, n_active,
                               sparse_mask_like, stored_sparsity, zero_masked_)
 from .memory import adopt_memory, clear_memory, memory_name, memory_names
 from .noted import note_masks
@@ -171,15 +172,6 @@ def _check_arguments(total, initial, init_f, sparsities, masks, **fs):
     _check_dicts(sparsities=sparsities, masks=masks)
     _check_initial(initial, total)
 
-def _warn(model, made, names, by_chance, by_share):
-    "Warn of what is allowed and probably a mistake"
-    weights = {w: names[w] for w in made}
-    warn_formula(weights)
-    warn_stacks(model, weights)
-    active = {w: int(nnz(mask)) for w,mask in made.items() if not mask.is_meta}        # what is in others is not known
-    warn_trained(model, {w: names[w] for w,n in active.items() if n<w.p.numel() and w.p in by_chance})
-    warn_empty({names[w]: w.p.numel() for w,n in active.items() if not n and w.p in by_share})
-
 def sparsify_model(
     model:nn.Module, # A model, or a `Learner`, whose model is taken
     model_sparsity:float=None, # Fraction of zeros over the layers' weights, in [0,1]; not needed with `masks='zeros'`
@@ -234,7 +226,7 @@ def sparsify_model(
     chance = score_f is random_score and keep is None and init_f is None
     by_chance = sparse.keys()-own.keys() if chance else ()
     by_share = sparse.keys() if zeros else sparse.keys()-fixed.keys() if model_sparsity<1 else ()
-    _warn(model, made, names, by_chance, by_share)
+    warn_masks(model, {names[w]: (w, mask) for w,mask in made.items()}, by_chance, by_share)
     for w,mask in made.items():
         _set_mask(w, mask, targets[w.p], keep_dense, new[w])
     note_masks(model)

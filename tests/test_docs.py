@@ -1,5 +1,6 @@
 "Every public name says what it is, every parameter too; notebooks show what a reader may see, and their links lead somewhere"
 import ast, importlib, inspect, json, pkgutil, pydoc, re, textwrap
+from functools import cached_property
 from pathlib import Path
 import pytest
 from fastcore.docments import docments, get_source
@@ -37,7 +38,7 @@ def silent(f):
 
 def undocumented(f):
     "What is missing from a function, class or property, in words"
-    if isinstance(f, property): return [] if f.fget.__doc__ else ['a docstring']
+    if isinstance(f, (property, cached_property)): return [] if f.__doc__ else ['a docstring']
     doc = inspect.getdoc(f) if f.__doc__ else ''
     if not doc or doc.startswith(f'{f.__name__}('): return ['a docstring']             # a dataclass's own is its signature
 
@@ -143,7 +144,7 @@ def test_each_module_is_in_llms_txt():
 # ------------------------------------------------------------ `help(f)` and `f?`
 def unhelpful(f):
     "What the comments say of parameters and result, and the docstring does not"
-    f = f.fget if isinstance(f, property) else f
+    f = f.fget if isinstance(f, property) else f.func if isinstance(f, cached_property) else f
     to = getattr(f, '__delwrap__', None)
     docs = {k: d.docment for k,d in docments(f, full=True).items() if d.docment and k not in ('self', 'cls') and (k!='return' or d.anno is not None)}
     def one(s): return s.replace('\n', ' ').replace(' *', ' ')

@@ -6,7 +6,7 @@ import sparsefast
 
 HERE = Path(sparsefast.__file__).parent
 MODULES = sorted('.'.join(p.relative_to(HERE).with_suffix('').parts) for p in HERE.rglob('*.py') if not p.stem.startswith('_'))
-NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'cli.bench', 'cli.datasets', 'cli.models', 'cli.options', 'cli.train', 'core', 'learning_rates', 'see.doctor', 'see.recorder'}
+NEEDS_FASTAI = {'all', 'callback', 'checkpoint', 'cli.bench', 'cli.datasets', 'cli.models', 'cli.options', 'cli.train', 'core', 'learning_rates', 'see.doctor', 'see.recorder', 'see.summaries'}
 NEEDS_EXTRA = {'loops.hf': 'transformers', 'loops.lightning': 'lightning'}
 PURE = [m for m in MODULES if m not in NEEDS_FASTAI and m not in NEEDS_EXTRA]                                    # the engine, storage and files among them
 
@@ -111,11 +111,12 @@ MAY_IMPORT = {
     'training_time': '',
     'layer': 'masks memory optim resets scores tokens',
     'sharded': 'layer optim pieces scores',
-    'find': 'guard layer masks pieces ranks sharded',
+    'loading': 'copies masks',
+    'find': 'layer loading masks pieces ranks sharded',
     'copies': 'masks',
     'noted': 'findings masks ranks',
     'findings': '',
-    'guard': 'copies masks noted pieces ranks',
+    'guard': 'copies loading masks noted pieces ranks',
     'exploration': 'layer masks optim resets topk',
     'exchange': 'masks patterns scores select topk',
     'amounts': 'exchange masks patterns',
@@ -131,7 +132,7 @@ MAY_IMPORT = {
     'presets': 'allocation draws methods naming patterns schedules scores topology',
     'targets': 'distributions masks ranks select',
     'cautions': 'findings masks select',
-    'sparsify': 'cautions distributions guard masks memory noted patterns pieces ranks scores select targets',
+    'sparsify': 'cautions distributions guard loading masks memory noted patterns pieces ranks scores select targets',
     'attach': 'optim presets training_time',
     'average': 'copies guard masks sparsify',
     'learning_rates': 'callback find optim training_time',
@@ -155,6 +156,7 @@ MAY_IMPORT = {
     'see.mask_checks': 'checks layer masks patterns ranks see.analysis select storage',
     'see.plots': 'see.analysis see.figures storage',
     'see.recorder': 'callback find masks see.analysis see.flops',
+    'see.summaries': 'find see.analysis see.recorder',
     'ship.chains': '',
     'ship.codes': '',
     'ship.deploy': 'masks pieces ship.fold ship.forms ship.graph ship.timing sparsify storage.convert storage.kernels',
