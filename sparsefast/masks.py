@@ -10,11 +10,12 @@ Functions that make masks take scores or a shape and the number of weights to ke
 
 # %% auto #0
 __all__ = ['n_ones', 'places', 'sparseable_types', 'n_active', 'stored_sparsity', 'sparse_mask', 'sparse_mask_like', 'nnz',
-           'nonzero_flat', 'check_mask', 'masked_params', 'sparse_params', 'zero_masked_', 'zero_masked_all_',
-           'apply_masks', 'Compressed', 'is_sparseable_module', 'sparseable_modules']
+           'nonzero_flat', 'check_mask', 'masked_params', 'sparse_params', 'show_active', 'zero_masked_',
+           'zero_masked_all_', 'apply_masks', 'Compressed', 'is_sparseable_module', 'sparseable_modules']
 
 # %% ../nbs/01_masks.ipynb #be151ca5
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 import numpy as np
 import torch
@@ -172,6 +173,26 @@ def sparse_params(
     Returns:
         (parameter, mask, target sparsity as a float or `None`) each"""
     return [(p, mask, maybe_float(m._buffers.get(f'{n}_sparsity'))) for m,n,p,mask in masked_params(module)]
+
+# %% ../nbs/01_masks.ipynb #e2655290
+def _describe(m):
+    "Describe a module as its class does, and count the active weights of its masks that are here and have values"
+    masks = {n: m._buffers.get(f'{n}_mask') for n in m._parameters}
+    here = {n: mask for n,mask in masks.items() if type(mask) is torch.Tensor and not mask.is_meta}
+    counts = [f"{'' if n=='weight' else f'{n}_'}active={nnz(mask)}" for n,mask in here.items()]
+    return ', '.join(filter(None, [type(m).extra_repr(m), *counts]))
+
+def show_active(
+    module:nn.Module, # A layer; one that has an `extra_repr` of its own, besides its class's, keeps it
+    on:bool=True, # False to print the layer as its class does
+)->None:
+    """Have a layer show, when it is printed, how many of its weights are active
+
+    Args:
+        module: A layer; one that has an `extra_repr` of its own, besides its class's, keeps it
+        on: False to print the layer as its class does"""
+    if on: module.__dict__.setdefault('extra_repr', partial(_describe, module))
+    elif getattr(vars(module).get('extra_repr'), 'func', None) is _describe: del module.__dict__['extra_repr']
 
 # %% ../nbs/01_masks.ipynb #72c2f191
 _ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

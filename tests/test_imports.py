@@ -163,7 +163,7 @@ MAY_IMPORT = {
     'ship.export': 'pieces ship.deploy sparsify',
     'ship.files': 'masks memory pieces ship.codes ship.optim_state sparsify storage storage.kernels',
     'ship.fold': 'masks ship.graph',
-    'ship.forms': 'patterns storage',
+    'ship.forms': 'masks patterns storage',
     'ship.graph': 'masks',
     'ship.hub': 'methods presets see.analysis ship.files',
     'ship.lora': 'masks',

@@ -15,6 +15,7 @@ from sparsefast.scores import weight_magnitude
 from sparsefast.guard import *
 from sparsefast.select import weight_names
 from sparsefast.sparsify import *
+from sparsefast.storage import to_masked_layers, to_sparse_layers
 
 def revive(model):
     "Write into every masked weight from outside"
@@ -718,3 +719,33 @@ def test_what_zeros_refuse():
     refused_untouched(model, "sparsities must be left out with masks='zeros'", masks='zeros', sparsities={0: .5})
     refused_untouched(model, 'model_sparsity must be a number from 0 to 1, got None')
     with pytest.raises(TypeError, match='masks must be a dict'): sparsify_model(model, .5, masks='zeroes')
+
+# ------------------------------------------------------------ `print(model)`
+def test_a_printed_model_counts_active_weights():
+    model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.LSTM(2, 2), nn.MultiheadAttention(4, 1))
+    plain = str(model)
+    sparsify_model(model, 0.9)
+    assert 'Linear(in_features=10, out_features=10, bias=True, active=10)' in str(model) and '(2): LSTM(2, 2, weight_ih_l0_active=2, weight_hh_l0_active=2)' in str(model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    model[0].weight_mask.fill_(True)
+    assert 'active=100)' in str(model[0]) and 'active=10)' in str(copied[0])                    # each counts its own
+    assert str(unsparsify_model(model))==plain and not any('extra_repr' in vars(m) for m in model.modules())
+
+def test_printing_looks_at_no_mask_without_values_and_keeps_words_of_the_layer_itself():
+    model = nn.Sequential(nn.Linear(4, 4, device='meta'), nn.Linear(4, 4))
+    model[1].extra_repr = lambda: 'mine'
+    sparsify_model(model, 0.5)
+    assert 'active' not in str(model[0]) and str(model[1])=='Linear(mine)'
+    assert str(unsparsify_model(model)[1])=='Linear(mine)'
+    model = nn.Sequential(nn.Linear(4, 4))
+    sparsify_model(model, 0.5)
+    del model[0].weight_mask
+    assert str(model[0])=='Linear(in_features=4, out_features=4, bias=True)'
+
+def test_a_compressed_layer_made_masked_again_counts_too():
+    model = nn.Sequential(nn.Linear(40, 40))
+    sparsify_model(model, 0.9)
+    masked = str(model)
+    to_sparse_layers(model)
+    to_masked_layers(model)
+    assert str(model)==masked and 'active=160)' in masked

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
+from ..masks import show_active
 from ..storage import min_sparsity
 from ..patterns import block_pattern, follows
 
@@ -64,6 +65,7 @@ class StoredLinear(nn.Module):
         m = nn.Linear(self.in_features, self.out_features, device='meta')
         m.weight,m.bias = nn.Parameter(self.stored.to_dense()),self.bias
         for n in ('weight_mask', 'weight_sparsity'): m.register_buffer(n, self._buffers[n])
+        show_active(m)
         return m
 
 def _check_gpu_form(module, what, capability):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from fastcore.basics import patch
 from ..guard import MaskGuard
-from ..masks import Compressed, check_mask
+from ..masks import Compressed, check_mask, show_active
 from ..memory import adopt_memory, memory_name, move_memory, take_buffers
 from ..tokens import TokenHook
 from .kernels import check_index, finished, index_of, positions
@@ -234,6 +234,7 @@ def to_masked(self:SparseLayer)->nn.Module: # A layer of the type that this one 
     m.weight = nn.Parameter(self.weight.detach(), requires_grad=self.values.requires_grad)
     m.bias = self.bias
     m.register_buffer('weight_mask', self.weight_mask)
+    show_active(m)
     if self.weight_sparsity is not None: m.register_buffer('weight_sparsity', self.weight_sparsity)
     m.register_load_state_dict_pre_hook(adopt_memory)
     _take_over(self, m)
