@@ -6,7 +6,7 @@
     python benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
 Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. PyTorch's forms of a network take turns, in changing
-order; a number is a median over rounds, and a ratio is a median of ratios within rounds. onnxruntime comes after them, each form alone, and its ratio is one of medians. What is there already is skipped."""
+order; a number is a median over rounds, and a ratio is a median of ratios within rounds. onnxruntime comes after them, each form alone, and its ratio is one of medians. What this kind of processor has run already is skipped."""
 import sys, warnings
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ def session(file, threads):
 # ------------------------------------------------------------ whole networks
 def measure_net(arch, batch, threads, folder):
     records = Records(here/'deploy_nets')
-    if any((r['arch'], r['batch'], r['threads'])==(arch, batch, threads) for r in records.rows()): return
+    if any((r['arch'], r['batch'], r['threads'], r['processor'])==(arch, batch, threads, processor()) for r in records.rows()): return
     torch.set_num_threads(threads)
     x = images(batch)
     dense,half,hx,nx = net(arch),net(arch).bfloat16(),x.bfloat16(),x.numpy()
@@ -96,7 +96,7 @@ layers = {'linear 1024x1024': (*linear(1024, 1024), (1, 16, 128)), 'linear 3072x
 
 def measure_layers(threads):
     records = Records(here/'deploy_layers')
-    done = {(r['layer'], r['batch'], r['sparsity'], r['threads']) for r in records.rows()}
+    done = {(r['layer'], r['batch'], r['sparsity'], r['threads']) for r in records.rows() if r['processor']==processor()}
     torch.set_num_threads(threads)
     for name,(make,shape,batches) in layers.items():
         for batch in batches:

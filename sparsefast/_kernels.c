@@ -130,8 +130,7 @@ static share *gather_float, *gather_double;      /* a product with one example t
                 s += _mm512_maskz_loadu_##kind(there, k->values + j) * _mm512_mask_i32gather_##kind(_mm512_setzero_##kind(), inside, at, k->x, sizeof(T)); \
             } \
             T sum = _mm512_reduce_add_##kind(s) + (k->bias ? k->bias[r] : 0) + (k->add ? k->add[r] : 0); \
-            k->y[r] = sum; \
-            if (k->relu) rectify_##T##_avx512(k->y + r, 1); \
+            k->y[r] = k->relu && sum <= 0 ? 0 : sum; \
         } \
     }
 GATHERED(float, 16, 512, ps)

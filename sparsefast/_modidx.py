@@ -845,6 +845,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparsefast.resets.takes': ('resets.html#takes', 'sparsefast/resets.py'),
                                    'sparsefast.resets.zero_state': ('resets.html#zero_state', 'sparsefast/resets.py')},
             'sparsefast.rewire': { 'sparsefast.rewire.Layer.saved': ('rewire.html#layer.saved', 'sparsefast/rewire.py'),
+                                   'sparsefast.rewire.__getattr__': ('rewire.html#__getattr__', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire._copied': ('rewire.html#_copied', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire._uninterrupted': ('rewire.html#_uninterrupted', 'sparsefast/rewire.py'),
                                    'sparsefast.rewire._write': ('rewire.html#_write', 'sparsefast/rewire.py'),

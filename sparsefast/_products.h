@@ -33,6 +33,10 @@ typedef struct {                            /* what one thread has: some rows, a
 /* ---- y[row] += sum over active weights of value * x[offset * scale], until offsets reach `bound` ---- */
 #ifdef VECTORS
 typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+typedef T NAME(half) __attribute__((vector_size(BYTES / 2), aligned(sizeof(T)), may_alias));
+#if BYTES > 16
+typedef T NAME(quarter) __attribute__((vector_size(BYTES / 4), aligned(sizeof(T)), may_alias));
+#endif
 #define AT(p) (*(NAME(vector) *)(p))
 #define ROWS(n, u) \
     INSIDE void NAME(rows_##n)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) { \
@@ -59,7 +63,7 @@ typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), ma
     }
 ROWS(1, 4)
 ROWS(2, 2)
-ROWS(4, 1)
+ROWS(4, 2)
 ROWS(8, 1)
 INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
     if (p->w == 8 * LANES) NAME(rows_8)(p, bound, x, scale);
@@ -147,12 +151,20 @@ INSIDE void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t 
 /* ---- images: the padded planes of a channel, one for each phase of the stride, images one below the other ---- */
 INSIDE void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n, T *out) {
     const images *im = &k->im;
+    const T *end = k->x + k->n * k->n_in * im->high * im->wide;
     memset(out, 0, (size_t)im->room * sizeof(T));
     for (ptrdiff_t c = 0; c < k->n_in; c++) for (ptrdiff_t i = 0; i < n; i++) {
         const T *x = k->x + ((first + i) * k->n_in + c) * im->high * im->wide;
         for (ptrdiff_t row = 0; row < im->high; row++, x += im->wide) {
             ptrdiff_t q = row + im->top, phase = (c * im->down + q % im->down) * im->right;
             T *to = out + phase * im->plane + (i * im->slot + q / im->down) * im->pitch;
+#ifdef VECTORS
+            if (im->right == 1 && im->down == 1 && end - x >= im->wide + LANES) {      /* vectors that end after the row: zeros, and what comes later, */
+                for (ptrdiff_t p = 0; p < im->wide; p += LANES) AT(to + im->left + p) = AT(x + p);      /* are written over them */
+                AT(to + im->left + im->wide) = (NAME(vector)){0};
+                continue;
+            }
+#endif
             if (im->right == 1) memcpy(to + im->left, x, (size_t)im->wide * sizeof(T));
             else for (ptrdiff_t p = 0; p < im->wide; p++) {
                 ptrdiff_t at = p + im->left;
@@ -171,9 +183,10 @@ INSIDE int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin, ptrdif
         if (left < begin) left = begin;
         if (right > end) right = end;
         if (left >= right) continue;
-        out[n].column = left - begin;
-        out[n].length = right - left;
-        out[n++].place = im->to_start + (image + line / im->slot) * im->to_image + y * im->to_down + left % im->pitch * im->to_right;
+        run a = {left - begin, right - left, im->to_start + (image + line / im->slot) * im->to_image + y * im->to_down + left % im->pitch * im->to_right};
+        run *b = out + n - 1;                                          /* which may end where this one begins */
+        if (n && b->column + b->length == a.column && b->place + b->length * im->to_right == a.place) b->length += a.length;
+        else out[n++] = a;
     }
     return n;
 }
@@ -184,14 +197,44 @@ INSIDE ptrdiff_t NAME(width)(ptrdiff_t left) {                 /* of the tile th
     while (w > LANES && w / 2 >= left) w /= 2;
     return w > LANES && left <= w / 4 * 3 ? w / 2 : w;
 }
-INSIDE void NAME(rectify)(T *y, ptrdiff_t n) { for (ptrdiff_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] : y[i] == y[i] ? 0 : y[i]; }
+
+/* ---- to = relu(sum + add): the end of a row. Where memory differs, the last numbers are written twice, as a vector that ends with the row ---- */
+#define STORE(t, i) { \
+        t v = *(t *)(sum + (i)); \
+        if (add) v += *(t *)(add + (i)); \
+        if (relu) v = (t)((__typeof__(v > (T)0))v & ((v > (T)0) | (v != v))); \
+        *(t *)(to + (i)) = v; \
+    }
+INSIDE void NAME(finish)(T *to, const T *sum, const T *add, int relu, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+#ifdef VECTORS
+    for (; i + LANES <= n; i += LANES) STORE(NAME(vector), i)
+    if (i < n && to != sum) {
+        if (n >= LANES) STORE(NAME(vector), n - LANES)
+        else if (n >= LANES / 2) { STORE(NAME(half), 0) STORE(NAME(half), n - LANES / 2) }
+#if BYTES > 16
+        else if (n >= LANES / 4) { STORE(NAME(quarter), 0) STORE(NAME(quarter), n - LANES / 4) }
+#endif
+        i = n >= LANES / (BYTES > 16 ? 4 : 2) ? n : 0;
+    }
+#endif
+    for (; i < n; i++) {
+        T v = sum[i];
+        if (add) v += add[i];
+        to[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+#undef STORE
 
 /* Begin a tile: biases, or zeros where the gradients of outputs are to come */
 INSIDE void NAME(begin)(const NAME(part) *p) {
+    size_t rows = (size_t)(p->last - p->first);
+    const T *bias = p->k->sampled ? NULL : p->k->bias;
     T *y = p->y;
-    memcpy(p->next + p->first, p->k->crow + p->first, (size_t)(p->last - p->first) * sizeof(int32_t));
-    for (ptrdiff_t r = p->first; r < p->last; r++)
-        for (ptrdiff_t i = 0; i < p->w; i++) *y++ = p->k->bias && !p->k->sampled ? p->k->bias[r] : 0;
+    memcpy(p->next + p->first, p->k->crow + p->first, rows * sizeof(int32_t));
+    if (!bias) memset(y, 0, rows * (size_t)p->w * sizeof(T));
+    else for (ptrdiff_t r = p->first; r < p->last; r++)
+        for (ptrdiff_t i = 0; i < p->w; i += LANES) for (ptrdiff_t m = 0; m < LANES; m++) *y++ = bias[r];
 }
 INSIDE void NAME(block)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
     if (p->k->sampled) NAME(dots)(p, bound, x, scale);
@@ -213,8 +256,7 @@ INSIDE void NAME(examples)(const NAME(part) *p, ptrdiff_t t, ptrdiff_t used) {
     NAME(turn)(p->y, w, rows, used, k->y + t * n_row + p->first, n_row);
     if (k->add || k->relu) for (ptrdiff_t e = t; e < t + used; e++) {
         ptrdiff_t place = e * n_row + p->first;
-        if (k->add) for (ptrdiff_t i = place; i < place + rows; i++) k->y[i] += k->add[i];
-        if (k->relu) NAME(rectify)(k->y + place, rows);
+        NAME(finish)(k->y + place, k->y + place, k->add ? k->add + place : NULL, k->relu, rows);
     }
 }
 /* A tile of the pixels of some images: columns t to t + w, of which from `from` to `end` count */
@@ -238,10 +280,8 @@ INSIDE void NAME(pixels)(const NAME(part) *p, const T *x, ptrdiff_t image, ptrdi
             FETCH(to + i, 1);
             if (k->add) FETCH(k->add + place + i, 0);
         }
-        if (k->add) for (ptrdiff_t i = 0; i < length; i++) sum[i] += k->add[place + i];
-        if (k->relu) NAME(rectify)(sum, length);
-        if (step == 1) for (ptrdiff_t i = 0; i < length; i++) to[i] = sum[i];
-        else for (ptrdiff_t i = 0; i < length; i++) to[i * step] = sum[i];
+        if (step == 1) NAME(finish)(to, sum, k->add ? k->add + place : NULL, k->relu, length);
+        else for (ptrdiff_t i = 0; i < length; i++) to[i * step] = sum[i];    /* a gradient: nothing is added */
     }
 }
 INSIDE void NAME(group_of_examples)(NAME(part) *p, ptrdiff_t group) {
@@ -293,8 +333,7 @@ TARGET SCALAR static void NAME(one)(void *job, ptrdiff_t part, ptrdiff_t parts) 
         for (; j < end; j++) s[0] += v[j] * x[at[j]];
         T sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
         sum += (k->bias ? k->bias[r] : 0) + (k->add ? k->add[r] : 0);
-        k->y[r] = sum;
-        if (k->relu) NAME(rectify)(k->y + r, 1);
+        k->y[r] = k->relu && sum <= 0 ? 0 : sum;
     }
 }
 static int NAME(run_job)(const int64_t *a, int threads) {

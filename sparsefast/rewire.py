@@ -13,6 +13,7 @@ __all__ = ['rewire']
 import signal, threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib import import_module
 import torch
 from fastcore.basics import patch
 from .find import find_layers, sparse_layers
@@ -96,3 +97,10 @@ def rewire(
         except BaseException:
             for put_back in undo: put_back()
             raise
+
+# %% ../nbs/04a_rewire.ipynb #ff0d438d
+def __getattr__(name):
+    "Find what was here before it had a room of its own"
+    room = dict(reset_state='resets', pattern_of='plan').get(name)
+    if room is None: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f'sparsefast.{room}'), name)

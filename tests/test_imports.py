@@ -204,6 +204,12 @@ def test_compressed_layers_are_found_by_all_their_paths():
     names = {'min_sparsity','SparseLayer','SparseLinear','index_misfit','SparseConv1d','SparseConv2d','to_sparse_layers','to_masked_layers','as_masked'}
     assert set(storage.__all__)==names and all(hasattr(storage, n) for n in names)
 
+@pytest.mark.parametrize('room,name,now', [('rewire', 'reset_state', 'resets'), ('rewire', 'pattern_of', 'plan'), ('masks', 'top_k_mask', 'topk'), ('layer', 'find_layers', 'find')])
+def test_names_are_found_in_their_old_rooms(room, name, now):
+    old = importlib.import_module(f'sparsefast.{room}')
+    assert getattr(old, name) is getattr(importlib.import_module(f'sparsefast.{now}'), name)
+    with pytest.raises(AttributeError, match='no_such_name'): old.no_such_name
+
 def test_old_names_of_the_command_line():
     from sparsefast.cli import sparsefast_train
     from sparsefast.cli.bench import sparsefast_bench

@@ -284,8 +284,8 @@ def _sizes(images, n_row, channels, n, lines):
 def _convolve(crow, at, values, x, bias, add, relu, settings):
     window,n_row = _window(settings),n_rows(crow, at)
     images = forward_images(window, tuple(x.shape), n_row)
-    n,c,*high_wide = x.shape
-    size = n, n_row, *window.out_size(*high_wide)
+    n,c,*_ = x.shape
+    size = n, n_row, images.y1, images.x1
     check_fits('values', values, x, (len(at),)), check_fits('bias', bias, x, size[1:2]), check_fits('add', add, x, size)
     sizes,limit = _sizes(images, n_row, c, n, _lines(window))
     y = x.new_empty(size)
