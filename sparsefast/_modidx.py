@@ -1599,6 +1599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv._input_grad': ( 'storage/conv.html#_sparseconv._input_grad',
                                                                                               'sparsefast/storage/conv.py'),
+                                         'sparsefast.storage.conv._SparseConv._inputs': ( 'storage/conv.html#_sparseconv._inputs',
+                                                                                          'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv._misfit': ( 'storage/conv.html#_sparseconv._misfit',
                                                                                           'sparsefast/storage/conv.py'),
                                          'sparsefast.storage.conv._SparseConv._multiply': ( 'storage/conv.html#_sparseconv._multiply',

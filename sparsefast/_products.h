@@ -166,9 +166,11 @@ INSIDE void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n, T *ou
             }
 #endif
             if (im->right == 1) memcpy(to + im->left, x, (size_t)im->wide * sizeof(T));
-            else for (ptrdiff_t p = 0; p < im->wide; p++) {
-                ptrdiff_t at = p + im->left;
-                to[at % im->right * im->plane + at / im->right] = x[p];
+            else for (ptrdiff_t p = 0; p < im->right && p < im->wide; p++) {           /* each so many-th pixel is of one phase */
+                ptrdiff_t at = p + im->left, count = (im->wide - p - 1) / im->right + 1;
+                T *phase_row = to + at % im->right * im->plane + at / im->right;
+                if (im->right == 2) for (ptrdiff_t i = 0; i < count; i++) phase_row[i] = x[p + 2 * i];
+                else for (ptrdiff_t i = 0; i < count; i++) phase_row[i] = x[p + im->right * i];
             }
         }
     }

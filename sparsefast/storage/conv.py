@@ -27,6 +27,7 @@ class _SparseConv(SparseLayer):
     Args:
         module: A masked layer; `from_masked` checks that this class serves it"""
     n_dim = 2
+    steps = 1,1                                                    # rows and pixels between those that are read at all
     dense_class:type = nn.Conv2d
 
     def __init__(self,
@@ -40,6 +41,8 @@ class _SparseConv(SparseLayer):
         if self.padding_mode!='zeros': padding = (0, 0, 0, 0)      # `forward` pads
         sizes = [(1,)*(2-self.n_dim)+tuple(s) for s in (self.kernel_size, self.stride, self.dilation)]
         self.window = Window(*sizes, padding)
+        if self.window.kernel==(1,1) and not any(padding):         # the others are left out beforehand
+            self.steps,self.window = self.window.stride,self.window._replace(stride=(1,1))
 
     @classmethod
     def _misfit(cls, module):
@@ -94,6 +97,12 @@ def _dense_grads(self:_SparseConv, values, g, x, of):
 def _images(self:_SparseConv, x): return x if self.n_dim==2 else x.unsqueeze(2)
 
 @patch
+def _inputs(self:_SparseConv, x):
+    "The part of images that the convolution reads"
+    x,(down,right) = self._images(x),self.steps
+    return x if self.steps==(1,1) else x[...,::down,::right].contiguous()
+
+@patch
 def _offsets(self:_SparseConv, size):
     "Where active weights begin to read in images of this size"
     form = self.window,size,self.groups
@@ -105,7 +114,7 @@ def _multiply(self:_SparseConv, values, bias, x, add=None, relu=False):
         y = self._dense(x, self.spread(values), bias)
         if add is not None: y += add
         return y.relu_() if relu else y
-    x,add = self._images(x),add if add is None else self._images(add)
+    x,add = self._inputs(x),add if add is None else self._images(add)
     y = convolve(self.crow, self._offsets(x.shape), values, x, self.window, bias, add, relu)
     return y if self.n_dim==2 else y.squeeze(2)
 
@@ -114,7 +123,7 @@ def _grad_at(self:_SparseConv, crow, col, g, x):
     if kernel_of(self.values)=='torch':
         dense = self._dense_grad(g, x).reshape(-1)
         return dense.index_select(0, positions(crow, col, self._matrix_shape[1]))
-    g,x = self._images(g),self._images(x)
+    g,x = self._images(g),self._inputs(x)
     at = self._offsets(x.shape) if col is self.col else forward_offsets(crow, col, self.window, x.shape, self.groups)
     return convolve_values(crow, at, g, x, self.window)
 
@@ -127,11 +136,15 @@ def _values_grad(self:_SparseConv, g, x): return self._grad_at(self.crow, self.c
 @patch
 def _input_grad(self:_SparseConv, values, g, x):
     if kernel_of(values)=='torch': return self._dense_grads(values, g, x, 0)
-    size = self._images(x).shape
+    size,(down,right) = self._inputs(x).shape,self.steps
     form = self.window,size,self.groups
     crow,at,perm = self._derived(('backward', size), lambda: backward_index(self.crow, self.col, *form))
     values = values.index_select(0, perm)
-    return convolve_back(crow, at, values, self._images(g), size, self.window).view(x.shape)
+    found = convolve_back(crow, at, values, self._images(g), size, self.window)
+    if self.steps==(1,1): return found.view(x.shape)
+    grad = g.new_zeros(self._images(x).shape)
+    grad[...,::down,::right] = found
+    return grad.view(x.shape)
 
 @patch
 def _dense_grad(self:_SparseConv, g, x, rows=slice(None)):
