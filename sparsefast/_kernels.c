@@ -49,6 +49,7 @@
 
 #define GRAIN (1 << 18)                          /* products of two numbers for which another thread pays: some ten microseconds */
 #define POINTER(a) ((void *)(uintptr_t)(a))
+#define ALIGNED(p) POINTER(((uintptr_t)(p) + 63) & ~(uintptr_t)63)    /* a vector that spans two lines of the cache takes twice as long */
 
 /* ---- threads: PyTorch's own pool, where its OpenMP is GNU's or LLVM's and can be found; else one ---- */
 typedef void share(void *job, ptrdiff_t part, ptrdiff_t parts);

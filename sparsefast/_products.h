@@ -314,9 +314,9 @@ TARGET static void NAME(share)(void *job, ptrdiff_t part, ptrdiff_t parts) {
     int by_rows = k->sampled || groups < parts;                        /* else threads share groups of columns */
     ptrdiff_t first = by_rows ? k->n_row * part / parts : 0, last = by_rows ? k->n_row * (part + 1) / parts : k->n_row;
     size_t room = k->im.at_once ? (size_t)k->im.room : (size_t)(k->block * FULL);
-    T *x = room ? malloc(room * sizeof(T)) : NULL, *y = malloc((size_t)(last - first + 1) * FULL * sizeof(T));
+    void *x = room ? malloc(room * sizeof(T) + 64) : NULL, *y = malloc((size_t)(last - first + 1) * FULL * sizeof(T) + 64);
     int32_t *next = malloc((size_t)(k->n_row + 1) * sizeof(int32_t));
-    NAME(part) p = {k, first, last, FULL, next, x, y};
+    NAME(part) p = {k, first, last, FULL, next, room ? ALIGNED(x) : NULL, ALIGNED(y)};
     if ((room && !x) || !y || !next) k->failed = 1;
     else for (ptrdiff_t group = by_rows ? 0 : part; group < groups; group += by_rows ? 1 : parts)
         if (k->im.at_once) NAME(group_of_images)(&p, group);
