@@ -6,7 +6,7 @@
     python benchmarks/deploy.py zeros ARCH THREADS FOLDER        # appends to deploy_zeros.jsonl: what runtimes do with zeros
 
 Masks are random and uniform, over everything but the first and the last layer; time does not depend on what a network has learnt. PyTorch's forms of a network take turns, in changing
-order; a number is a median over rounds, and a ratio is a median of ratios within rounds. onnxruntime comes after them, each form alone, and its ratio is one of medians. What this kind of processor has run already is skipped."""
+order; a number is a median over rounds, and a ratio is a median of ratios within rounds. With one thread onnxruntime takes turns with them; with several it comes after them, each form alone, and its ratio is one of medians. What this kind of processor has run already is skipped."""
 import sys, warnings
 from functools import partial
 from pathlib import Path
@@ -74,11 +74,11 @@ def measure_net(arch, batch, threads, folder):
         fast,table = to_fastest(model, x, seconds=0.04*batch**0.5)
         with torch.no_grad(): error[f'sparse {s}'] = float((fast(x)-model(x)).abs().max()/model(x).abs().max())
         fs[f'sparse {s}'],chosen[f'sparse {s}'] = partial(fast, x),[sum(r.form!='dense' for r in table.rows), len(table.rows)]
-    times = paired_times(fs, seconds=20, least=7)
-    for n,f in {'onnxruntime': f'{arch}.onnx', 'onnxruntime int8': f'{arch}.int8.onnx'}.items():
-        s = session(folder/f, threads)                                       # its threads go on spinning for a while after each run: not in turn with others
-        times |= paired_times({n: partial(s.run, None, {'x': nx})}, seconds=4, least=7)
-        del s
+    sessions = {n: session(folder/f, threads) for n,f in {'onnxruntime': f'{arch}.onnx', 'onnxruntime int8': f'{arch}.int8.onnx'}.items()}
+    others = {n: partial(s.run, None, {'x': nx}) for n,s in sessions.items()}
+    if threads==1: fs,others = fs|others,{}
+    times = paired_times(fs, seconds=25, least=7)
+    for n,f in others.items(): times |= paired_times({n: f}, seconds=4, least=7)        # several threads go on spinning for a while after each run
     for n,ts in times.items():
         quarter = sorted(ts)[len(ts)//4],sorted(ts)[-1-len(ts)//4]
         r,lo,hi = ratio(times, 'dense', n) if n in fs else (median(times['dense'])/median(ts), median(times['dense'])/quarter[1], median(times['dense'])/quarter[0])

@@ -139,7 +139,7 @@ def three(threads, **kw): convs('three', threads, ((64,64,3,56), (128,128,3,28),
 
 # ------------------------------------------------------------ training
 def mlp(h): return nn.Sequential(nn.Linear(784, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
-opts = dict(sgd=lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, lr=1e-3))
+opts = dict(sgd=lambda ps: torch.optim.SGD(ps, lr=.01, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, lr=1e-3), adam_fused=lambda ps: torch.optim.Adam(ps, lr=1e-3, fused=True))
 
 class Run:
     "A model in training: `step()` is one optimizer step, `update()` one that rewires"
@@ -190,7 +190,7 @@ def in_turns(runs, x, y, rounds, block):
         row[k] = dict(ms=round(statistics.median(whole), 3), update_ms=round(u, 2), times=[round(q, 3) for q in quartiles([a/b for a,b in zip(ts['dense'], whole)])])
     return row
 
-def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers=('sgd', 'adam'), **kw):
+def train(threads, h=1024, rounds=15, other=None, only=None, block=4, optimizers=('sgd', 'adam', 'adam_fused'), **kw):
     "Ordinary steps in interleaved rounds; then whole periods of an update and what comes before it, to amortise the update over 100 steps"
     x,y = torch.randn(128, 784),torch.randint(10, (128,))
     for s in only or (.8, .9, .95, .98):
