@@ -110,19 +110,23 @@ INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t
             UNROLL for (int m = 0; m < S; m++) v[m] = NAME(folded)(g, x + at[j + m] * scale, w);
             AT(grads + j) += NAME(sums)(v);
         }
-#endif
+        enum { G = S < 4 ? S : 4 };                                   /* of those left over, four at a time, or fewer */
+        for (ptrdiff_t n; j < end && at[j] < bound; j += n) {
+            for (n = 1; n < G && j + n < end && at[j + n] < bound; n++) ;
+            NAME(vector) v[G];
+            UNROLL for (int m = 0; m < G; m++) v[m] = NAME(folded)(g, x + at[j + (m < n ? m : 0)] * scale, w);
+            UNROLL for (int m = G / 2; m; m /= 2) UNROLL for (int i = 0; i < m; i++) v[i] = LOW(v[i], v[i + m]) + HIGH(v[i], v[i + m]);
+            UNROLL for (int m = G; m < S; m *= 2) v[0] = LOW(v[0], v[0]) + HIGH(v[0], v[0]);
+            UNROLL for (int m = 0; m < G; m++) if (m < n) grads[j + m] += v[0][m * (S / G)];
+        }
+#else
         for (; j < end && at[j] < bound; j++) {
             const T *from = x + at[j] * scale;
             T sum = 0;
-#ifdef VECTORS
-            NAME(vector) v = NAME(folded)(g, from, w);
-            UNROLL for (int m = 1; m < S; m *= 2) v = LOW(v, v) + HIGH(v, v);
-            sum = v[0];
-#else
             for (ptrdiff_t i = 0; i < w; i++) sum += g[i] * from[i];
-#endif
             grads[j] += sum;
         }
+#endif
         p->next[r] = (int32_t)j;
     }
 }
@@ -186,7 +190,7 @@ INSIDE int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin, ptrdif
         if (right > end) right = end;
         if (left >= right) continue;
         run a = {left - begin, right - left, im->to_start + (image + line / im->slot) * im->to_image + y * im->to_down + left % im->pitch * im->to_right};
-        run *b = out + n - 1;                                          /* which may end where this one begins */
+        run *b = out + (n ? n - 1 : 0);                                /* which may end where this one begins */
         if (n && b->column + b->length == a.column && b->place + b->length * im->to_right == a.place) b->length += a.length;
         else out[n++] = a;
     }
