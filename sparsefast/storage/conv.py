@@ -100,7 +100,7 @@ def _images(self:_SparseConv, x): return x if self.n_dim==2 else x.unsqueeze(2)
 def _inputs(self:_SparseConv, x):
     "The part of images that the convolution reads"
     x,(down,right) = self._images(x),self.steps
-    return x if self.steps==(1,1) else x[...,::down,::right].contiguous()
+    return x if self.steps==(1,1) else x[...,::down,::right]
 
 @patch
 def _offsets(self:_SparseConv, size):
