@@ -81,9 +81,9 @@ def plan():
     "All runs: (method, sparsity, dtype, seed), the most telling first"
     at = lambda s, names, dtype='float32', seed=0: [(n, s, dtype, seed) for n in names]
     every = ('small dense', *methods)
-    leading = ('small dense', 'static', 'SET', 'RigL', 'RigL_avg', 'GMP_lm')
+    leading = ('small dense', 'static', 'SET', 'RigL', 'RigL_avg', 'GMP_lm', 'GraNet')
     dense = [('dense', 0., d, seed) for seed in seeds for d in dtypes]
-    return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, filled'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
+    return [dense[0], *at(.9, every), *dense[1:2], *at(.9, ('static', 'SET', 'RigL', 'RigL, filled', 'RigL_avg', 'GMP_lm'), 'bfloat16'), *at(.9, every, seed=1), *at(.95, leading), *at(.7, leading),
             *dense[2:3], *dense[4:5], *at(.9, every, seed=2), *at(.9, ('static', 'SET', 'RigL', 'RigL, filled'), 'bfloat16', 1), *at(.95, leading, seed=1), *at(.7, leading, seed=1)]
 
 done = records.done

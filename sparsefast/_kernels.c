@@ -235,8 +235,24 @@ static PyObject *zero_masked(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* nonzero_at(address of numbers, how many, bytes of a number, address of positions, how many): True if one there is not zero, or is outside */
+static PyObject *nonzero_at(PyObject *module, PyObject *args) {
+    static const char zeros[16];
+    unsigned long long numbers, positions;
+    Py_ssize_t n, size, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "KnnKn", &numbers, &n, &size, &positions, &k)) return NULL;
+    if (size < 1 || size > (Py_ssize_t)sizeof zeros) return PyErr_Format(PyExc_ValueError, "size must be 1 to 16, got %zd", size);
+    const char *t = POINTER(numbers);
+    const int64_t *at = POINTER(positions);
+    for (Py_ssize_t i = 0; i < k; i++)
+        if (!t || at[i] < 0 || at[i] >= n || memcmp(t + at[i] * size, zeros, (size_t)size)) Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
+}
+
 static PyMethodDef methods[] = {
     {"product", product, METH_VARARGS, "Multiply a sparse matrix, or compute the gradient of its values"},
+    {"nonzero_at", nonzero_at, METH_VARARGS, "True if one of a few numbers is not zero"},
     {"zero_masked", zero_masked, METH_VARARGS, "Set numbers to zero where a mask is False"},
     {NULL, NULL, 0, NULL},
 };

@@ -461,6 +461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.guard.MaskGuard._pairs': ('guard.html#maskguard._pairs', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._sees_nonzero': ('guard.html#maskguard._sees_nonzero', 'sparsefast/guard.py'),
                                   'sparsefast.guard.MaskGuard._state': ('guard.html#maskguard._state', 'sparsefast/guard.py'),
+                                  'sparsefast.guard._nonzero_at': ('guard.html#_nonzero_at', 'sparsefast/guard.py'),
                                   'sparsefast.guard._sample': ('guard.html#_sample', 'sparsefast/guard.py'),
                                   'sparsefast.guard.add_guards': ('guard.html#add_guards', 'sparsefast/guard.py'),
                                   'sparsefast.guard.enforce_masks': ('guard.html#enforce_masks', 'sparsefast/guard.py'),

@@ -24,6 +24,7 @@ from .copies import Origin, drop_followers, mask_pairs, tensor_version
 from .loading import check_loaded, is_here, refuse_blends
 from .masks import Compressed, masked_params, nonzero_flat, zero_masked_
 from .noted import note_masks
+from .ops import compiled
 from .pieces import is_cut_up, piece
 from .ranks import check_sharded, cut_masks
 from .utils import as_module, as_modules, submodules
@@ -37,6 +38,12 @@ def _sample(mask):
     every = mask.numel()//(1<<12)|1
     found = nonzero_flat(~mask.reshape(-1)[::every])*every
     return found[::max(1, len(found)//_n_looks)][:_n_looks].clone()
+
+def _nonzero_at(t, at):
+    "True if a number at one of these flat positions is not zero"
+    kernel = compiled() if type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.is_contiguous() else None
+    if kernel is None: return any(t.detach().take(at).tolist())
+    return kernel.nonzero_at(t.data_ptr(), t.numel(), t.element_size(), at.data_ptr(), len(at))
 
 class MaskGuard:
     """A forward-pre-hook that masks weights before they are used; it is a forward hook too, which ends the model's pass
@@ -135,8 +142,7 @@ class MaskGuard:
         "True if one of a few masked weights is not zero; on a CPU only"
         masks = state[1::2]
         if masks!=self.seen: self.seen,self.samples = masks,[_sample(piece(mask)) for _,mask in pairs]
-        looks = [(p, at) for (p,_),at in zip(pairs, self.samples) if at is not None and not p.is_meta]
-        return any([any(piece(p).detach().take(at).tolist()) for p,at in looks])
+        return any([_nonzero_at(piece(p), at) for (p,_),at in zip(pairs, self.samples) if at is not None and not p.is_meta])
 
 # %% ../nbs/03f_guard.ipynb #6b16f44c
 def guards(

@@ -80,6 +80,28 @@ def test_the_kernel_refuses_other_sizes(n, size):
     t = torch.ones(4)
     with pytest.raises(ValueError, match='size must be 1, 2, 4 or 8'): ops._kernels.zero_masked(t.data_ptr(), t.data_ptr(), n, size)
 
+@pytest.mark.parametrize('layout', [lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), lambda t: t.to(memory_format=torch.channels_last)], ids=['contiguous', 'turned', 'channels last'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.complex128], ids=str)
+def test_a_look_at_a_few_positions_sees_each_of_them_and_no_other(dtype, layout):
+    "With the kernel and without; positions are those of the tensor, however it lies in memory"
+    from sparsefast.guard import _nonzero_at
+    t,at = layout(torch.zeros(5, 4, 3, 3, dtype=dtype)),torch.tensor([0, 7, 64, 179])
+    def seen(i):
+        t.zero_()
+        t[tuple(torch.unravel_index(torch.tensor(i), t.shape))] = 1
+        return _nonzero_at(t, at)
+    assert [i for i in range(180) if seen(i)]==at.tolist()
+    assert not _nonzero_at(t, at[:0]) and _nonzero_at(torch.full_like(t, math.nan if dtype!=torch.int8 else 1), at[:1])
+
+@compiled
+def test_the_kernel_looks_at_nothing_outside():
+    "A position outside, or a tensor without memory, counts as not zero, so that the weights are masked or refused"
+    look,t,at = ops._kernels.nonzero_at,torch.zeros(4),torch.tensor([3, 4, -1, 2**62])
+    assert [look(t.data_ptr(), 4, 4, at[i:].data_ptr(), 1) for i in range(4)]==[False, True, True, True]
+    assert look(0, 4, 4, at.data_ptr(), 1) and not look(0, 0, 4, 0, 0)
+    for size in (0, 17, -4):
+        with pytest.raises(ValueError, match='size must be 1 to 16'): look(t.data_ptr(), 4, size, at.data_ptr(), 1)
+
 @compiled
 def test_the_kernel_is_not_given_what_it_cannot_read(monkeypatch):
     "Other shapes, devices and masks that are not boolean, and tensors without memory"
