@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from fastai.basics import DataLoaders, Learner, SGD
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
-from sparsefast import masks as masks_room, methods
+from sparsefast import methods, ops
 from sparsefast.all import *
 from sparsefast.guard import MaskGuard, guard_places, remove_guards
 from sparsefast.masks import masked_params, nonzero_flat, zero_masked_all_
@@ -166,7 +166,7 @@ def passes(name):
     model,x,y = made(name, True), torch.randn(bs, *shape), torch.randint(10, (bs,))
     ps,masks = zip(*((p, mask) for *_,p,mask in masked_params(model)))
     def uncompiled(grads):
-        with patch.object(masks_room, '_kernels', None): zero_masked_all_(grads, masks)
+        with patch.object(ops, '_kernels', None): zero_masked_all_(grads, masks)
     ways = dict(masked=lambda grads: zero_masked_all_(grads, masks), uncompiled=uncompiled, floor=lambda grads: [g.mul_(1.) for g in grads])
     total,ns,rng = sum(p.numel() for p in ps), {k: [] for k in ways}, random.Random(0)
     for _ in range(n+2):
@@ -314,8 +314,11 @@ def quiet(res):
     twin = res.get('variants', {}).get('dense again')
     return not twin or twin['low']>0.95 and twin['high']<1.05
 
-records = Records(__file__, lambda r: (r['name'], r['threads']))
-done = records.done
+records = Records(__file__, lambda r: (r['name'], r['threads'], r['cpu']))
+
+def found(name, threads):
+    "Find a measurement: one row for each processor"
+    return [r for key,r in records.done().items() if key[:2]==(name, threads)]
 
 def main():
     ap = parser(__doc__, 'measurements')
@@ -324,7 +327,7 @@ def main():
     args,start = ap.parse_args(), time.perf_counter()
     warnings.simplefilter('ignore')
     for name,threads,f,arg in [] if args.table else plan():
-        if not re.search(args.only, f'{name} {threads}') or (name,threads) in done() and not args.again or time.perf_counter()-start>args.seconds: continue
+        if not re.search(args.only, f'{name} {threads}') or (name, threads, hardware()['cpu']) in records.done() and not args.again or time.perf_counter()-start>args.seconds: continue
         torch.set_num_threads(threads)
         for tries in (1, 2, 3):
             res = f(*arg)
@@ -338,58 +341,62 @@ def markdown(head, rows):
     to_right = [all(not r[i] or r[i][0].isdigit() for r in rows) for i in range(len(head))]
     return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---:' if t else '---' for t in to_right], *rows])
 
+def machine(r):
+    "Name the processor of a row, in short"
+    return re.sub(r'\(R\)| Processor', '', r['cpu'])
+
 def show(r, k):
     "Format the ratio of variant `k`, with its quartiles"
-    v = r and r['variants'].get(k)
+    v = r['variants'].get(k)
     return f"{v['ratio']:.3f} ({v['low']:.3f}-{v['high']:.3f})" if v else ''
 
 def step_table():
     "Tabulate training steps: sparse to dense, and dense to dense"
-    got = done()
-    rows = [[name, kind, str(t), f"{r['ms']/r.get('batches', 1):.1f} ms", show(r, 'sparse'), show(r, 'dense again')] for name in works for kind in ('plain SGD', 'plain AdamW', 'plain AdamW, fused', 'fastai SGD') for t in (1, 2) if (r := got.get((f'{kind} {name}', t)))]
-    return markdown(['network', 'loop', 'threads', 'dense step', 'sparse / dense', 'dense / dense'], rows)
+    kinds = ('plain SGD', 'plain AdamW', 'plain AdamW, fused', 'fastai SGD')
+    rows = [[name, kind, machine(r), str(t), f"{r['ms']/r.get('batches', 1):.1f} ms", show(r, 'sparse'), show(r, 'dense again')]
+            for name in works for kind in kinds for t in (1, 2) for r in found(f'{kind} {name}', t)]
+    return markdown(['network', 'loop', 'processor', 'threads', 'dense step', 'sparse / dense', 'dense / dense'], rows)
 
 def parts_table():
     "Tabulate the parts of a masked step"
-    got,rows = done(),[]
-    for us in [got[k]['us'] | dict(name=name) for name in works if (k := (f'parts {name}', 1)) in got]:
-        cells = [f"{us[k]/1000:.2f} ms" for k in ('gradients', 'weights', 'guards', 'engine')]
-        rows.append([us['name'], f"{us['step']/1000:.1f} ms", *cells])
-    return markdown(['network', 'masked step', 'gradients masked', 'weights masked', 'guards', 'other work of the engine'], rows)
+    def cells(us): return [f"{us['step']/1000:.1f} ms", *(f"{us[k]/1000:.2f} ms" for k in ('gradients', 'weights', 'guards', 'engine'))]
+    rows = [[name, machine(r), *cells(r['us'])] for name in works for r in found(f'parts {name}', 1)]
+    return markdown(['network', 'processor', 'masked step', 'gradients masked', 'weights masked', 'guards', 'other work of the engine'], rows)
 
 def pass_table():
     "Tabulate a pass over all gradients"
     def cell(w): return f"{w['ns']:.2f} ({w['low']:.2f}-{w['high']:.2f})"
-    rows = [[name, f"{r['weights']/1e6:.1f} million", str(t), *(cell(r['ways'][k]) for k in ('masked', 'uncompiled', 'floor'))] for name in works for t in (1, 2) if (r := done().get((f'pass {name}', t)))]
-    return markdown(['network', 'weights', 'threads', 'masked: ns a weight', 'without the compiled loop', 'times a number'], rows)
+    rows = [[name, f"{r['weights']/1e6:.1f} million", machine(r), str(t), *(cell(r['ways'][k]) for k in ('masked', 'uncompiled', 'floor'))]
+            for name in works for t in (1, 2) for r in found(f'pass {name}', t)]
+    return markdown(['network', 'weights', 'processor', 'threads', 'masked: ns a weight', 'without the compiled loop', 'times a number'], rows)
 
 def eval_table():
     "Tabulate evaluations: with guards, with a hook that masks every time, with empty hooks, and the second dense network, each to dense"
-    got = done()
-    rows = [[name, str(bs), str(t), f"{r['ms']/(20 if (name, bs)==('MLP', 1) else 3):.2f} ms", *(show(r, k) for k in ('sparse', 'always masking', 'empty hooks', 'dense again'))] for name in works for bs in (works[name][1], 1) for t in (1, 2) if (r := got.get((f'eval {name} batch {bs}', t)))]
-    return markdown(['network', 'batch', 'threads', 'dense', 'sparse / dense', 'always masking / dense', 'empty hooks / dense', 'dense / dense'], rows)
+    def ms(r, name, bs): return f"{r['ms']/(20 if (name, bs)==('MLP', 1) else 3):.2f} ms"
+    rows = [[name, str(bs), machine(r), str(t), ms(r, name, bs), *(show(r, k) for k in ('sparse', 'always masking', 'empty hooks', 'dense again'))]
+            for name in works for bs in (works[name][1], 1) for t in (1, 2) for r in found(f'eval {name} batch {bs}', t)]
+    return markdown(['network', 'batch', 'processor', 'threads', 'dense', 'sparse / dense', 'always masking / dense', 'empty hooks / dense', 'dense / dense'], rows)
 
 def update_table():
     "Tabulate updates: seconds and memory"
-    got = done()
     rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['live_mib']:.1f} MiB", f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
-            for name in ('ResNet-50', '1M', '10M', '100M') for t in (1, 2) if (r := got.get((f'update {name}', t)))]
+            for name in ('ResNet-50', '1M', '10M', '100M') for t in (1, 2) for r in found(f'update {name}', t)]
     return markdown(['network', 'tensors', 'weights', 'threads', 'one update', 'a weight', 'memory in use on top', 'with what was freed', 'largest layer'], rows)
 
 def primitive_table():
     "Tabulate what torch has, and what the engine uses"
-    r = done()['primitives', 1]
+    r = found('primitives', 1)[-1]
     by = dict(compare='`t > cut`; numpy', count='`count_nonzero`; numpy', find='`nonzero`; numpy', gather='`t[idx]`; `index_select`')
     return markdown(['work', 'in torch; in the engine', 'in torch: ns a number', 'in the engine: ns a number'], [[k, by[k], *(f"{mid:.2f} ({lo:.2f}-{hi:.2f})" for lo,mid,hi in r[k])] for k in by])
 
 def memory_table():
     "Tabulate what stays resident"
-    rows = [[name, f"{r['weights']/1e6:.1f} million", f"{r['masks']:.4f}", f"{r['others']:.4f}"] for name in works if (r := done().get((f'memory {name}', 1)))]
+    rows = [[name, f"{r['weights']/1e6:.1f} million", f"{r['masks']:.4f}", f"{r['others']:.4f}"] for name in works for r in found(f'memory {name}', 1)]
     return markdown(['network', 'weights', 'masks, bytes a weight', 'all other tensors, bytes a weight'], rows)
 
 def setting():
     "Say where this was measured"
-    seen = sorted({f"{r['cpu']}, torch {r['torch']}, Python {r['python']}" for r in done().values()})
+    seen = sorted({f"{r['cpu']}, torch {r['torch']}, Python {r['python']}" for r in records.done().values()})
     return 'Measured on '+' and '.join(seen)+'.'
 
 if __name__=='__main__': main()

@@ -119,7 +119,9 @@ def in_steps(self:DSTMethod,
     n = self.batches_per_update
     if n is None: n = per_epoch
     elif isinstance(n, float): n = round(n*total)
-    return self if n is None or n==self.batches_per_update else replace(self, batches_per_update=max(1, n))
+    if n is None or n==self.batches_per_update: return self
+    n = max(1, n)
+    return replace(self, batches_per_update=n, grad_steps=self.grad_steps and min(self.grad_steps, n))
 
 @patch(as_prop=True)
 def remembers(self:DSTMethod)->tuple: # Names

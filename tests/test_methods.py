@@ -658,6 +658,16 @@ def test_interval_in_steps(given, total, per_epoch, want):
     got = m.in_steps(total, per_epoch)
     assert got.batches_per_update==want and replace(got, batches_per_update=given)==m and (got is m)==(want==given)
 
+@pytest.mark.parametrize('name', sorted(presets.presets_by_name()))
+def test_every_preset_has_an_interval_however_short_the_training(name):
+    "A share of few steps is fewer than the gradients that a preset averages"
+    m = DSTMethod(**presets.presets_by_name()[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for total in (1, 20, 60, 200):
+            got = m.in_steps(total, 1)
+            assert got.interval>=1 and (got.grad_steps or 1)<=got.interval
+
 # ------------------------------------------------------------ where things are
 @pytest.mark.parametrize('preset', [k for k in vars(presets) if k.endswith('_presets')])
 @pytest.mark.parametrize('storage', ['masked', 'sparse'])
