@@ -379,9 +379,9 @@ def eval_table():
 
 def update_table():
     "Tabulate updates: seconds and memory"
-    rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['live_mib']:.1f} MiB", f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
+    rows = [[name, str(r['tensors']), f"{r['weights']/1e6:.1f} million", machine(r), str(t), f"{r['seconds']:.3f} s ({r['low']:.3f}-{r['high']:.3f})", f"{1e9*r['seconds']/r['weights']:.1f} ns", f"{r['live_mib']:.1f} MiB", f"{r['peak_mib']:.1f} MiB", f"{r['largest_mib']:.1f} MiB"]
             for name in ('ResNet-50', '1M', '10M', '100M') for t in (1, 2) for r in found(f'update {name}', t)]
-    return markdown(['network', 'tensors', 'weights', 'threads', 'one update', 'a weight', 'memory in use on top', 'with what was freed', 'largest layer'], rows)
+    return markdown(['network', 'tensors', 'weights', 'processor', 'threads', 'one update', 'a weight', 'memory in use on top', 'with what was freed', 'largest layer'], rows)
 
 def primitive_table():
     "Tabulate what torch has, and what the engine uses"

@@ -616,6 +616,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparsefast.masks._describe': ('masks.html#_describe', 'sparsefast/masks.py'),
                                   'sparsefast.masks._fused': ('masks.html#_fused', 'sparsefast/masks.py'),
                                   'sparsefast.masks._one_by_one': ('masks.html#_one_by_one', 'sparsefast/masks.py'),
+                                  'sparsefast.masks._positions': ('masks.html#_positions', 'sparsefast/masks.py'),
                                   'sparsefast.masks._refuse': ('masks.html#_refuse', 'sparsefast/masks.py'),
                                   'sparsefast.masks._same_layout': ('masks.html#_same_layout', 'sparsefast/masks.py'),
                                   'sparsefast.masks.apply_masks': ('masks.html#apply_masks', 'sparsefast/masks.py'),

@@ -102,6 +102,14 @@ def nnz(
     if is_cut_up(mask): return mask.sum().full_tensor()
     return torch.tensor(np.count_nonzero(mask.numpy()), device='cpu') if mask.is_cpu else mask.count_nonzero()
 
+def _positions(mask):
+    "List the flat positions of the ones of a mask on a CPU"
+    kernel,ones = compiled(),mask.numpy()
+    if kernel is None or not mask.is_contiguous(): return torch.from_numpy(np.flatnonzero(ones))
+    found = torch.empty(np.count_nonzero(ones), dtype=torch.int64, device='cpu')
+    kernel.positions(mask.data_ptr(), mask.numel(), found.data_ptr(), len(found))
+    return found
+
 def nonzero_flat(
     mask:torch.Tensor, # Boolean, any shape
     n:int=None, # Number of ones, if it is known; then nothing waits for a GPU
@@ -113,7 +121,7 @@ def nonzero_flat(
         n: Number of ones, if it is known; then nothing waits for a GPU
     Returns:
         int64, rising"""
-    if mask.is_cpu: return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    if mask.is_cpu: return _positions(mask)
     flat = mask.reshape(-1)
     return flat.nonzero().squeeze(1) if n is None else flat.byte().sort(descending=True, stable=True).indices[:n]
 

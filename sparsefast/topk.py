@@ -47,12 +47,18 @@ def _first(where, n):
     return where
 
 # %% ../nbs/01c_topk.ipynb #9a2b0a45
+def _kth(t, k):
+    "Get the `k`-th highest of 1-d `t`, or NaN if any is NaN: NaN ranks first here. NumPy's partition is faster than torch's `topk`"
+    if t.dtype in _numpy_types: best = torch.from_numpy(np.partition(t.numpy(), len(t)-k)[-k:])
+    else:                       best = t.topk(k, sorted=False).values
+    return best.min()
+
 def _top_k(t, k):
     "Select `k` of 1-d `t`"
     if k in (0, len(t)): return torch.full_like(t, k>0, dtype=torch.bool)
     if t.dtype==torch.bool: t = t.byte()
-    cut = t.topk(k, sorted=False).values.min()
-    if cut.isnan(): return _top_k_nan(t, k)                         # `topk` ranks NaN first, so any NaN shows here
+    cut = _kth(t, k)
+    if cut.isnan(): return _top_k_nan(t, k)
     above = _greater(t, cut)
     ties = _first(_equal(t, cut), k-int(nnz(above)))
     return above.logical_or_(ties)
@@ -86,14 +92,6 @@ def _above(t, cut, among):
     above = _greater(t, cut)
     return above if among is None else above.logical_and_(among)
 
-def _kth(t, where, k):
-    "Get the `k`-th highest of the scores at the ones of `where`; none of them is NaN"
-    if t.dtype not in _numpy_types: return t[where].topk(k, sorted=False).values.min()
-    some = t.numpy()[where.numpy()]
-    rank = len(some)-k
-    some.partition(rank)
-    return torch.from_numpy(some)[rank]
-
 def _add_ties(above, t, cut, among, n):
     "Add the first `n` candidates that equal `cut` to `above`, piece by piece to save memory; False if there are fewer"
     for i in range(0, len(t), 1<<20):
@@ -112,7 +110,7 @@ def _sampled(t, k, among, n):
     if cut is None: return None
     above = _above(t, cut, among)
     if int(nnz(above))>k:
-        cut = _kth(t, above, k)
+        cut = _kth(t.take(nonzero_flat(above)), k)
         del above                                                   # so that only one such mask is in memory
         above = _above(t, cut, among)
     rest = k-int(nnz(above))

@@ -102,6 +102,18 @@ def test_the_kernel_looks_at_nothing_outside():
     for size in (0, 17, -4):
         with pytest.raises(ValueError, match='size must be 1 to 16'): look(t.data_ptr(), 4, size, at.data_ptr(), 1)
 
+@pytest.mark.parametrize('density', [0, .01, .5, 1])
+@pytest.mark.parametrize('n', [0, 1, 63, 1000])
+def test_positions_of_ones(n, density):
+    "With the kernel and without, of a mask with gaps in memory too; the kernel writes as many as there is room for"
+    mask = torch.rand(n, 2)<density
+    for m in (mask, mask[:,0], mask.t()):
+        found = M.nonzero_flat(m)
+        assert found.dtype==torch.int64 and found.tolist()==[i for i,b in enumerate(m.reshape(-1).tolist()) if b]
+    if ops._kernels is None: return
+    found,room = torch.full((n+2,), -1),min(3, int(mask.sum()))
+    assert ops._kernels.positions(mask.data_ptr(), mask.numel(), found.data_ptr(), room)==room and (found[room:]==-1).all()
+
 @compiled
 def test_the_kernel_is_not_given_what_it_cannot_read(monkeypatch):
     "Other shapes, devices and masks that are not boolean, and tensors without memory"
