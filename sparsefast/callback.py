@@ -10,8 +10,9 @@ of the model, so saving, loading and copying work without it."""
 __all__ = ['DynamicSparseTrainingCallback']
 
 # %% ../nbs/06_callback.ipynb #edb0c633
-import math, re, warnings
+import re, warnings
 from dataclasses import fields, replace
+from itertools import chain, repeat
 from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -27,6 +28,7 @@ from .presets import as_method
 from .ranks import sync_masks
 from .scores import gradient_magnitude, weight_magnitude
 from .sparsify import sparsify_model, unsparsify_model
+from .training_time import Time
 from .utils import as_modules
 
 # %% ../nbs/06_callback.ipynb #7ea0bcc7
@@ -138,17 +140,28 @@ def load_state_dict(self:DynamicSparseTrainingCallback,
         state: From `state_dict`"""
     self.n_step = state['n_step']
 
+def _n_steps(learn, n_epoch):
+    "Count the optimizer steps of some epochs; `GradientAccumulation` steps when it has seen enough examples, which may be in the next epoch"
+    dl,n_acc = learn.dls.train,next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 0)
+    n_iter = len(dl)
+    if not n_acc: return n_epoch*n_iter
+    bs = getattr(dl, 'bs', None) or dl.batch_size
+    last = min(bs, (getattr(dl, 'n', None) or len(dl.dataset))-(n_iter-1)*bs)
+    seen = steps = 0
+    for size in chain(*repeat([bs]*(n_iter-1)+[last], n_epoch)):
+        seen += size
+        if seen>=n_acc: seen,steps = 0,steps+1
+    return steps
+
 @patch
 def before_train(self:DynamicSparseTrainingCallback):
     "Find out how long training is, and, unless a checkpoint has told, where in it `start_epoch` begins"
     if self.timed is not None: return
     if hasattr(self.learn, 'non_native_mixed_precision'):
         raise ValueError("NonNativeMixedPrecision trains copies of the parameters, which have no masks: use `to_fp16()` or `to_bf16()`")
-    n_acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), 0)
-    n_iter,per_step = len(self.dls.train),math.ceil(n_acc/self.dls.train.bs) if n_acc else 1
-    self.n_total = max(1, self.n_epoch*n_iter//per_step)
-    if self.n_step is None: self.n_step = self.epoch*n_iter//per_step
-    self.timed = self.method.in_steps(self.n_total, n_iter//per_step)
+    self.n_total = max(1, _n_steps(self.learn, self.n_epoch))
+    if self.n_step is None: self.n_step = _n_steps(self.learn, self.epoch)
+    self.timed = self.method.in_steps(self.n_total, self.n_total//self.n_epoch)
     if not hasattr(self.learn, 'lr_finder'): self.timed.check(self._modules(), self.learn.opt, self.n_total)
 
 # %% ../nbs/06_callback.ipynb #f6b1582e
@@ -170,9 +183,18 @@ def after_step(self:DynamicSparseTrainingCallback):
     self.stepping = False
 
 @patch
+def _check_stopped(self:DynamicSparseTrainingCallback):
+    "Warn if the fit took fewer steps than it set out to take, and the masks are not as sparse as they were to become"
+    if self.timed is None or self.n_step>=self.n_total: return
+    layers = self.timed._layers(self._modules(), self.learn.opt)
+    end = Time.of(self.n_total, total=self.n_total)
+    when = f"training ended after {self.n_step} of {self.n_total} optimizer steps"
+    self.timed._check_end(layers, self.learn.opt, end, when, "the schedule of sparsity takes all of them")
+
+@patch
 def after_fit(self:DynamicSparseTrainingCallback):
-    "Put all chance back where it was before `lr_find`"
-    if self.chance is None: return
+    "Warn of a sparsity that a fit has not reached; put all chance back where it was before `lr_find`"
+    if self.chance is None: return self._check_stopped()
     set_random_states(**self.chance[0])
     if self.chance[1] is not None: self.dls.train.rng.setstate(self.chance[1])
     self.chance = None

@@ -22,7 +22,7 @@ from .gradients import average_gradients, is_finite, put_back, set_aside, sum_gr
 from .guard import look_at_copies, vouch
 from .find import find_layers, sparse_layers
 from .layer import mask_gradients_, mask_weights_
-from .memory import keep_memory
+from .memory import clear_memory, keep_memory
 from .method import DSTMethod
 from .optim import attached_to, momentum, scaled_step
 from .plan import begin_update, target_counts
@@ -136,18 +136,18 @@ def _prepare(self:DSTMethod, layers, opt, t):
         mask_gradients_(layers)
 
 @patch
-def _check_end(self:DSTMethod, layers, opt, t):
+def _check_end(self:DSTMethod, layers, opt, t, when="training ends", todo="use a shorter batches_per_update"):
     "Warn if the schedule of sparsity has not been followed to its end"
     if not self.sparsity_sched_f or self.prune_share_f or not t.is_last or not layers: return
     changes = begin_update(self, layers, opt, t)
     if any(c.active>n for c,n in zip(changes, target_counts(self, changes, t))):
-        warnings.warn("training ends, and no update has brought the masks to their final sparsity: "
-                      "use a shorter batches_per_update", stacklevel=4)
+        warnings.warn(f"{when}, and no update has brought the masks to their final sparsity: {todo}", stacklevel=4)
 
 @patch
 def _begin(self:DSTMethod, modules, layers, opt, t):
-    "Check and clean up before the first step"
+    "Check and clean up before the first step; what an earlier training has left is forgotten"
     if t.step>1: return
+    for l in layers: clear_memory(l.p)
     self.check(modules, opt)
     raise_findings(run_checks(Case(modules, layers, opt, self), [check_start]))
     self.enforce(modules, opt)                                     # a dense checkpoint knows weights that are gone now

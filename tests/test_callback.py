@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai import optimizer as fo
 from fastai.callback import fp16, schedule, training                                     # patch `Learner` with lr_find, fine_tune, to_fp16
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, load_learner
 from helpers import *
@@ -235,6 +235,32 @@ def test_gradient_accumulation_counts_optimizer_steps():
     watch(learn, lambda l: (log.append(snapshot(l.model)), times.append((l.dynamic_sparse_training.n_step, l.dynamic_sparse_training._time()['pct']))))
     learn.fit(2)
     assert times==[(s, (s-1)/60) for s in range(1, 61)] and update_steps(log)==[8,16,24,32,40]
+
+@pytest.mark.parametrize('n,bs,n_acc', [(64, 8, 16), (65, 8, 16), (33, 32, 32), (49, 16, 32), (65, 32, 64), (65, 8, 24)])
+def test_accumulation_with_a_small_last_batch(n, bs, n_acc):
+    "fastai counts examples, over the ends of epochs: the planned number of steps is the one that is taken, so a schedule of sparsity ends where it should"
+    x,y = torch.randn(n, 8),torch.randint(3, (n,))
+    dls = DataLoaders(*(DataLoader(TensorDataset(x, y), bs=bs, shuffle=False, drop_last=False, num_workers=0) for _ in range(2)), device=torch.get_default_device())
+    learn = Learner(dls, mlp(8, 24, 20, 3), loss_func=nn.CrossEntropyLoss(), lr=.05, path=TMP.name)
+    learn.logger = noop
+    learn.remove_cb(ProgressCallback).sparsify(.8, preset='gmp')
+    learn.fit(10, cbs=[training.GradientAccumulation(n_acc), cb := DynamicSparseTrainingCallback(presets.GMP(update_every=1))])
+    assert cb.n_step==cb.n_total and sum(nnz(learn.model))==round(.2*n_params(learn.model))
+
+def test_a_fit_that_stops_early_says_that_the_masks_are_not_yet_sparse():
+    class Stop(Callback):
+        def after_batch(self):
+            if self.iter==5: raise CancelFitException()
+    def fit(preset, *cbs):
+        learn = learner(mlp(8, 24, 20, 3))
+        learn.sparsify(.8, preset=preset)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            learn.fit(2, cbs=[DynamicSparseTrainingCallback(preset), *cbs])
+        return [w for w in map(str, (c.message for c in caught)) if 'final sparsity' in w]
+    told, = fit('gmp', Stop())
+    assert 'after 6 of 20 optimizer steps' in told
+    assert not fit('gmp') and not fit('rigl', Stop())
 
 def test_accumulated_gradient_decides_what_grows():
     runs = []

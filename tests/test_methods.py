@@ -658,6 +658,24 @@ def test_interval_in_steps(given, total, per_epoch, want):
     got = m.in_steps(total, per_epoch)
     assert got.batches_per_update==want and replace(got, batches_per_update=given)==m and (got is m)==(want==given)
 
+@pytest.mark.parametrize('n', [8, 20])
+@pytest.mark.parametrize('name', ['RigL', 'RigL_avg', 'SEFT', 'DSR', 'TopKAST'])
+def test_a_training_begins_without_what_an_earlier_one_has_left(name, n):
+    "A run that was stopped, or ended, and is started again from the same state with a new optimizer"
+    method = getattr(presets, name)(**{} if name=='TopKAST' else dict(update_every=5))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
+    sparsify_model(model, .7, **method.sparsify_kwargs(.7))
+    start,ends = copy.deepcopy(model.state_dict()),[]
+    for _ in range(2):
+        model.load_state_dict(start)
+        opt = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9)
+        for step,(x,y) in enumerate(batches(n), 1):
+            backward(model, x, y)
+            method.step(model, opt, step, total=20)
+        ends.append(snapshot(model, opt))
+    assert not changed(*ends)
+
 @pytest.mark.parametrize('name', sorted(presets.presets_by_name()))
 def test_every_preset_has_an_interval_however_short_the_training(name):
     "A share of few steps is fewer than the gradients that a preset averages"
