@@ -294,6 +294,35 @@ def test_what_changes_a_model_ends_folding(clock):
     close(fast(x), other(x))
     for m in (fast.float(), to_fastest(net, x)[0].float()): assert m(x.float()).dtype==torch.float32
 
+def _assign(m): m.load_state_dict({k: t*1.1 if t.is_floating_point() else t for k,t in m.state_dict().items()}, assign=True)
+def _replace_weight(m): m[0].weight = nn.Parameter(m[0].weight*2)
+CHANGES = dict(bias=lambda m: m[0].bias.add_(1.), norm=lambda m: m[1].running_mean.add_(1.), scale=lambda m: m[1].weight.mul_(2.), data=lambda m: setattr(m[1].bias, 'data', m[1].bias+1),
+               assign=_assign, parameter=_replace_weight, dropout=lambda m: m[3].train(), batch_norm=lambda m: m[1].train())
+
+@pytest.mark.parametrize('change', CHANGES)
+@torch.no_grad()
+def test_every_change_of_what_was_folded_counts(change):
+    "Each tensor of a layer and its batch norm, however it is changed, and training mode of a part"
+    net,x = live(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.5), nn.Conv2d(8, 4, 1))).eval(),torch.randn(2, 3, 9, 9)
+    from sparsefast.ship.fold import fold, unfold
+    fold(net, x)
+    assert is_folded(net) and net.forward.is_fresh()
+    CHANGES[change](net)
+    other = unfold(deepcopy(net))
+    torch.manual_seed(0); got = net(x)
+    torch.manual_seed(0)
+    assert torch.equal(got, other(x))
+    if change=='dropout': assert net.eval().forward.is_fresh()
+
+@torch.no_grad()
+def test_a_folded_model_takes_the_weights_of_a_functional_call():
+    from sparsefast.ship.fold import fold, unfold
+    net,x = live(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval(),torch.randn(2, 3, 9, 9)
+    fold(net, x)
+    other = {n: torch.randn_like(p) for n,p in net.named_parameters()}
+    got = torch.func.functional_call(net, other, (x,))
+    assert net.forward.is_fresh() and torch.equal(got, torch.func.functional_call(unfold(net), other, (x,)))
+
 @pytest.mark.parametrize('norm', [partial(nn.BatchNorm2d, affine=False), partial(nn.BatchNorm2d, eps=.1), partial(nn.BatchNorm2d, track_running_stats=False), nn.InstanceNorm2d])
 def test_norms(norm, clock):
     net = live(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())) if not isinstance(norm, partial) or 'track_running_stats' not in norm.keywords \

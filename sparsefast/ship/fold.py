@@ -174,7 +174,11 @@ def _key(args, kwargs):
     return tensors, (len(args), *kwargs, spec, rest)
 
 # %% ../../nbs/ship/02d_fold.ipynb #25955917
-_versions = operator.attrgetter('_version')
+def _tensors(m):
+    "Parameters and buffers of a module itself"
+    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+def _version(t): return t.data_ptr(),t._version
 
 class Folded:
     """A model's forward pass with folded layers, for inference; where it does not hold, the model's own
@@ -183,26 +187,24 @@ class Folded:
         model: The model
         graph: What to run instead
         key: What calls must be like
-        weights: Of layers into which a batch norm is folded"""
+        folded: Layers and batch norms whose numbers are folded"""
     def __init__(self,
         model:nn.Module, # The model
         graph:fx.GraphModule, # What to run instead
         key, # What calls must be like
-        weights, # Of layers into which a batch norm is folded
+        folded, # Layers and batch norms whose numbers are folded
     ):
-        self.model,self.graph,self.key,self.weights = model,graph,key,weights
-        modules = list(model.modules())
+        self.model,self.graph,self.key,self.folded = model,graph,key,folded
+        self.modules = modules = list(model.modules())
         inner = [m for m in modules if m is not model and not any(hooks_of(m))]
         self.hooks = [d for m in inner for d in hooks_of(m)]
-        self.dicts = [m._modules for m in modules if m._modules]
+        self.dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
         self.children = list(self._children())
         self.n_hooks,self.versions = RemovableHandle.next_id,self._versions()
 
     def _children(self): return chain.from_iterable(map(dict.values, self.dicts))
 
-    def _versions(self):
-        first = next(self.model.parameters())
-        return [first.dtype, first.device, *map(_versions, self.weights)]
+    def _versions(self): return [_version(t) for m in self.folded for t in _tensors(m)]
 
     def __getstate__(self):                                        # copies of tensors begin with other versions
         versions = None if self.is_fresh() else []
@@ -219,11 +221,12 @@ def _has_hooks(self:Folded):
 
 @patch
 def is_fresh(self:Folded)->bool: # Once a weight has changed, or after a call in training mode, it is not fresh again
-    """True if the model is what it was when it was folded
+    """True if the model is what it was when it was folded, and no part of it is in training mode
 
     Returns:
         Once a weight has changed, or after a call in training mode, it is not fresh again"""
     if self.model.training: self.versions = []
+    if any([m.training for m in self.modules]): return False
     if self.versions is None: self.versions = self._versions()
     if self._versions()!=self.versions or self._has_hooks(): return False
     return all(starmap(operator.is_, zip_longest(self._children(), self.children)))
@@ -267,8 +270,6 @@ def _check_plain(args, kwargs):
         if isinstance(l, plain): continue
         raise ValueError(f"arguments must be tensors and plain values, got {type(l).__name__}")
 
-def _weight(layer): return layer.values if isinstance(layer, Compressed) else layer.weight
-
 def _fold_whole(model, args, kwargs):
     "(folded forward pass of a model or `None`, what was folded, modules that were not looked into); raises if there is none"
     _check_plain(args, kwargs)
@@ -281,9 +282,8 @@ def _fold_whole(model, args, kwargs):
         if n.op=='get_attr' and not n.users: gm.graph.erase_node(n)
     gm.delete_all_unused_submodules()
     gm.recompile()
-    weights = [_weight(layer) for layer,c in found if c.norm is not None]
     _,key = _key(args, kwargs)
-    folded = Folded(model, gm, key, weights)
+    folded = Folded(model, gm, key, [m for layer,c in found if c.norm is not None for m in (layer, c.norm)])
     outs = []
     for forward in (model.forward, folded):
         a,k = tree_map(_copy, (args, kwargs))
