@@ -518,6 +518,43 @@ def test_same_training_with_accumulation_and_averages(grad_steps):
         assert_same(a, b, opts)
     assert not any(m._held and not m.kept for m in sparse_modules(b))
 
+@pytest.mark.parametrize('to_none', [True, False])
+def test_a_part_of_a_batch_that_no_active_weight_sees_counts(to_none):
+    "Its gradient is zero at all active weights, as after `zero_grad`, and not at others"
+    method = DSTMethod(**{**RigL_presets, 'batches_per_update': 2, 'stop_pct': 1.})
+    def make():
+        torch.manual_seed(0)
+        return mlp(40, 10, 3, dtype=torch.float64)
+    a,b = pair(method, .95, make)
+    opts = [torch.optim.SGD(m.parameters(), lr=.05) for m in (a, b)]
+    for m,o in zip((a, b), opts): method.enforce(m, o)
+    before,grown = masks(a),0
+    for step,(x,y) in enumerate(batches(12, n_in=40, dtype=torch.float64), 1):
+        unseen = torch.zeros_like(x)
+        unseen[:,~a[0].weight_mask.any(0)] = 3.
+        for m,o in zip((a, b), opts):
+            o.zero_grad(set_to_none=to_none)
+            if unseen.any(): m[0](unseen).square().sum().backward()
+            F.cross_entropy(m(x), y).backward()
+            method.step(m, o, step, total=13)
+        grown += bool(unseen.any())
+        assert_same(a, b, opts)
+    assert grown and not same_masks(before, masks(a))
+
+def test_a_dead_layer_holds_one_step():
+    "Its gradient is zero whether or not it was zeroed"
+    method = DSTMethod(**{**RigL_presets, 'batches_per_update': 50})
+    _,b = pair(method, .9)
+    opt = torch.optim.SGD(b.parameters(), lr=.05)
+    method.enforce(b, opt)
+    for step,(x,y) in enumerate(batches(9, dtype=torch.float64), 1):
+        opt.zero_grad(set_to_none=False)
+        for _ in range(2): (0*F.cross_entropy(b(x), y)).backward()
+        for m in sparse_modules(b): m.kept = True
+        method.step(b, opt, step, total=400)
+        for m in sparse_modules(b): m.kept = True
+        assert all(len(m._held)<=2 for m in sparse_modules(b))
+
 @pytest.mark.parametrize('pattern', ['fan_in_pattern', 'drop_grow'])
 @pytest.mark.parametrize('density', ['erdos_renyi_sparsity', 'uniform_sparsity'])
 def test_same_training_of_convolutions(pattern, density):

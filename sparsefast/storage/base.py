@@ -60,6 +60,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grads[0] = layer._values_grad(g, x)
             if layer.kept: layer._held.append((g, x))
+            layer._stepped = False
         if ctx.needs_input_grad[1]: grads[1] = g.sum([0, *range(2, g.dim())])
         if ctx.needs_input_grad[2]: grads[2] = layer._input_grad(values, g, x)
         return tuple(grads)
@@ -102,6 +103,7 @@ class SparseLayer(Compressed):
 
     Args:
         module: A masked layer, whose bias and hooks are taken over; a `ValueError` if it cannot be compressed"""
+    _stepped = False                                               # True from the method's step to the next backward pass
     by_rows = False                                                # True if some rows of the dense gradient cost less than all
 
     def __init__(self,

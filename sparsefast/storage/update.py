@@ -39,10 +39,13 @@ def keep_gradient(self:SparseLayer,
     self._held.clear()
 
 @patch
+@torch.no_grad()
 def _begins(self:SparseLayer):
     "True if this forward pass is the first of an optimizer step. A checkpointed one, repeated within a backward pass, is not"
     if torch._C._current_graph_task_id()!=-1: return False
-    return self.values.grad is None or not self.values.grad.any()
+    if self.values.grad is None: return True
+    if self.values.grad.any(): return False
+    return self._stepped or bool(_active_gradient(self, None).any())                       # zeroed, rather than zero as it came
 
 @patch
 def _dense_sum(self:SparseLayer, rows):
@@ -175,7 +178,7 @@ class CompressedLayer(Layer):
 
     def reset_masked(self, opt, reset_state_f): pass
 
-    def expect_gradient(self, dense, tokens=False): self.module.kept = dense
+    def expect_gradient(self, dense, tokens=False): self.module.kept,self.module._stepped = dense,True
 
     def token_sums(self, generator=None):
         self.module._check_held()
