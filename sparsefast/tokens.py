@@ -12,6 +12,7 @@ Linear layers and convolutions have such factors. Other modules, an `nn.Multihea
 __all__ = ['linear_sums', 'conv_sums', 'token_sums', 'shows_tokens', 'TokenHook']
 
 # %% ../nbs/03e_tokens.ipynb #675fff48
+from itertools import chain
 import torch
 from torch import nn
 from .select import is_transposed
@@ -120,20 +121,20 @@ class TokenHook:
         found = next((h for h in module._forward_hooks.values() if isinstance(h, cls)), None)
         if found is None and make:
             found = cls()
-            module.register_forward_hook(found)
+            module.register_forward_hook(found, with_kwargs=True)
         return found
 
     def _leave(self, module):
         "Take the hook out, also of a copy of the module"
         hooks = module._forward_hooks
-        for i in [i for i,h in hooks.items() if h is self]: del hooks[i]
+        for i in [i for i,h in hooks.items() if h is self]: del hooks[i],module._forward_hooks_with_kwargs[i]
 
-    def __call__(self, module, args, out):
+    def __call__(self, module, args, kwargs, out):
         "Hold what goes in, and what comes back once it does"
         if _begins(module.weight): self.held.clear()
         if not self.wanted: return self._leave(module)
         if not out.requires_grad: return
-        x = args[0].detach()
+        x = next(chain(args, kwargs.values())).detach()
         out.register_hook(lambda g: self.held.append((g, x)))
 
     def __getstate__(self): return {**self.__dict__, 'held': []}

@@ -116,3 +116,10 @@ def test_refused_before_anything_changes(kw, match):
     start,before = channel_counts(model, X),[p.shape for p in model.parameters()]
     with pytest.raises(ValueError, match=match): remove_channels(model, start, kw.pop('share'), X, **kw)
     assert [p.shape for p in model.parameters()]==before
+
+def test_stored_values_are_refused_before_anything_changes():
+    model = convnet()
+    sparsify_model(model, .5, keep_dense=True)
+    start,before = channel_counts(model, X),[p.shape for p in model.parameters()]
+    with pytest.raises(ValueError, match='must not store the values of masked weights'): remove_channels(model, start, .5, X)
+    assert [p.shape for p in model.parameters()]==before

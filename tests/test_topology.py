@@ -505,6 +505,20 @@ def test_a_compressed_layer_takes_no_hook_along():
     to_sparse_layers(model, opt, least=0.)
     assert TokenHook.of(model[0]) is None and model[0].weight_mask.any()
 
+def test_a_layer_called_by_keyword_shows_its_inputs():
+    class Named(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = wide()[0],wide()[2:]
+        def forward(self, x): return self.b(self.a(input=x).relu())
+    def run(model):
+        torch.manual_seed(0)
+        sparsify_model(model, .8)
+        opt,m = torch.optim.SGD(model.parameters(), lr=.1),quiet(GraEst, update_every=2)
+        for step,(x,y) in enumerate(batches(6, n_in=12, dtype=torch.float64), 1):
+            backward(model, x, y)
+            m.step(model, opt, step, total=12)
+        return masks(model)
+    assert same_masks(run(Named()), run(wide()))
+
 def test_what_guided_draws_cannot_serve():
     attention = nn.MultiheadAttention(8, 2)
     sparsify_model(attention, .8)

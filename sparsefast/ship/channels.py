@@ -1,6 +1,6 @@
 """Remove the weakest channels while a model trains, and continue with a smaller one
 
-A filter whose weights are small on average adds little. [Chase](https://arxiv.org/abs/2305.19454) removes such filters permanently, on a schedule while it trains: the row of the weight, its bias, its entry in the batch norm, and the inputs of the layers that follow. The model is smaller and denser afterwards, with the same number of active weights.
+A filter whose weights are small on average adds little. [Chase](https://arxiv.org/abs/2305.19454) removes such filters permanently, on a schedule while it trains: the row of the weight, its bias, its entry in the batch norm, and the inputs of the layers that follow. The model is smaller and denser afterwards, and Chase grows as many active weights elsewhere.
 
 `remove_channels` cuts them out of the [chains](01a_chains.ipynb) of a model in place, and the optimizer's state with them, so training continues with the next batch. In linear layers, units take the role of channels.
 
@@ -85,7 +85,7 @@ def remove_channels(
     least:float=0.25, # Share of its first channels that a layer retains; 0.1 to 0.25 in Chase, and always one channel
     **kwargs # Keywords of a call of the model
 )->dict: # Name of a layer -> number of channels removed
-    """Remove the channels with the smallest mean `|w|` between two steps; target sparsities follow, so that the budget stays
+    """Remove the channels with the smallest mean `|w|` between two steps, and their active weights; targets follow, and `Chase` grows as many elsewhere
 
     Args:
         model: A model, or a `Learner`, changed in place
@@ -100,6 +100,8 @@ def remove_channels(
     model,share = as_module(model),check_fraction(share, 'share')
     if hasattr(opt, 'slow_weights') or hasattr(inner_opt(opt), 'optim'):
         raise ValueError(f"opt must hold its parameters itself, got {type(opt).__name__}: remove channels before it is made")
+    if any(l.store is not None for l in find_layers(model)):
+        raise ValueError("model must not store the values of masked weights (`keep_dense=True`, for Top-KAST and SR-STE), got one that does")
     found,counts = _chains(model, inputs, kwargs),[n_active(l.numel, l.target) for l in find_layers(model)]
     scores = [c.layer.weight.double().abs().flatten(1).mean(1) for c in found.values()]
     n = int(sum(map(len, scores))-sum(start[k] for k in found)*(1-share))

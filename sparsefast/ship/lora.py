@@ -92,7 +92,7 @@ def lost_by_merge(
     model, # A sparse model with adapters, or a `Learner`
     adapters:list=None, # Names of adapters; by default those that are active
 )->tuple: # (share of the norm of all updates together, dict from layer to its share), in [0,1]
-    """Compute how much of the adapters' updates lies where weights are masked, and is lost when they are merged
+    """Compute how much of the updates of plain adapters lies where weights are masked, and is lost when they are merged
 
     Args:
         model: A sparse model with adapters, or a `Learner`
@@ -118,6 +118,17 @@ def _merge(layer, names):
     if biases: base.bias.data.copy_(base.bias.to(update.dtype)+sum(biases))
     layer.merged_adapters = [*getattr(layer, 'merged_adapters', []), *names]
 
+def _of_other_kinds(model, adapters):
+    "List the masked bases of adapters that are not plain (DoRA), whose updates only peft can compute"
+    found = [(l, n) for l in lora_layers(model).values() if _mask(l) is not None for n in adapters or getattr(l, 'active_adapters', None) or list(l.lora_A)]
+    return list(dict.fromkeys(_base(l) for l,n in found if n in l.lora_A and not _is_plain(l, n)))
+
+def _cut_share(bases, before):
+    "Compute the share of the norm of what has been added to weights that lies where they are masked"
+    added = [(b.weight.float()-old.float(), b.weight_mask) for b,old in zip(bases, before)]
+    lost,whole = (sum(float(t.square().sum()) for t in ts)**.5 for ts in ([a*~mask for a,mask in added], [a for a,_ in added]))
+    return lost/whole if whole else 0.
+
 def _unload(model, adapters):
     "Merge what other adapters there are, and put the base's layers in their place"
     if hasattr(model, 'merge_and_unload'): return model.merge_and_unload(adapter_names=adapters)
@@ -140,11 +151,13 @@ def merge_lora(
         The base model, as sparse as before, without adapters"""
     model = as_module(model)
     if not lora_layers(model): raise ValueError(f"model must have LoRA adapters, got {type(model).__name__}")
-    lost,_ = lost_by_merge(model, adapters)
+    (lost,_),bases = lost_by_merge(model, adapters),_of_other_kinds(model, adapters)
+    before = [b.weight.detach().clone() for b in bases]
     for layer,names in _to_merge(model, adapters).values(): _merge(layer, names)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*already')             # so peft says of the adapters that are merged above
         base = _unload(model, adapters)
+    lost = max(lost, _cut_share(bases, before))
     apply_masks(base)
     if lost>1e-6:
         warnings.warn(f"{lost:.1%} of the norm of the adapters' updates is lost, as it lies where weights are masked: "
