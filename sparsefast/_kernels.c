@@ -237,7 +237,7 @@ static PyObject *zero_masked(PyObject *module, PyObject *args) {
 
 /* nonzero_at(address of numbers, how many, bytes of a number, address of positions, how many): True if one there is not zero, or is outside */
 static PyObject *nonzero_at(PyObject *module, PyObject *args) {
-    static const char zeros[16];
+    static const char zeros[16] = {0};
     unsigned long long numbers, positions;
     Py_ssize_t n, size, k;
     (void)module;
