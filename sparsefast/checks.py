@@ -224,7 +224,13 @@ def check_start(
     m = case.method
     if m is None or m.sparsity_sched_f is None or attribute(m.sparsity_sched_f, 'rises', False): return
     targets,active = [l.target for l in case.layers],tolist([l.nnz for l in case.layers])
-    sparse = all(n<=l.numel*(1-s)+1 for n,l,s in zip(active, case.layers, targets))
+    goals = [n_active(l.numel, s) for l,s in zip(case.layers, targets)]
+    sparse = all(n<=g+1 for n,g in zip(active, goals))
+    short = sum(max(g-n-1, 0) for n,g in zip(active, goals))
+    if short and not sparse and m.prune_share_f is None and m.extra_density_f is None:
+        yield Finding('warning', 'start', 'masks',
+                      f'some layers have fewer active weights than their targets, so the model ends with {short:,} fewer than it should have',
+                      'let the method prune the model as a whole: `prune_share_f=global_share`')
     if sparse and any(m.sparsity_at(s, 0.)<s for s in targets):
         start = f'this method starts at sparsity {m.sparsity_at(max(targets), 0.):.4g}'
         yield Finding('warning', 'start', 'masks',

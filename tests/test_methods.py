@@ -676,6 +676,28 @@ def test_a_training_begins_without_what_an_earlier_one_has_left(name, n):
         ends.append(snapshot(model, opt))
     assert not changed(*ends)
 
+def test_pruning_layer_by_layer_after_density_has_moved_says_that_it_ends_too_sparse():
+    "A layer below its target stays there; pruned as a whole, the model has its number of weights"
+    def ended(**kw):
+        torch.manual_seed(0)
+        model = mlp(8, 24, 20, 3)
+        sparsify_model(model, .8, initial_sparsity=.6)
+        with torch.no_grad():
+            for (_,_,p,mask),n in zip(masked_params(model), (20, 400, 30)): mask.copy_(top_k_mask(p.abs(), n))
+        opt = torch.optim.SGD(model.parameters(), lr=.05)
+        method = DSTMethod(**{**GMP_presets, 'batches_per_update': 2, **kw})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for step,(x,y) in enumerate(batches(20), 1):
+                backward(model, x, y)
+                method.step(model, opt, step, total=20)
+        return sum(nnz(model)),[str(c.message) for c in caught if 'fewer active weights' in str(c.message)]
+    want = round(.2*(8*24+24*20+20*3))
+    n,told = ended()
+    assert n<want-10 and len(told)==1 and 'prune_share_f=global_share' in told[0]
+    n,told = ended(prune_share_f=global_share)
+    assert abs(n-want)<=2 and not told
+
 @pytest.mark.parametrize('name', sorted(presets.presets_by_name()))
 def test_every_preset_has_an_interval_however_short_the_training(name):
     "A share of few steps is fewer than the gradients that a preset averages"
