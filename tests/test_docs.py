@@ -204,6 +204,12 @@ def test_relative_links_of_notebooks_lead_somewhere(fn):
     assert not [l for l in links if not ((nbs/fn).parent/l.split('#')[0]).exists()]
 
 @pytest.mark.parametrize('fn', notebooks)
+def test_formulas_have_no_line_breaks(fn):
+    r"Two backslashes before a letter are a line break and a letter, where a command such as \sqrt is meant"
+    for c in json.loads((nbs/fn).read_text())['cells']:
+        if c['cell_type']=='markdown': assert not re.search(r'\\\\[a-zA-Z]', ''.join(c['source']))
+
+@pytest.mark.parametrize('fn', notebooks)
 def test_a_notebook_has_a_title_and_a_summary(fn):
     first = next(src for kind,src,_ in cells(fn) if kind=='markdown')
     assert re.match(r'(?:#\|.*\n)*# .+\n\n> .+', first)
