@@ -1,6 +1,6 @@
 """**sparsefast** trains neural networks in which most weights are zero from the first step to the last. While the network trains, weak connections are dropped and promising ones are grown: dynamic sparse training, as in SET, SNFS, RigL and many later methods.
 
-Add two lines to a fastai script, or change one line of a PyTorch loop. The result is a model with a tenth or a twentieth of the weights; three more lines store it in a file as small, and compute with these weights only.
+Add two lines to a fastai script, or change one line of a PyTorch loop. The result is a model with a tenth or a twentieth of the weights. Three more lines make its file equally small, and compute with these weights only.
 
 Modules:
 

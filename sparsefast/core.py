@@ -4,7 +4,7 @@ Ninety percent of a trained network's weights can be zero without the network lo
 afterwards. **Dynamic sparse training** never trains it dense: most weights are zero from the first step to the last, and at intervals the weakest connections are dropped
 and promising ones are grown. The connections change while the network learns; their number does not.
 
-All that a script needs is imported from here. Two lines make training in fastai sparse:
+What most scripts need is imported from here. Two lines make training in fastai sparse:
 
     from sparsefast.core import *
     sparsify_model(learn, 0.9)

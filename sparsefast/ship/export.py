@@ -1,6 +1,6 @@
 """The model for other runtimes: zeros baked in, no masks, no hooks
 
-`torch.export` and ONNX know dense tensors only. What is exported is an ordinary dense network that computes the same outputs; some of its weights are zero.
+`torch.export` and ONNX know dense tensors only. The export is an ordinary dense network that computes the same outputs; some of its weights are zero.
 
 ONNX needs packages that the library itself does not need: `pip install onnx onnxscript onnxruntime`."""
 

@@ -175,8 +175,8 @@ def _key(args, kwargs):
 
 # %% ../../nbs/ship/02d_fold.ipynb #25955917
 def _tensors(m):
-    "Parameters and buffers of a module itself"
-    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    "What is folded of a layer or a batch norm: parameters, and running statistics"
+    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and t.is_floating_point()]
 
 def _version(t): return t.data_ptr(),t._version
 
@@ -194,7 +194,8 @@ class Folded:
         key, # What calls must be like
         folded, # Layers and batch norms whose numbers are folded
     ):
-        self.model,self.graph,self.key,self.folded = model,graph,key,folded
+        self.model,self.graph,self.key = model,graph,key
+        self.tensors = [t for m in folded for t in _tensors(m)]
         self.modules = modules = list(model.modules())
         inner = [m for m in modules if m is not model and not any(hooks_of(m))]
         self.hooks = [d for m in inner for d in hooks_of(m)]
@@ -204,7 +205,7 @@ class Folded:
 
     def _children(self): return chain.from_iterable(map(dict.values, self.dicts))
 
-    def _versions(self): return [_version(t) for m in self.folded for t in _tensors(m)]
+    def _versions(self): return list(map(_version, self.tensors))
 
     def __getstate__(self):                                        # copies of tensors begin with other versions
         versions = None if self.is_fresh() else []
