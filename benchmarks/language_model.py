@@ -55,10 +55,9 @@ def train(data, name, sparsity, dtype, seed):
     s,start,cut = settings,time.process_time(),int(.95*len(data))
     total,held = s['total'],data[cut:]
     torch.manual_seed(seed)
-    model = Letters(small[sparsity] if name=='small dense' else s['width'], s['heads'], s['blocks'], s['context'])
+    model = Letters(small[sparsity] if name=='small dense' else s['width'], s['heads'], s['blocks'], s['context']).to(getattr(torch, dtype))
     method = None if 'dense' in name else method_of(name, seed, total)
     if method: sparsify_model(model, sparsity, exclude=['head'], **{'sparse_f': uniform_sparsity, **method.sparsify_kwargs(sparsity)})
-    model = model.to(getattr(torch, dtype))
     opt,gen = torch.optim.AdamW(model.parameters(), lr=s['lr']),torch.Generator().manual_seed(seed)
     curve,recent = [],[]
     for step in range(1, total+1):
