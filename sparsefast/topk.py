@@ -196,8 +196,8 @@ def top_k_mask(
     whole = torch.is_tensor(t)
     if kept is not None and whole and not is_cut_up(t): return top_k_mask(t, n_keep, ~kept, n_among).logical_or_(kept)
     if n_among is None: n_among = _n_candidates(t, among, kept)
-    if not 0<=n_keep<=n_among:
-        raise ValueError(f"n_keep must be from 0 to the number of candidates, {n_among}, got {n_keep}")
+    if not 0<=n_keep<=n_among or int(n_keep)!=n_keep:
+        raise ValueError(f"n_keep must be a whole number from 0 to the number of candidates, {n_among}, got {n_keep}")
     if not whole: return _from_pieces(t, n_keep, among, kept)
     if is_cut_up(t): return top_k_of_pieces(t, n_keep, among, kept)
     cand = None if among is None else among.reshape(-1)
