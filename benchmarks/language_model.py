@@ -20,7 +20,7 @@ from sparsefast.resets import fill_state
 from sparsefast.presets import presets_by_name
 from deploy import hardware
 from newborns import Letters, batch, loss_of, text
-from records import Records, parser, spread, where
+from records import Records, run_lacking, spread, where
 
 records = Records(__file__)
 settings = dict(lr=4e-3, lr_warmup=100, total=2000, bs=16, context=64, width=128, heads=4, blocks=3)
@@ -103,11 +103,4 @@ def setting():
     letters = ' and '.join(f'{n:,}' for n in sorted({r['letters'] for r in done().values()}))
     return f"{where(done().values(), 'processor')} {letters} letters of text."
 
-if __name__=='__main__':
-    args = parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    data = None if args.table else text()
-    for r in [] if args.table else records.lacking(plan(), run_name, args.only):
-        row = records.add(train(data, *r))
-        print(row['name'], row['loss'], row['cpu_seconds'], flush=True)
-    print(table())
+if __name__=='__main__': run_lacking(__doc__, records, plan, run_name, text, train, table, 'loss')

@@ -19,7 +19,7 @@ from sparsefast.all import *
 from sparsefast.presets import presets_by_name
 from sparsefast.resets import fill_state, second_moments, zero_state
 from methods import data, lr_at, nets
-from records import Records, hardware, parser, spread, where
+from records import Records, hardware, run_lacking, spread, where
 
 records = Records(__file__)
 settings = dict(net='convnet', sparsity=0.95, bs=128, lr_warmup=100)
@@ -84,11 +84,4 @@ def table():
 
 def setting(): return where(done().values())
 
-if __name__=='__main__':
-    args = parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    images = None if args.table else data()
-    for r in [] if args.table else records.lacking(plan(), run_name, args.only):
-        row = records.add(train(images, *r))
-        print(row['name'], row['accuracy'], row['cpu_seconds'], flush=True)
-    print(table())
+if __name__=='__main__': run_lacking(__doc__, records, plan, run_name, data, train, table, 'accuracy')

@@ -43,3 +43,13 @@ def parser(doc, what='runs'):
     ap.add_argument('--only', default='', help=f'{what} whose name matches this regular expression')
     ap.add_argument('--table', action='store_true', help='only print the tables')
     return ap
+
+def run_lacking(doc, records, plan, name, data, train, table, shown):
+    "Train what a benchmark lacks, each run with one thread, and print its table: what most scripts here do"
+    args = parser(doc).parse_args()
+    torch.set_num_threads(1)
+    given = None if args.table else data()
+    for run in [] if args.table else records.lacking(plan(), name, args.only):
+        row = records.add(train(given, *run))
+        print(row['name'], row[shown], row['cpu_seconds'], flush=True)
+    print(table())

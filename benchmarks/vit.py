@@ -9,7 +9,7 @@ AdamW with torch's defaults but for the learning rate: .002 (for the dense netwo
 of the blocks; the layer of the patches, norms and the head stay dense. `small dense` is narrower and has two heads, with about as many weights in its blocks as the sparse network has active ones. Methods are the presets.
 
 Accuracy is that of the last step on the 10,000 test images, in [0,1]. Each run is one thread, in plain PyTorch, and masked."""
-import math, time
+import time
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,8 +17,8 @@ from sparsefast.all import *
 from sparsefast.find import sparse_layers
 from sparsefast.presets import presets_by_name
 from deploy import hardware
-from methods import data
-from records import Records, parser, spread, where, words
+from methods import data, lr_at
+from records import Records, run_lacking, spread, where, words
 
 records = Records(__file__)
 settings = dict(lr=2e-3, lr_warmup=100, epochs=3, bs=128, width=96, heads=4, blocks=4)
@@ -38,11 +38,6 @@ class ViT(nn.Module):
         self.norm,self.head = nn.LayerNorm(width),nn.Linear(width, 10)
     def forward(self, x): return self.head(self.norm(self.blocks(self.patch(x).flatten(2).mT+self.pos)).mean(1))
 
-def lr_at(step, total, lr, lr_warmup, **_):
-    "Linear warm-up, then a cosine to zero"
-    if step<lr_warmup: return lr*step/lr_warmup
-    return lr*(1+math.cos(math.pi*(step-lr_warmup)/(total-lr_warmup)))/2
-
 def weights_of(blocks): return sum(p.numel() for p in blocks.parameters() if p.dim()==2)
 
 def train(dsets, name, sparsity, seed):
@@ -58,7 +53,7 @@ def train(dsets, name, sparsity, seed):
     for _ in range(s['epochs']):
         for idx in torch.randperm(len(x), generator=gen)[:n_iter*s['bs']].view(n_iter, -1):
             step += 1
-            for g in opt.param_groups: g['lr'] = lr_at(step, total, **s)
+            for g in opt.param_groups: g['lr'] = lr_at(step, total, s['lr_warmup'], s['lr'])
             F.cross_entropy(model(x[idx]), y[idx]).backward()
             if method: method.step(model, opt, step, total=total)
             else: opt.step()
@@ -72,11 +67,9 @@ def train(dsets, name, sparsity, seed):
 
 def plan():
     "All runs: (method, sparsity, seed), the most telling first"
-    for sparsity,seed in [(0.95, 0), (0.95, 1), (0.9, 0), (0.95, 2), (0.9, 1), (0.9, 2), (0.98, 0)]:
-        if ('dense', 0., seed) not in asked: yield 'dense', 0., seed
-        asked.add(('dense', 0., seed))
-        for n in ('small dense', *methods): yield n, sparsity, seed
-asked = set()
+    cells = [(0.95, 0), (0.95, 1), (0.9, 0), (0.95, 2), (0.9, 1), (0.9, 2), (0.98, 0)]
+    runs = [run for s,seed in cells for run in (('dense', 0., seed), *((n, s, seed) for n in ('small dense', *methods)))]
+    return list(dict.fromkeys(runs))
 
 done = records.done
 
@@ -91,11 +84,4 @@ def table():
 
 def setting(): return where(done().values(), 'processor')
 
-if __name__=='__main__':
-    args = parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    dsets = None if args.table else data()
-    for r in [] if args.table else records.lacking(plan(), words, args.only):
-        row = records.add(train(dsets, *r))
-        print(row['name'], row['accuracy'], row['cpu_seconds'], flush=True)
-    print(table())
+if __name__=='__main__': run_lacking(__doc__, records, plan, words, data, train, table, 'accuracy')

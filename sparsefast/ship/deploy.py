@@ -135,7 +135,7 @@ def _measure(name, m, c, takes, forms, margin, seconds):
     mask = m.weight_mask
     if not name: name = type(m).__name__
     if not takes:
-        why = 'its forward is not called with a tensor: its owner uses the weight itself, or keywords'
+        why = 'its forward is not called with a tensor: its owner uses the weight itself, or calls it by keyword'
         return _row(name, mask, note=why), None
     made,notes = _make_forms(m, forms)
     ms = _time_forms(made, c, takes, mask.device, seconds)

@@ -200,10 +200,10 @@ class Folded:
         inner = [m for m in modules if m is not model and not any(hooks_of(m))]
         self.hooks = [d for m in inner for d in hooks_of(m)]
         self.dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
-        self.children = list(self._children())
+        self.parts = list(self._parts())
         self.n_hooks,self.versions = RemovableHandle.next_id,self._versions()
 
-    def _children(self): return chain.from_iterable(map(dict.values, self.dicts))
+    def _parts(self): return chain.from_iterable(map(dict.values, self.dicts))             # modules, parameters, buffers
 
     def _versions(self): return list(map(_version, self.tensors))
 
@@ -230,7 +230,7 @@ def is_fresh(self:Folded)->bool: # Once a weight has changed, or after a call in
     if any([m.training for m in self.modules]): return False
     if self.versions is None: self.versions = self._versions()
     if self._versions()!=self.versions or self._has_hooks(): return False
-    return all(starmap(operator.is_, zip_longest(self._children(), self.children)))
+    return all(starmap(operator.is_, zip_longest(self._parts(), self.parts)))
 
 def _is_traced():
     "True if somebody else records what is computed"

@@ -69,11 +69,15 @@ def lora_update(
     raise ValueError(f"the base of an adapter must be linear, or a convolution without groups, got {_base(layer)}")
 
 # %% ../../nbs/ship/05_lora.ipynb #bc9e7849
+def _asked(layer, adapters):
+    "Name the adapters of a layer that are asked for; by default those that are active"
+    names = adapters or getattr(layer, 'active_adapters', None) or list(layer.lora_A)
+    return [n for n in names if n in layer.lora_A]
+
 def _adapters(layer, adapters):
     "Name the plain adapters of a layer that are to be merged and are not yet"
-    names = adapters or getattr(layer, 'active_adapters', None) or list(layer.lora_A)
     merged = getattr(layer, 'merged_adapters', [])
-    return [n for n in names if n in layer.lora_A and n not in merged and _is_plain(layer, n)]
+    return [n for n in _asked(layer, adapters) if n not in merged and _is_plain(layer, n)]
 
 def _kept(layer, update): return torch.where(_mask(layer), update, torch.zeros_like(update))
 
@@ -88,6 +92,13 @@ def _to_merge(model, adapters):
     found = {n: (l, _adapters(l, adapters)) for n,l in lora_layers(model).items() if _mask(l) is not None}
     return {n: (l, names) for n,(l,names) in found.items() if names}
 
+def _norms(update, mask): return float(update.masked_fill(mask, 0).norm()),float(update.norm())
+
+def _share(norms):
+    "The share of updates that is lost, from (norm of what is lost, norm of the whole) of each"
+    lost,whole = (sum(x*x for x in xs)**.5 for xs in zip(*norms)) if norms else (0., 0.)
+    return lost/whole if whole else 0.
+
 def lost_by_merge(
     model, # A sparse model with adapters, or a `Learner`
     adapters:list=None, # Names of adapters; by default those that are active
@@ -99,13 +110,8 @@ def lost_by_merge(
         adapters: Names of adapters; by default those that are active
     Returns:
         (share of the norm of all updates together, dict from layer to its share), in [0,1]"""
-    lost,whole = {},{}
-    for n,(layer,names) in _to_merge(model, adapters).items():
-        update = _trained(layer, names)
-        lost[n],whole[n] = float((update-_kept(layer, update)).norm()),float(update.norm())
-    def share(a, b): return a/b if b else 0.
-    def norm(xs): return sum(x*x for x in xs.values())**.5
-    return share(norm(lost), norm(whole)), {n: share(lost[n], whole[n]) for n in lost}
+    found = {n: _norms(_trained(l, names), _mask(l)) for n,(l,names) in _to_merge(model, adapters).items()}
+    return _share(found.values()), {n: _share([pair]) for n,pair in found.items()}
 
 # %% ../../nbs/ship/05_lora.ipynb #5cb55d48
 @torch.no_grad()
@@ -120,14 +126,8 @@ def _merge(layer, names):
 
 def _of_other_kinds(model, adapters):
     "List the masked bases of adapters that are not plain (DoRA), whose updates only peft can compute"
-    found = [(l, n) for l in lora_layers(model).values() if _mask(l) is not None for n in adapters or getattr(l, 'active_adapters', None) or list(l.lora_A)]
-    return list(dict.fromkeys(_base(l) for l,n in found if n in l.lora_A and not _is_plain(l, n)))
-
-def _cut_share(bases, before):
-    "Compute the share of the norm of what has been added to weights that lies where they are masked"
-    added = [(b.weight.float()-old.float(), b.weight_mask) for b,old in zip(bases, before)]
-    lost,whole = (sum(float(t.square().sum()) for t in ts)**.5 for ts in ([a*~mask for a,mask in added], [a for a,_ in added]))
-    return lost/whole if whole else 0.
+    masked = [l for l in lora_layers(model).values() if _mask(l) is not None]
+    return [_base(l) for l in masked if not all(_is_plain(l, n) for n in _asked(l, adapters))]
 
 def _unload(model, adapters):
     "Merge what other adapters there are, and put the base's layers in their place"
@@ -151,13 +151,14 @@ def merge_lora(
         The base model, as sparse as before, without adapters"""
     model = as_module(model)
     if not lora_layers(model): raise ValueError(f"model must have LoRA adapters, got {type(model).__name__}")
-    (lost,_),bases = lost_by_merge(model, adapters),_of_other_kinds(model, adapters)
-    before = [b.weight.detach().clone() for b in bases]
-    for layer,names in _to_merge(model, adapters).values(): _merge(layer, names)
+    plain = list(_to_merge(model, adapters).values())
+    norms = [_norms(_trained(l, names), _mask(l)) for l,names in plain]
+    for layer,names in plain: _merge(layer, names)
+    before = {b: b.weight.detach().clone() for b in _of_other_kinds(model, adapters)}
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*already')             # so peft says of the adapters that are merged above
         base = _unload(model, adapters)
-    lost = max(lost, _cut_share(bases, before))
+    lost = _share([*norms, *(_norms((b.weight-old).float(), b.weight_mask) for b,old in before.items())])
     apply_masks(base)
     if lost>1e-6:
         warnings.warn(f"{lost:.1%} of the norm of the adapters' updates is lost, as it lies where weights are masked: "
