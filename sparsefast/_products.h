@@ -84,70 +84,89 @@ INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t
 
 /* ---- grads[j] += dot product of row r of g and what value j multiplies, in the same order ---- */
 #ifdef VECTORS
-INSIDE NAME(vector) NAME(folded)(const T *g, const T *x, ptrdiff_t w) {           /* whose sum is the dot product */
-    NAME(vector) s = AT(g) * AT(x);
-    for (ptrdiff_t i = LANES; i < w; i += LANES) s += AT(g + i) * AT(x + i);
-    return s;
-}
-/* As many vectors as one has numbers, into one that has their sums */
-INSIDE NAME(vector) NAME(sums)(NAME(vector) *v) {
-    UNROLL for (int n = LANES / 2; n; n /= 2) UNROLL for (int i = 0; i < n; i++) v[i] = LOW(v[i], v[i + n]) + HIGH(v[i], v[i + n]);
-    return v[0];
-}
-#endif
-INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
-    const int32_t *at = p->k->at;
-    const T *g = p->y;
-    T *grads = p->k->grads;
-    ptrdiff_t w = p->w;
-    for (ptrdiff_t r = p->first; r < p->last; r++, g += w) {
-        ptrdiff_t j = p->next[r], end = p->k->crow[r + 1];
-#ifdef VECTORS
-        enum { S = LANES };
-        if (r + 4 < p->last) for (int i = 0; i < 64; i += 16) { FETCH(at + p->next[r + 4] + i, 0); FETCH(grads + p->next[r + 4] + i, 1); }
-        for (; j + S <= end && at[j + S - 1] < bound; j += S) {
-            NAME(vector) v[S];
-            UNROLL for (int m = 0; m < S; m++) v[m] = NAME(folded)(g, x + at[j + m] * scale, w);
-            AT(grads + j) += NAME(sums)(v);
-        }
-        enum { G = S < 4 ? S : 4 };                                   /* of those left over, four at a time, or fewer */
-        for (ptrdiff_t n; j < end && at[j] < bound; j += n) {
-            for (n = 1; n < G && j + n < end && at[j + n] < bound; n++) ;
-            NAME(vector) v[G];
-            UNROLL for (int m = 0; m < G; m++) v[m] = NAME(folded)(g, x + at[j + (m < n ? m : 0)] * scale, w);
-            UNROLL for (int m = G / 2; m; m /= 2) UNROLL for (int i = 0; i < m; i++) v[i] = LOW(v[i], v[i + m]) + HIGH(v[i], v[i + m]);
-            UNROLL for (int m = G; m < S; m *= 2) v[0] = LOW(v[0], v[0]) + HIGH(v[0], v[0]);
-            UNROLL for (int m = 0; m < G; m++) if (m < n) grads[j + m] += v[0][m * (S / G)];
-        }
-#else
-        for (; j < end && at[j] < bound; j++) {
-            const T *from = x + at[j] * scale;
-            T sum = 0;
-            for (ptrdiff_t i = 0; i < w; i++) sum += g[i] * from[i];
-            grads[j] += sum;
-        }
-#endif
-        p->next[r] = (int32_t)j;
+#define FOLD(a, b) (LOW(a, b) + HIGH(a, b))         /* sums of neighbours, those of a and b in turn */
+#define DOTS(n) \
+    INSIDE NAME(vector) NAME(dot_##n)(const NAME(vector) *g, const T *x) {            /* a vector whose sum is the dot product */ \
+        NAME(vector) s = g[0] * AT(x); \
+        UNROLL for (int i = 1; i < n; i++) s += g[i] * AT(x + i * LANES); \
+        return s; \
+    } \
+    INSIDE void NAME(dots_##n)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) { \
+        enum { S = LANES, G = S < 4 ? S : 4 }; \
+        static const int reversed[16] = {0, S / 2, S / 4, S / 4 * 3, S / 8, S / 8 * 5, S / 8 * 3, S / 8 * 7, 1, 9, 5, 13, 3, 11, 7, 15}; \
+        const int32_t *at = p->k->at; \
+        const T *g = p->y; \
+        T *grads = p->k->grads; \
+        for (ptrdiff_t r = p->first; r < p->last; r++, g += n * LANES) { \
+            ptrdiff_t j = p->next[r], end = p->k->crow[r + 1]; \
+            if (r + 4 < p->last) for (int i = 0; i < 64; i += 16) { FETCH(at + p->next[r + 4] + i, 0); FETCH(grads + p->next[r + 4] + i, 1); } \
+            if (j >= end || at[j] >= bound) continue; \
+            NAME(vector) row[n]; \
+            UNROLL for (int i = 0; i < n; i++) row[i] = AT(g + i * LANES); \
+            for (; j + S <= end && at[j + S - 1] < bound; j += S) { \
+                NAME(vector) v[5]; \
+                int d = 0; \
+                UNROLL for (int m = 0; m < S; m++) { \
+                    NAME(vector) s = NAME(dot_##n)(row, x + at[j + reversed[m]] * scale); \
+                    UNROLL for (int bit = 1; m & bit; bit *= 2) { d--; s = FOLD(v[d], s); } \
+                    v[d++] = s; \
+                } \
+                AT(grads + j) += v[0]; \
+            } \
+            for (ptrdiff_t k; j < end && at[j] < bound; j += k) {    /* of those left over, four at a time, or fewer */ \
+                for (k = 1; k < G && j + k < end && at[j + k] < bound; k++) ; \
+                NAME(vector) v[G]; \
+                UNROLL for (int m = 0; m < G; m++) v[m] = NAME(dot_##n)(row, x + at[j + (m < k ? m : 0)] * scale); \
+                UNROLL for (int m = G / 2; m; m /= 2) UNROLL for (int i = 0; i < m; i++) v[i] = FOLD(v[i], v[i + m]); \
+                UNROLL for (int m = G; m < S; m *= 2) v[0] = FOLD(v[0], v[0]); \
+                UNROLL for (int m = 0; m < G; m++) if (m < k) grads[j + m] += v[0][m * (S / G)]; \
+            } \
+            p->next[r] = (int32_t)j; \
+        } \
     }
+DOTS(1)
+DOTS(2)
+DOTS(4)
+DOTS(8)
+INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    if (p->w == 8 * LANES) NAME(dots_8)(p, bound, x, scale);
+    else if (p->w == 4 * LANES) NAME(dots_4)(p, bound, x, scale);
+    else if (p->w == 2 * LANES) NAME(dots_2)(p, bound, x, scale);
+    else NAME(dots_1)(p, bound, x, scale);
 }
+#else
+INSIDE void NAME(dots)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+    const T *g = p->y;
+    for (ptrdiff_t r = p->first; r < p->last; r++, g += p->w)
+        for (int32_t *j = p->next + r; *j < p->k->crow[r + 1] && p->k->at[*j] < bound; ++*j) {
+            const T *from = x + p->k->at[*j] * scale;
+            T sum = 0;
+            for (ptrdiff_t i = 0; i < p->w; i++) sum += g[i] * from[i];
+            p->k->grads[*j] += sum;
+        }
+}
+#endif
 
 /* ---- y[j, i] = x[i, j], for a matrix of n_row x n_col ---- */
-INSIDE void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t n_col, T *y, ptrdiff_t y_step) {
-    ptrdiff_t i = 0, j;
 #ifdef VECTORS
+INSIDE void NAME(turn_square)(const T *x, ptrdiff_t x_step, T *y, ptrdiff_t y_step) {
     enum { S = LANES };
-    for (; i + S <= n_row; i += S) {
-        for (j = 0; j + S <= n_col; j += S) {
-            NAME(vector) v[S], u[S];
-            UNROLL for (int m = 0; m < S; m++) v[m] = AT(x + (i + m) * x_step + j);
-            UNROLL for (int n = 1; n < S; n *= 2) {
-                UNROLL for (int m = 0; m < S / 2; m++) { u[2 * m] = LOW(v[m], v[m + S / 2]); u[2 * m + 1] = HIGH(v[m], v[m + S / 2]); }
-                UNROLL for (int m = 0; m < S; m++) v[m] = u[m];
-            }
-            UNROLL for (int m = 0; m < S; m++) AT(y + (j + m) * y_step + i) = v[m];
-        }
-        for (; j < n_col; j++) for (int m = 0; m < S; m++) y[j * y_step + i + m] = x[(i + m) * x_step + j];
+    NAME(vector) v[S], u[S];
+    UNROLL for (int m = 0; m < S; m++) v[m] = AT(x + m * x_step);
+    UNROLL for (int n = 1; n < S; n *= 2) {
+        UNROLL for (int m = 0; m < S / 2; m++) { u[2 * m] = LOW(v[m], v[m + S / 2]); u[2 * m + 1] = HIGH(v[m], v[m + S / 2]); }
+        UNROLL for (int m = 0; m < S; m++) v[m] = u[m];
     }
+    UNROLL for (int m = 0; m < S; m++) AT(y + m * y_step) = v[m];
+}
+#endif
+INSIDE void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t n_col, T *y, ptrdiff_t y_step) {
+    ptrdiff_t i = 0, j = 0;
+#ifdef VECTORS
+    ptrdiff_t rows = n_row / LANES * LANES, cols = n_col / LANES * LANES;
+    if (x_step > y_step) for (; i < rows; i += LANES) for (j = 0; j < cols; j += LANES) NAME(turn_square)(x + i * x_step + j, x_step, y + j * y_step + i, y_step);
+    else for (; j < cols; j += LANES) for (i = 0; i < rows; i += LANES) NAME(turn_square)(x + i * x_step + j, x_step, y + j * y_step + i, y_step);
+    for (i = 0; i < rows; i++) for (j = cols; j < n_col; j++) y[j * y_step + i] = x[i * x_step + j];
 #endif
     for (; i < n_row; i++) for (j = 0; j < n_col; j++) y[j * y_step + i] = x[i * x_step + j];
 }
@@ -359,4 +378,6 @@ static int NAME(run_job)(const int64_t *a, int threads) {
 #undef INSIDE
 #undef AT
 #undef ROWS
+#undef DOTS
+#undef FOLD
 #endif
