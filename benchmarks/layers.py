@@ -262,24 +262,36 @@ def conv_train(threads, rounds=5, only=None, **kw):
         write('conv_train', threads, batch=64, pixels=32, sparsity=s, opt='sgd', **in_turns(runs, x, y, rounds, 1))
 
 # ------------------------------------------------------------ how many inputs a block has
+def by_block(room, layer, x, g):
+    "name -> a call of the layer with blocks of so many KiB of inputs: outputs (`y`) and gradients of values (`g`); `room(kib)` says so to the layer's room"
+    def call(kib, f):
+        def run():
+            room(kib)
+            return f()
+        return run
+    return {f'{what}{kib}': call(kib, f) for kib in (32, 64, 128, 256) for what,f in (('y', lambda: layer(x)), ('g', lambda: layer._values_grad(g, x)))}
+
 @torch.no_grad()
 def blocks(threads, rounds=13, **kw):
-    "Products of linear layers by blocks of several sizes, from which `kernels.cache` comes: outputs (`y`) and gradients of values (`g`), by KiB of inputs in a block"
-    from sparsefast.storage import kernels
+    "Products by blocks of several sizes, from which `kernels.cache`, and its half for convolutions larger than a pixel, come"
+    from sparsefast.storage import kernels, planes
     chosen = kernels.cache
     for o,i,n in ((1024,1024,128), (4096,4096,128), (384,1536,197), (1536,384,197), (768,3072,128)):
         for s in (.9, .95):
             sparsify_model(dense := nn.Linear(i, o), s)
             layer,x,g = SparseLinear.from_masked(dense),torch.randn(n, i), torch.randn(n, o)
             dense = unsparsify_model(dense)
-            def by(kib, f):
-                def run():
-                    kernels.cache = kib<<10
-                    f()
-                return run
-            ways = {f'{what}{kib}': by(kib, f) for kib in (64, 128, 256) for what,f in (('y', lambda: layer(x)), ('g', lambda: layer._values_grad(g, x)))}
-            write('blocks', threads, shape=[o, i], sparsity=s, batch=n, **interleaved({'dense': lambda: dense(x), **ways}, rounds))
+            def room(kib): kernels.cache = kib<<10
+            write('blocks', threads, shape=[o, i], sparsity=s, batch=n, **interleaved({'dense': lambda: dense(x), **by_block(room, layer, x, g)}, rounds))
     kernels.cache = chosen
+    for c,o,k,hw in ((64,64,3,56), (128,128,3,28), (256,256,3,14), (512,512,3,7), (256,64,1,56), (1024,256,1,14), (512,2048,1,7)):
+        for s in (.9, .95, .98):
+            sparsify_model(dense := nn.Conv2d(c, o, k, padding=k//2, bias=False), s)
+            layer,x,g = SparseConv2d.from_masked(dense),torch.randn(8, c, hw, hw), torch.randn(8, o, hw, hw)
+            dense = unsparsify_model(dense)
+            def room(kib): planes.cache = (kib<<10)*(2 if k>1 else 1)
+            write('blocks', threads, shape=[o, c, k, k], pixels=hw, sparsity=s, batch=8, **interleaved({'dense': lambda: dense(x), **by_block(room, layer, x, g)}, rounds//2))
+    planes.cache = chosen
 
 # ------------------------------------------------------------ tables
 def table():

@@ -172,31 +172,48 @@ INSIDE void NAME(turn)(const T *x, ptrdiff_t x_step, ptrdiff_t n_row, ptrdiff_t 
 }
 
 /* ---- images: the padded planes of a channel, one for each phase of the stride, images one below the other ---- */
+INSIDE T *NAME(image_rows)(const images *im, const T *x, const T *end, T *to) {          /* one image without a stride; returns where it ends */
+    ptrdiff_t gap = im->pitch - im->wide;
+    for (ptrdiff_t row = 0; row < im->high; row++, x += im->wide, to += im->pitch) {
+#ifdef VECTORS
+        if (gap <= LANES && end - x >= im->wide + LANES) {             /* vectors that end after the row: zeros, and what comes later, */
+            for (ptrdiff_t p = 0; p < im->wide; p += LANES) AT(to + p) = AT(x + p);              /* are written over them */
+            AT(to + im->wide) = (NAME(vector)){0};
+            continue;
+        }
+#endif
+        memcpy(to, x, (size_t)im->wide * sizeof(T));
+        if (row + 1 < im->high) memset(to + im->wide, 0, (size_t)gap * sizeof(T));
+    }
+    return to - gap;
+}
+INSIDE void NAME(phases)(const images *im, const T *x, T *to, ptrdiff_t i) {             /* one image with a stride, among zeros */
+    for (ptrdiff_t row = 0; row < im->high; row++, x += im->wide) {
+        ptrdiff_t q = row + im->top;
+        T *line = to + q % im->down * im->right * im->plane + (i * im->slot + q / im->down) * im->pitch;
+        if (im->right == 1) memcpy(line + im->left, x, (size_t)im->wide * sizeof(T));
+        else for (ptrdiff_t p = 0; p < im->right && p < im->wide; p++) {                   /* each so many-th pixel is of one phase */
+            ptrdiff_t at = p + im->left, count = (im->wide - p - 1) / im->right + 1;
+            T *phase = line + at % im->right * im->plane + at / im->right;
+            if (im->right == 2) for (ptrdiff_t k = 0; k < count; k++) phase[k] = x[p + 2 * k];
+            else for (ptrdiff_t k = 0; k < count; k++) phase[k] = x[p + im->right * k];
+        }
+    }
+}
 INSIDE void NAME(planes)(const NAME(job) *k, ptrdiff_t first, ptrdiff_t n, T *out) {
     const images *im = &k->im;
     const T *end = k->x + k->n * k->n_in * im->high * im->wide;
-    memset(out, 0, (size_t)im->room * sizeof(T));
+    int whole = im->down == 1 && im->right == 1;
+    T *done = out;                                                     /* everything before it is written */
+    if (!whole) memset(out, 0, (size_t)im->room * sizeof(T));
     for (ptrdiff_t c = 0; c < k->n_in; c++) for (ptrdiff_t i = 0; i < n; i++) {
         const T *x = k->x + ((first + i) * k->n_in + c) * im->high * im->wide;
-        for (ptrdiff_t row = 0; row < im->high; row++, x += im->wide) {
-            ptrdiff_t q = row + im->top, phase = (c * im->down + q % im->down) * im->right;
-            T *to = out + phase * im->plane + (i * im->slot + q / im->down) * im->pitch;
-#ifdef VECTORS
-            if (im->right == 1 && im->down == 1 && end - x >= im->wide + LANES) {      /* vectors that end after the row: zeros, and what comes later, */
-                for (ptrdiff_t p = 0; p < im->wide; p += LANES) AT(to + im->left + p) = AT(x + p);      /* are written over them */
-                AT(to + im->left + im->wide) = (NAME(vector)){0};
-                continue;
-            }
-#endif
-            if (im->right == 1) memcpy(to + im->left, x, (size_t)im->wide * sizeof(T));
-            else for (ptrdiff_t p = 0; p < im->right && p < im->wide; p++) {           /* each so many-th pixel is of one phase */
-                ptrdiff_t at = p + im->left, count = (im->wide - p - 1) / im->right + 1;
-                T *phase_row = to + at % im->right * im->plane + at / im->right;
-                if (im->right == 2) for (ptrdiff_t i = 0; i < count; i++) phase_row[i] = x[p + 2 * i];
-                else for (ptrdiff_t i = 0; i < count; i++) phase_row[i] = x[p + im->right * i];
-            }
-        }
+        if (!whole) { NAME(phases)(im, x, out + c * im->down * im->right * im->plane, i); continue; }
+        T *to = out + c * im->plane + (i * im->slot + im->top) * im->pitch + im->left;
+        memset(done, 0, (size_t)(to - done) * sizeof(T));
+        done = NAME(image_rows)(im, x, end, to);
     }
+    if (whole) memset(done, 0, (size_t)(out + im->room - done) * sizeof(T));
 }
 /* The runs of output pixels among columns begin to end, of which those before `from` do not count */
 INSIDE int NAME(runs)(const images *im, ptrdiff_t image, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t from, run *out) {

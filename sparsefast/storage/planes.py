@@ -276,7 +276,8 @@ def _lines(window): return window.kernel[0]*min(window.stride[1], window.kernel[
 def _sizes(images, n_row, channels, n, lines):
     "(rows, channels, images, offsets in a block) for the kernel, and the limit of offsets"
     per_channel = images.down*images.right*images.plane
-    block = max(1, cache//(lines*5*_widest))*per_channel           # a run has a quarter more than its tile
+    room = cache//2 if lines>1 else cache                          # measured: benchmarks/layers.py blocks
+    block = max(1, room//(lines*5*_widest))*per_channel            # a run has a quarter more than its tile
     limit = channels*per_channel-images.at_once*images.slot*images.pitch+1     # from there, a run of all columns ends with the planes
     if limit+images.room>=2**31: raise ValueError(f"images must have fewer than 2**31 numbers in their planes, got {images.room}: make the batch smaller")
     return (n_row, channels, n, block), limit
