@@ -30,7 +30,7 @@ typedef struct {                            /* what one thread has: some rows, a
     T *x, *y;                               /* inputs; sums, or gradients of outputs, of the tile */
 } NAME(part);
 
-/* ---- y[row] += sum over active weights of value * x[offset * scale], until offsets reach `bound` ---- */
+/* ---- y[row] += sum over active weights of value * x[offset * scale], until offsets reach `bound`; the first block begins with biases ---- */
 #ifdef VECTORS
 typedef T NAME(vector) __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 typedef T NAME(half) __attribute__((vector_size(BYTES / 2), aligned(sizeof(T)), may_alias));
@@ -39,17 +39,19 @@ typedef T NAME(quarter) __attribute__((vector_size(BYTES / 4), aligned(sizeof(T)
 #endif
 #define AT(p) (*(NAME(vector) *)(p))
 #define ROWS(n, u) \
-    INSIDE void NAME(rows_##n)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) { \
+    INSIDE void NAME(rows_##n)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale, int is_first) { \
         const int32_t *at = p->k->at, *crow = p->k->crow; \
         int32_t *next = p->next; \
-        const T *values = p->k->values; \
+        const T *values = p->k->values, *bias = p->k->bias; \
         T *y = p->y; \
         for (ptrdiff_t r = p->first, last = p->last; r < last; r++, y += n * LANES) { \
             ptrdiff_t j = next[r], end = crow[r + 1]; \
             if (r + 4 < last) for (int i = 0; i < 64; i += 16) { FETCH(at + next[r + 4] + i, 0); FETCH(values + next[r + 4] + i, 0); } \
-            if (j >= end || at[j] >= bound) continue; \
+            if (!is_first && (j >= end || at[j] >= bound)) continue; \
             NAME(vector) s[u][n]; \
-            UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(y + i * LANES); \
+            const T begin = bias ? bias[r] : 0; \
+            if (is_first) UNROLL for (int i = 0; i < n; i++) s[0][i] = (NAME(vector)){0} + begin; \
+            else UNROLL for (int i = 0; i < n; i++) s[0][i] = AT(y + i * LANES); \
             UNROLL for (int m = 1; m < u; m++) UNROLL for (int i = 0; i < n; i++) s[m][i] = (NAME(vector)){0}; \
             for (; j + u <= end && at[j + u - 1] < bound; j += u) \
                 UNROLL for (int m = 0; m < u; m++) UNROLL for (int i = 0; i < n; i++) \
@@ -65,20 +67,22 @@ ROWS(1, 4)
 ROWS(2, 2)
 ROWS(4, 2)
 ROWS(8, 1)
-INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
-    if (p->w == 8 * LANES) NAME(rows_8)(p, bound, x, scale);
-    else if (p->w == 4 * LANES) NAME(rows_4)(p, bound, x, scale);
-    else if (p->w == 2 * LANES) NAME(rows_2)(p, bound, x, scale);
-    else NAME(rows_1)(p, bound, x, scale);
+INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale, int is_first) {
+    if (p->w == 8 * LANES) NAME(rows_8)(p, bound, x, scale, is_first);
+    else if (p->w == 4 * LANES) NAME(rows_4)(p, bound, x, scale, is_first);
+    else if (p->w == 2 * LANES) NAME(rows_2)(p, bound, x, scale, is_first);
+    else NAME(rows_1)(p, bound, x, scale, is_first);
 }
 #else
-INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+INSIDE void NAME(rows)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale, int is_first) {
     T *y = p->y;
-    for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w)
+    for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) {
+        if (is_first) for (ptrdiff_t i = 0; i < p->w; i++) y[i] = p->k->bias ? p->k->bias[r] : 0;
         for (int32_t *j = p->next + r; *j < p->k->crow[r + 1] && p->k->at[*j] < bound; ++*j) {
             const T value = p->k->values[*j], *from = x + p->k->at[*j] * scale;
             for (ptrdiff_t i = 0; i < p->w; i++) y[i] += value * from[i];
         }
+    }
 }
 #endif
 
@@ -268,19 +272,10 @@ INSIDE void NAME(finish)(T *to, const T *sum, const T *add, int relu, ptrdiff_t 
 }
 #undef STORE
 
-/* Begin a tile: biases, or zeros where the gradients of outputs are to come */
-INSIDE void NAME(begin)(const NAME(part) *p) {
-    size_t rows = (size_t)(p->last - p->first);
-    const T *bias = p->k->sampled ? NULL : p->k->bias;
-    T *y = p->y;
-    memcpy(p->next + p->first, p->k->crow + p->first, rows * sizeof(int32_t));
-    if (!bias) memset(y, 0, rows * (size_t)p->w * sizeof(T));
-    else for (ptrdiff_t r = p->first; r < p->last; r++)
-        for (ptrdiff_t i = 0; i < p->w; i += LANES) for (ptrdiff_t m = 0; m < LANES; m++) *y++ = bias[r];
-}
-INSIDE void NAME(block)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale) {
+INSIDE void NAME(block)(const NAME(part) *p, int32_t bound, const T *x, ptrdiff_t scale, int is_first) {
+    if (is_first) memcpy(p->next + p->first, p->k->crow + p->first, (size_t)(p->last - p->first) * sizeof(int32_t));
     if (p->k->sampled) NAME(dots)(p, bound, x, scale);
-    else NAME(rows)(p, bound, x, scale);
+    else NAME(rows)(p, bound, x, scale, is_first);
 }
 
 /* A tile of examples, t to t + used */
@@ -288,11 +283,12 @@ INSIDE void NAME(examples)(const NAME(part) *p, ptrdiff_t t, ptrdiff_t used) {
     const NAME(job) *k = p->k;
     ptrdiff_t w = p->w, n_in = k->n_in, n_row = k->n_row, block = k->block * FULL / w, rows = p->last - p->first;
     if (used < w) memset(p->x, 0, (size_t)(block * w) * sizeof(T));
+    if (k->sampled && used < w) memset(p->y, 0, (size_t)(rows * w) * sizeof(T));
     if (k->sampled) NAME(turn)(k->g + t * n_row + p->first, n_row, used, rows, p->y, w);
-    for (ptrdiff_t c = 0; c < n_in; c += block) {
+    for (ptrdiff_t c = 0; !c || c < n_in; c += block) {              /* once at least: the first block begins the rows */
         ptrdiff_t end = c + block < n_in ? c + block : n_in;
         NAME(turn)(k->x + t * n_in + c, n_in, used, end - c, p->x, w);
-        NAME(block)(p, (int32_t)end, p->x - c * w, w);
+        NAME(block)(p, (int32_t)end, p->x - c * w, w, !c);
     }
     if (k->sampled) return;
     NAME(turn)(p->y, w, rows, used, k->y + t * n_row + p->first, n_row);
@@ -309,16 +305,18 @@ INSIDE void NAME(pixels)(const NAME(part) *p, const T *x, ptrdiff_t image, ptrdi
     run all[FULL];
     int n = NAME(runs)(im, image, t, t + p->w < end ? t + p->w : end, from, all);
     T *y = p->y;
+    if (k->sampled && (n != 1 || all[0].length < p->w)) memset(y, 0, (size_t)((p->last - p->first) * p->w) * sizeof(T));
     if (k->sampled) for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) for (int m = 0; m < n; m++) {
         const T *g = k->g + r * im->to_row + all[m].place;
         for (ptrdiff_t i = 0; i < all[m].length; i++) y[all[m].column + i] = g[i];
     }
-    for (ptrdiff_t c = 0; c < every; c += k->block)
-        NAME(block)(p, c + k->block < every ? (int32_t)(c + k->block) : INT32_MAX, x + t, 1);
+    for (ptrdiff_t c = 0; !c || c < every; c += k->block)
+        NAME(block)(p, c + k->block < every ? (int32_t)(c + k->block) : INT32_MAX, x + t, 1, !c);
     if (!k->sampled) for (ptrdiff_t r = p->first; r < p->last; r++, y += p->w) for (int m = 0; m < n; m++) {
         ptrdiff_t place = r * im->to_row + all[m].place, length = all[m].length, step = im->to_right;
         T *sum = y + all[m].column, *to = k->y + place;
-        if (r + 4 < p->last) for (ptrdiff_t i = 4 * im->to_row; i < 4 * im->to_row + length; i += 64 / (ptrdiff_t)sizeof(T)) {
+        ptrdiff_t ahead = step == 1 ? 8 : 4;                          /* rows; measured */
+        if (r + ahead < p->last) for (ptrdiff_t i = ahead * im->to_row; i < ahead * im->to_row + length; i += 64 / (ptrdiff_t)sizeof(T)) {
             FETCH(to + i, 1);
             if (k->add) FETCH(k->add + place + i, 0);
         }
@@ -330,7 +328,6 @@ INSIDE void NAME(group_of_examples)(NAME(part) *p, ptrdiff_t group) {
     ptrdiff_t end = (group + 1) * FULL < p->k->n ? (group + 1) * FULL : p->k->n;
     for (ptrdiff_t t = group * FULL; t < end; t += p->w) {
         p->w = NAME(width)(end - t);
-        NAME(begin)(p);
         NAME(examples)(p, t, end - t < p->w ? end - t : p->w);
     }
 }
@@ -344,7 +341,6 @@ INSIDE void NAME(group_of_images)(NAME(part) *p, ptrdiff_t group) {
     for (ptrdiff_t from = t; from < columns; from = t += p->w) {
         p->w = NAME(width)(columns - t);
         if (!p->x && t + p->w > im->plane) t = im->plane - p->w;       /* nothing is read past the end */
-        NAME(begin)(p);
         NAME(pixels)(p, x, image, t, from, columns);
     }
 }
