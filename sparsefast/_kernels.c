@@ -259,7 +259,13 @@ static PyObject *positions(PyObject *module, PyObject *args) {
     const uint8_t *m = POINTER(mask);
     int64_t *at = POINTER(places);
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < n && k < room; i++) at[k] = i, k += m[i] != 0;      /* no branch depends on the mask */
+    Py_ssize_t i = 0;
+    for (; i + 8 <= n && k + 8 <= room; i += 8) {                      /* eight at a time, of which many are all zeros */
+        uint64_t some;
+        memcpy(&some, m + i, 8);
+        if (some) for (int b = 0; b < 8; b++) at[k] = i + b, k += m[i + b] != 0;
+    }
+    for (; i < n && k < room; i++) at[k] = i, k += m[i] != 0;
     Py_END_ALLOW_THREADS
     return PyLong_FromSsize_t(k);
 }

@@ -135,7 +135,7 @@ def _reduce(scores, at, k):
     scores.clear(); at.clear()
     if len(score)>k:
         best = nonzero_flat(top_k_mask(score, k))
-        score,where = score[best],where[best]
+        score,where = score.index_select(0, best),where.index_select(0, best)
     return [score],[where]
 
 def _promising(piece, here, cut, k):
@@ -151,7 +151,7 @@ def _of_pieces(pieces, k, among=None, kept=None):
         some = slice(begin, begin+len(piece))
         here = among[some] if kept is None else ~kept[some]        # piece by piece, to save memory
         idx = nonzero_flat(_promising(piece, here, cut, k))
-        scores.append(piece.detach()[idx])
+        scores.append(piece.detach().index_select(0, idx))
         at.append(idx.add_(begin))
         begin += len(piece)
         n = sum(map(len, scores))

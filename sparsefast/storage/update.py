@@ -273,12 +273,9 @@ def write(self:CompressedLayer, new, opt, reset_state_f, values=None, read=()):
     m,p,old = self.module,self.p,self.module.positions()
     at = torch.searchsorted(old, new)
     stays = at<len(old)
-    stays &= old[at.clamp(max=max(len(old)-1, 0))]==new if len(old) else stays
-    at = at[stays]
-    def moved(t):
-        out = t.new_zeros(len(new))
-        out[stays] = t[at]
-        return out
+    stays &= old.index_select(0, at.clamp(max=max(len(old)-1, 0)))==new if len(old) else stays
+    to,at = nonzero_flat(stays),at[stays]
+    def moved(t): return t.new_zeros(len(new)).index_copy_(0, to, t.index_select(0, at))
     looks = 'gradient' in read and takes(reset_state_f, 'grad')
     mean = self.recall('grad') if looks else None
     held = list(m._held) if looks and mean is None else []
