@@ -1730,6 +1730,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'sparsefast/storage/planes.py'),
                                            'sparsefast.storage.planes._window': ( 'storage/planes.html#_window',
                                                                                   'sparsefast/storage/planes.py'),
+                                           'sparsefast.storage.planes._window_of': ( 'storage/planes.html#_window_of',
+                                                                                     'sparsefast/storage/planes.py'),
                                            'sparsefast.storage.planes.backward_images': ( 'storage/planes.html#backward_images',
                                                                                           'sparsefast/storage/planes.py'),
                                            'sparsefast.storage.planes.backward_index': ( 'storage/planes.html#backward_index',

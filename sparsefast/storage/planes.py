@@ -315,7 +315,10 @@ def _convolve_values(crow, at, g, x, settings):
     run_kernel(crow, at, x, sizes, limit, x=x, g=g, grads=grads, images=images)
     return grads
 
-def _window(settings):
+def _window(settings): return _window_of(tuple(settings))
+
+@lru_cache(256)
+def _window_of(settings):
     if len(settings)!=10: raise ValueError(f"settings must be 10 numbers: kernel, stride, dilation and 4 paddings, got {len(settings)}")
     return Window(*(tuple(settings[i:i+2]) for i in (0, 2, 4)), tuple(settings[6:]))
 
@@ -323,11 +326,11 @@ def _window(settings):
 def _output(crow, x, settings):
     return x.new_empty(len(x), len(crow)-1, *_window(settings).out_size(*x.shape[2:]))
 
-define('convolve(Tensor crow, Tensor at, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu, SymInt[] settings) -> Tensor',
+define('convolve(Tensor crow, Tensor at, Tensor values, Tensor x, Tensor? bias, Tensor? add, bool relu, int[] settings) -> Tensor',
        CompositeExplicitAutograd=_convolve, Meta=lambda crow, at, values, x, bias, add, relu, settings: _output(crow, x, settings))
-define('convolve_back(Tensor crow, Tensor at, Tensor values, Tensor g, SymInt[] size, SymInt[] settings) -> Tensor',
+define('convolve_back(Tensor crow, Tensor at, Tensor values, Tensor g, SymInt[] size, int[] settings) -> Tensor',
        CompositeExplicitAutograd=_convolve_back, Meta=lambda crow, at, values, g, size, settings: g.new_empty(size))
-define('convolve_values(Tensor crow, Tensor at, Tensor g, Tensor x, SymInt[] settings) -> Tensor',
+define('convolve_values(Tensor crow, Tensor at, Tensor g, Tensor x, int[] settings) -> Tensor',
        CompositeExplicitAutograd=_convolve_values, Meta=lambda crow, at, g, x, settings: x.new_empty(len(at)))
 
 def convolve(
