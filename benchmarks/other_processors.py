@@ -26,11 +26,14 @@ struct PyModuleDef { int head; const char *name; const char *doc; Py_ssize_t siz
 #define Py_END_ALLOW_THREADS }
 static PyObject stub_none, stub_item, stub_error = {0, 0, 0, "error"};
 #define Py_RETURN_NONE return &stub_none
+#define Py_RETURN_TRUE return &stub_none
+#define Py_RETURN_FALSE return &stub_none
 #define PyExc_TypeError 0
 #define PyExc_ValueError 0
 static Py_ssize_t PyTuple_Size(PyObject *t) { return t->n; }
 static PyObject *PyTuple_GetItem(PyObject *t, Py_ssize_t i) { stub_item.number = t->numbers[i]; return &stub_item; }
 static unsigned long long PyLong_AsUnsignedLongLongMask(PyObject *o) { return o->number; }
+static PyObject *PyLong_FromSsize_t(Py_ssize_t n) { (void)n; return &stub_none; }
 static int PyErr_Occurred(void) { return 0; }
 static PyObject *PyErr_NoMemory(void) { return &stub_error; }
 static PyObject *PyErr_Format(int type, const char *text, ...) { (void)type; fprintf(stderr, "%s\n", text); return &stub_error; }

@@ -1,5 +1,5 @@
 "The compiled kernel: random layers, attacks on its operations, threads, and what PyTorch asks of an operation"
-import copy, importlib.util, os, random, threading
+import copy, importlib.util, os, random, shutil, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -382,3 +382,11 @@ def test_one_example_refuses_a_column_outside(n_in, bad, dtype):
         col = torch.zeros(31, dtype=torch.int32)
         col[at] = bad
         with pytest.raises(ValueError, match='the index must have'): spmm(torch.tensor([0, 31], dtype=torch.int32), col, torch.ones(31, dtype=dtype), torch.ones(1, n_in, dtype=dtype))
+
+@needs_kernel
+@pytest.mark.skipif(shutil.which('cc') is None, reason='no compiler')
+def test_calls_can_be_replayed_without_python():
+    "What shows that the kernel works on other processors: the C file compiles with a `Python.h` of a few lines, and repeats calls that were written down"
+    script = Path(__file__).parents[1]/'benchmarks'/'other_processors.py'
+    done = subprocess.run([sys.executable, script, '10', '--cc', 'cc -O0'], capture_output=True, text=True)
+    assert done.returncode==0 and 'calls agree' in done.stdout, done.stderr
