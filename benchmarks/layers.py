@@ -5,7 +5,7 @@
 
 Parts: `linear` (inference of one layer), `cold` (the same with weights that come from memory), `pointwise` and `three` (inference of convolutions), `train` (whole training steps, batch 128; `train4096` with hidden layers of 4096), `memory` (bytes while training: what lies between two steps, what the process grows by in a step and in one that rewires, and the most of it all against dense), `conv_train` (training steps of ResNet-18 on small images), `blocks` (how many inputs the kernel takes at a time). Everything is measured in one process in interleaved rounds: a ratio is the median of the rounds' ratios to the dense layer, its spread their quartiles. With two threads onnxruntime, whose threads go on spinning for a while after each run, comes after the rest. All forms get the same inputs, and
 outputs are compared. `--other` names a folder with the package `sparselab` (`pip install --target FOLDER sparselab`)."""
-import argparse, copy, ctypes, importlib, itertools, json, os, platform, random, re, statistics, subprocess, sys, time, warnings
+import argparse, copy, ctypes, importlib, itertools, json, os, random, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -15,10 +15,9 @@ from sparsefast.storage import *
 from sparsefast.masks import sparse_params
 from sparsefast.methods import DSTMethod
 from sparsefast import ops
+from records import processor
 
 out = Path(__file__).with_suffix('.jsonl')
-
-def cpu(): return next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
 
 def quartiles(xs):
     xs = sorted(xs)
@@ -44,7 +43,7 @@ def interleaved(fs, rounds, least=.004):
 
 def write(part, threads, **row):
     import onnxruntime
-    row = dict(part=part, threads=threads, **row, cpu=cpu(), kernel=getattr(ops._kernels, 'processor', 'torch'), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
+    row = dict(part=part, threads=threads, **row, cpu=processor(), kernel=getattr(ops._kernels, 'processor', 'torch'), torch=torch.__version__, onnxruntime=onnxruntime.__version__, when=time.strftime('%Y-%m-%d'))
     with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
     print(json.dumps({k: v for k,v in row.items() if k not in ('cpu','torch','onnxruntime','when')}), flush=True)
 
@@ -296,13 +295,13 @@ def blocks(threads, rounds=13, **kw):
 # ------------------------------------------------------------ tables
 def table():
     rows = {}
-    for r in map(json.loads, open(out)): rows[json.dumps([r.get(k) for k in ('part', 'threads', 'shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns')])] = r
-    for part in dict.fromkeys(r['part'] for r in rows.values()):
+    for r in map(json.loads, open(out)): rows[json.dumps([r.get(k) for k in ('part', 'cpu', 'threads', 'shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns')])] = r
+    for part,cpu in dict.fromkeys((r['part'], r['cpu']) for r in rows.values()):
         for threads in (1, 2):
-            mine = [r for r in rows.values() if r['part']==part and r['threads']==threads]
+            mine = [r for r in rows.values() if (r['part'], r['cpu'], r['threads'])==(part, cpu, threads)]
             if not mine: continue
             kinds = list(dict.fromkeys(k for r in mine for k,v in r.items() if isinstance(v, dict)))
-            print(f"\n{part}, {threads} thread{'s' if threads>1 else ''}: {mine[0]['cpu']}, torch {mine[0]['torch']}" + (', bytes' if part=='memory' else '; times as fast as the first (quartiles)'))
+            print(f"\n{part}, {threads} thread{'s' if threads>1 else ''}: {cpu}, torch {mine[0]['torch']}" + (', bytes' if part=='memory' else '; times as fast as the first (quartiles)'))
             for r in mine:
                 what = ' '.join(f"{k} {'x'.join(map(str, r[k])) if isinstance(r[k], list) else r[k]}" for k in ('shape', 'pixels', 'hidden', 'opt', 'sparsity', 'batch', 'columns') if k in r)
                 cell = lambda v: ' '.join(f'{k} {n/1e6:.1f}M' if n>1e3 else f'{k} {n}' for k,n in v.items()) if part=='memory' else f"{v['times'][1]:.2f} ({v['times'][0]:.2f}-{v['times'][2]:.2f})"

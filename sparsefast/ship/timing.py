@@ -75,16 +75,17 @@ def ratio(
 # %% ../../nbs/ship/02b_timing.ipynb #2ee61451
 def processor(
     device=torch.device('cpu'), # Device of torch
-)->str: # As the system or the driver gives it
+)->str: # As the system or the driver gives it; of a CPU with the vector instructions that PyTorch uses
     """Get the name of the processor or GPU
 
     Args:
         device: Device of torch
     Returns:
-        As the system or the driver gives it"""
+        As the system or the driver gives it; of a CPU with the vector instructions that PyTorch uses"""
     if device.type=='cuda': return torch.cuda.get_device_name(device)
-    try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1]
-    except (OSError, TypeError): return platform.processor() or platform.machine()
+    try: name = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1]
+    except (OSError, TypeError): name = platform.processor() or platform.machine()
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 # %% ../../nbs/ship/02b_timing.ipynb #d6054336
 class LayerTime(NamedTuple):
