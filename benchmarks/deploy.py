@@ -77,7 +77,9 @@ def measure_net(arch, batch, threads, folder):
     sessions = {n: session(folder/f, threads) for n,f in {'onnxruntime': f'{arch}.onnx', 'onnxruntime int8': f'{arch}.int8.onnx'}.items()}
     others = {n: partial(s.run, None, {'x': nx}) for n,s in sessions.items()}
     if threads==1: fs,others = fs|others,{}
+    emulated = {} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {'bfloat16': fs.pop('bfloat16')}    # one pass takes seconds
     times = paired_times(fs, seconds=25, least=7)
+    if batch==1: times |= paired_times(emulated, seconds=4, least=3)
     for n,f in others.items(): times |= paired_times({n: f}, seconds=4, least=7)        # several threads go on spinning for a while after each run
     for n,ts in times.items():
         quarter = sorted(ts)[len(ts)//4],sorted(ts)[-1-len(ts)//4]

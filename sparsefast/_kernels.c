@@ -80,7 +80,7 @@ static void find_threads(void) {
 typedef struct {
     int64_t at_once, room;                       /* images in the planes at a time; numbers in all planes, or 0 if images lie so already */
     int64_t high, wide, top, left;               /* pixels of an image, and of the padding before it */
-    int64_t down, right;                         /* stride: a plane has every so many-th row and pixel */
+    int64_t down, right;                         /* stride: a plane has every `down`-th row and `right`-th pixel */
     int64_t slot, pitch, plane;                  /* rows of an image in a plane; pixels of a row; pixels of a plane */
     int64_t y0, y1, x0, x1;                      /* rows and pixels of a plane at which there is an output */
     int64_t to_start, to_image, to_row, to_down, to_right;    /* where it goes, or its gradient is: steps in memory */

@@ -196,7 +196,7 @@ INSIDE void NAME(phases)(const images *im, const T *x, T *to, ptrdiff_t i) {    
         ptrdiff_t q = row + im->top;
         T *line = to + q % im->down * im->right * im->plane + (i * im->slot + q / im->down) * im->pitch;
         if (im->right == 1) memcpy(line + im->left, x, (size_t)im->wide * sizeof(T));
-        else for (ptrdiff_t p = 0; p < im->right && p < im->wide; p++) {                   /* each so many-th pixel is of one phase */
+        else for (ptrdiff_t p = 0; p < im->right && p < im->wide; p++) {                   /* every `right`-th pixel is of one phase */
             ptrdiff_t at = p + im->left, count = (im->wide - p - 1) / im->right + 1;
             T *phase = line + at % im->right * im->plane + at / im->right;
             if (im->right == 2) for (ptrdiff_t k = 0; k < count; k++) phase[k] = x[p + 2 * k];

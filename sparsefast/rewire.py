@@ -31,7 +31,7 @@ def _copied(tensors, where):
         had = [t.clone() for t in tensors]
         return lambda: [t.copy_(h) for t,h in zip(tensors, had)]
     at = nonzero_flat(where)
-    had = [t.take(at) for t in tensors]
+    had = [t.reshape(-1).index_select(0, at) for t in tensors]
     return lambda: [t.put_(at, h) for t,h in zip(tensors, had)]
 
 @patch

@@ -110,7 +110,7 @@ def _sampled(t, k, among, n):
     if cut is None: return None
     above = _above(t, cut, among)
     if int(nnz(above))>k:
-        cut = _kth(t.take(nonzero_flat(above)), k)
+        cut = _kth(t.index_select(0, nonzero_flat(above)), k)
         del above                                                   # so that only one such mask is in memory
         above = _above(t, cut, among)
     rest = k-int(nnz(above))
