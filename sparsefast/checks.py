@@ -30,6 +30,15 @@ _all_ = ['Case', 'Finding', 'raise_findings', 'check_lost', 'check_orphans', 'ch
 # %% ../nbs/04b_checks.ipynb #67bd1f6c
 _halves = (torch.float16, torch.bfloat16)
 
+def _target(l):
+    "The buffer of a layer's target sparsity, if it has one"
+    t = l.module._buffers.get(f'{l.name}_sparsity')
+    return None if t is None or not t.is_floating_point() else t
+
+def _fits_half(t):
+    "True if half precision has this number"
+    return any(t.to(half).item()==t.item() for half in _halves)
+
 def is_rounded(
     l, # `Layer`
 )->bool: # Judged by the dtype, and by the number itself if the dtype has changed back
@@ -39,12 +48,10 @@ def is_rounded(
         l: `Layer`
     Returns:
         Judged by the dtype, and by the number itself if the dtype has changed back"""
-    t = l.module._buffers.get(f'{l.name}_sparsity')
-    if t is None or not t.is_floating_point(): return False
-    if t.dtype in _halves: return True
-    s = t.item()
-    if not any(t.to(half).item()==s for half in _halves) or n_active(l.numel, s)==int(l.nnz): return False
-    simple = s*(256 if t.dtype==torch.float64 else 32)             # a number that the user may well have meant
+    t = _target(l)
+    if t is None or t.dtype in _halves: return t is not None
+    if not _fits_half(t) or n_active(l.numel, t.item())==int(l.nnz): return False
+    simple = t.item()*(256 if t.dtype==torch.float64 else 32)      # a number that the user may well have meant
     return simple!=round(simple)
 
 def check_targets(
@@ -58,9 +65,11 @@ def check_targets(
         Yields `Finding`"""
     m = case.method
     if m is None or not (m.sparsity_sched_f or m.pattern_f is not drop_grow): return
+    targets = [t for l in case.layers if (t := _target(l)) is not None]
+    all_fit = all(map(_fits_half, targets))                        # else a number that fits does so by chance
     for l in case.layers:
-        if is_rounded(l):
-            dtype = l.module._buffers[f'{l.name}_sparsity'].dtype
+        if is_rounded(l) and (all_fit or _target(l).dtype in _halves):
+            dtype = _target(l).dtype
             what = f'the target sparsity of {l.module} has become {l.target:.6g}, in {dtype}, rounded by half precision'
             todo = ('convert the model before `sparsify_model`, '
                     f'or set the buffer `{l.name}_sparsity` again, in single or double precision')

@@ -214,6 +214,13 @@ def test_a_target_in_half_precision_is_a_fault_where_a_method_needs_it():
     assert sparse_doctor(model)==[] and sparse_doctor(model, method=CATALOGUE['RigL'])==[]
     assert 'float16' in sick(sparse_doctor(model, method=CATALOGUE['GMP']), 'target', '0.weight')[0].what
 
+def test_a_target_that_half_precision_has_by_chance_is_no_fault():
+    sparsify_model(model := mlp(64, 256, 33), .777)
+    model[0].weight_sparsity.fill_(877/1024)
+    assert not [f for f in sparse_doctor(model, method=CATALOGUE['GMP']) if f.kind=='target']
+    model[2].weight_sparsity.fill_(float(torch.tensor(.777).half()))                       # all have been rounded
+    assert len(sick(sparse_doctor(model, method=CATALOGUE['GMP']), 'target'))==2
+
 def test_masked_weights():
     model,*_ = made()
     with torch.no_grad(): model[2].weight[~model[2].weight_mask] = .1
