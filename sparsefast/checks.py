@@ -66,9 +66,10 @@ def check_targets(
     m = case.method
     if m is None or not (m.sparsity_sched_f or m.pattern_f is not drop_grow): return
     targets = [t for l in case.layers if (t := _target(l)) is not None]
-    all_fit = all(map(_fits_half, targets))                        # else a number that fits does so by chance
+    all_fit = all(map(_fits_half, targets))
     for l in case.layers:
-        if is_rounded(l) and (all_fit or _target(l).dtype in _halves):
+        by_chance = not all_fit and l.target*l.numel%1==0          # a share of its weights, as others are, that happens to fit
+        if is_rounded(l) and (not by_chance or _target(l).dtype in _halves):
             dtype = _target(l).dtype
             what = f'the target sparsity of {l.module} has become {l.target:.6g}, in {dtype}, rounded by half precision'
             todo = ('convert the model before `sparsify_model`, '

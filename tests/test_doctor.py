@@ -218,8 +218,12 @@ def test_a_target_that_half_precision_has_by_chance_is_no_fault():
     sparsify_model(model := mlp(64, 256, 33), .777)
     model[0].weight_sparsity.fill_(877/1024)
     assert not [f for f in sparse_doctor(model, method=CATALOGUE['GMP']) if f.kind=='target']
-    model[2].weight_sparsity.fill_(float(torch.tensor(.777).half()))                       # all have been rounded
+    half = float(torch.tensor(.777).half())
+    model[2].weight_sparsity.fill_(half)                           # all have been rounded
     assert len(sick(sparse_doctor(model, method=CATALOGUE['GMP']), 'target'))==2
+    sparsify_model(model := mlp(201, 203, 5), .777)
+    model[0].weight_sparsity.fill_(half)                           # no share of 40,803 weights: not by chance, though the other does not fit
+    assert [f.where for f in sick(sparse_doctor(model, method=CATALOGUE['GMP']), 'target')]==['0.weight']
 
 def test_masked_weights():
     model,*_ = made()
